@@ -1,0 +1,176 @@
+// The exported functions: check the arguments, choose the instruction set, call its kernel.
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "kernel_table.h"
+
+namespace deadband {
+namespace {
+
+// Freed when its thread ends. Through a pthread key: a C++ destructor would bring in the C++ runtime library.
+struct Workspaces {
+  void* data[kSlots];
+  size_t bytes[kSlots];
+};
+__thread Workspaces workspaces;
+pthread_key_t workspaces_key;
+pthread_once_t workspaces_once = PTHREAD_ONCE_INIT;
+
+void free_workspaces(void* own) {
+  for (void* p : ((Workspaces*)own)->data) free(p);
+}
+void make_workspaces_key() { pthread_key_create(&workspaces_key, free_workspaces); }
+
+// From the least to the best.
+const KernelTable* const kTables[] = {
+    &kernels_baseline,
+#if defined(__x86_64__)
+    &kernels_x86_64_v3,
+    &kernels_x86_64_v4,
+    &kernels_x86_64_v4_bf16,
+#endif
+};
+
+bool supported(const KernelTable* table) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+            __builtin_cpu_supports("bmi2");
+  bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vl");
+  if (table == &kernels_x86_64_v3) return v3;
+  if (table == &kernels_x86_64_v4) return v4;
+  if (table == &kernels_x86_64_v4_bf16) return v4 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return table == &kernels_baseline;
+}
+
+const KernelTable* find(const char* name) {
+  if (name)
+    for (const KernelTable* table : kTables)
+      if (!strcmp(table->name, name) && supported(table)) return table;
+  return nullptr;
+}
+
+struct Choice {
+  const KernelTable* table = &kernels_baseline;
+  char list[128] = "";
+
+  Choice() {
+    for (const KernelTable* candidate : kTables)
+      if (supported(candidate)) {
+        if (list[0]) strcat(list, ",");
+        strcat(list, candidate->name);
+        table = candidate;
+      }
+    if (const KernelTable* forced = find(getenv("DEADBAND_ISA"))) table = forced;
+  }
+};
+Choice choice;
+
+const KernelTable* kernels() { return __atomic_load_n(&choice.table, __ATOMIC_RELAXED); }
+
+// Both linear functions. Sizes whose products overflow are refused with the rest.
+int check_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
+                 int64_t weight_stride, int64_t runs, int64_t run, const void* y, int64_t out) {
+  constexpr int64_t kLargest = INT32_MAX;
+  if (dtype != DEADBAND_FLOAT32 && dtype != DEADBAND_BFLOAT16) return DEADBAND_BAD_DTYPE;
+  if (rows < 0 || in < 0 || out < 0 || rows > kLargest || in > kLargest || out > kLargest) return DEADBAND_BAD_SIZE;
+  if ((rows > 1 && x_stride < in) || (runs > 1 && weight_stride < run)) return DEADBAND_BAD_SIZE;
+  if (rows && out && (!y || (in && (!x || !weight)))) return DEADBAND_BAD_POINTER;
+  return 0;
+}
+
+}  // namespace
+
+void* workspace(WorkspaceSlot slot, size_t bytes) {
+  Workspaces& own = workspaces;
+  if (!own.data[slot] || own.bytes[slot] < bytes) {
+    pthread_once(&workspaces_once, make_workspaces_key);
+    pthread_setspecific(workspaces_key, &own);
+    free(own.data[slot]);
+    own.bytes[slot] = 0;
+    size_t grown = (bytes + bytes / 4 + 4096) & ~(size_t)4095;
+    if (posix_memalign(&own.data[slot], 64, grown)) return own.data[slot] = nullptr;
+    own.bytes[slot] = grown;
+  }
+  return own.data[slot];
+}
+
+}  // namespace deadband
+
+using namespace deadband;
+
+int deadband_sparse_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
+                           int64_t weight_stride, int64_t out, const void* bias, const float* threshold,
+                           const float* scale, void* y, int threads, int64_t* counts) {
+  if (int error = check_linear(dtype, x, rows, x_stride, in, weight, weight_stride, in, out, y, out)) return error;
+  if (rows > 4) return DEADBAND_BAD_SIZE;
+  if (!threshold) return DEADBAND_BAD_POINTER;
+  if (!rows) return 0;
+  return kernels()->stream(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, threshold, scale, y,
+                           threads < 1 ? 1 : threads, counts);
+}
+
+int deadband_dense_linear(int dtype, int layout, const void* x, int64_t rows, int64_t x_stride, int64_t in,
+                          const void* weight, int64_t weight_stride, int64_t out, const void* bias, void* y,
+                          int threads) {
+  if (layout != 0 && layout != 1) return DEADBAND_BAD_DTYPE;
+  if (int error = check_linear(dtype, x, rows, x_stride, in, weight, weight_stride, layout ? out : in,
+                               layout ? in : out, y, out))
+    return error;
+  if (layout == 1 && rows > 4) return DEADBAND_BAD_SIZE;
+  if (!rows || !out) return 0;
+  if (threads < 1) threads = 1;
+  if (layout == 1)
+    return kernels()->dot(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, y, threads);
+  if (rows <= 4)
+    return kernels()->stream(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, nullptr, nullptr, y,
+                             threads, nullptr);
+  return kernels()->gemm(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, y, threads);
+}
+
+int deadband_observe(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t cols, const float* scale,
+                     int64_t* histogram, double* sum, double* sum_of_squares, int threads) {
+  if (dtype < DEADBAND_FLOAT32 || dtype > DEADBAND_FLOAT16) return DEADBAND_BAD_DTYPE;
+  if (rows < 0 || cols < 0 || (rows > 1 && x_stride < cols)) return DEADBAND_BAD_SIZE;
+  if (!rows || !cols) return 0;
+  if (!x || !histogram || !sum || !sum_of_squares) return DEADBAND_BAD_POINTER;
+  return kernels()->observe(dtype, x, rows, x_stride, cols, scale, histogram, sum, sum_of_squares,
+                            threads < 1 ? 1 : threads);
+}
+
+double deadband_read_bandwidth(const void* data, int64_t bytes, int threads) {
+  if (!data || bytes <= 0) return 0;
+  timespec start, end;
+  clock_gettime(CLOCK_MONOTONIC, &start);
+  kernels()->read(data, bytes, threads < 1 ? 1 : threads);
+  clock_gettime(CLOCK_MONOTONIC, &end);
+  return (double)bytes / ((double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec));
+}
+
+int deadband_advise_huge(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+  uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1);
+  uintptr_t end = ((uintptr_t)data + (bytes > 0 ? (uintptr_t)bytes : 0)) & ~(page - 1);
+  if (data && begin < end) return madvise((void*)begin, end - begin, MADV_HUGEPAGE) == 0;
+#endif
+  return 0;
+}
+
+const char* deadband_isa(void) { return kernels()->name; }
+
+const char* deadband_isa_list(void) { return choice.list; }
+
+int deadband_set_isa(const char* name) {
+  const KernelTable* table = find(name);
+  if (!table) return DEADBAND_BAD_ISA;
+  __atomic_store_n(&choice.table, table, __ATOMIC_RELAXED);
+  return 0;
+}

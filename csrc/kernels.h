@@ -1,0 +1,73 @@
+// The C interface of libdeadband_kernels: plain pointers and sizes, no torch, no Python.
+//
+// dtype: 0 = float32, 1 = bfloat16 (as uint16 bit patterns), 2 = float16 (deadband_observe only). Sums are float32.
+// Functions that return int return 0, or a negative deadband_error for arguments they cannot serve; then nothing was
+// written. Every size may be 0 and every pointer may be unaligned. Several host threads may call at the same time.
+// `threads` is an upper limit: small problems use fewer. The same arguments give the same bits, run after run.
+#ifndef DEADBAND_KERNELS_H
+#define DEADBAND_KERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DEADBAND_API __attribute__((visibility("default")))
+
+enum deadband_dtype { DEADBAND_FLOAT32 = 0, DEADBAND_BFLOAT16 = 1, DEADBAND_FLOAT16 = 2 };
+enum deadband_error {
+  DEADBAND_BAD_DTYPE = -1,   // or a bad layout
+  DEADBAND_BAD_SIZE = -2,    // negative, too many rows for this function, or a stride shorter than its run
+  DEADBAND_BAD_POINTER = -3, // NULL where data is needed
+  DEADBAND_NO_MEMORY = -4,
+  DEADBAND_BAD_ISA = -5,     // unknown, or not supported by this CPU
+};
+
+// y[rows, out] = (x with its skipped entries set to zero)[rows, in] . W + bias, for 1 to 4 rows (or 0).
+//
+// x: [rows, in], x_stride elements between rows. weight: [in, out], the weights of one input contiguous, weight_stride
+// elements between inputs. bias: [out] or NULL. y: [rows, out], contiguous. All of the one dtype.
+// threshold: one float. scale: float[in], or NULL.
+//
+// An entry is skipped if score <= threshold, where score = |x| (* scale[i] with a scale) in float32. So a NaN score is
+// kept: NaN and infinity surface as they do in the dense product. The weights of an input are read if any row keeps it;
+// those of an input that no row keeps are never met, whatever they hold.
+// counts: NULL, or int64[2], which {entries skipped, entries seen} are added to atomically.
+DEADBAND_API int deadband_sparse_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
+                                        const void* weight, int64_t weight_stride, int64_t out, const void* bias,
+                                        const float* threshold, const float* scale, void* y, int threads,
+                                        int64_t* counts);
+
+// y = x . W + bias, with nothing skipped.
+// layout 0: weight [in, out] as above; any number of rows. layout 1: weight [out, in], the usual one; 1 to 4 rows.
+DEADBAND_API int deadband_dense_linear(int dtype, int layout, const void* x, int64_t rows, int64_t x_stride, int64_t in,
+                                       const void* weight, int64_t weight_stride, int64_t out, const void* bias,
+                                       void* y, int threads);
+
+// One pass of statistics over x [rows, cols]; everything is added to what the buffers hold.
+// histogram: int64[32768], indexed by the upper half of the score's float32 pattern, without the sign: (bits & 0x7fffffff) >> 16.
+// sum, sum_of_squares: double[cols], of x and x * x, over finite entries only.
+DEADBAND_API int deadband_observe(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t cols,
+                                  const float* scale, int64_t* histogram, double* sum, double* sum_of_squares,
+                                  int threads);
+
+// Bytes per second of reading the buffer once. Meaningful for buffers much larger than the caches.
+DEADBAND_API double deadband_read_bandwidth(const void* data, int64_t bytes, int threads);
+
+// Asks for huge pages behind the whole pages inside the buffer, best before they are first written. Returns 1 if the
+// system took the advice, 0 if it could not help.
+DEADBAND_API int deadband_advise_huge(void* data, int64_t bytes);
+
+// The instruction set in use, those that this CPU can run (comma-separated, best last), and the choice of another. The
+// environment variable DEADBAND_ISA chooses when the library is loaded.
+// Names: "baseline", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "aarch64".
+DEADBAND_API const char* deadband_isa(void);
+DEADBAND_API const char* deadband_isa_list(void);
+DEADBAND_API int deadband_set_isa(const char* name);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,178 @@
+// y = x . W with W stored [in, out], 1 to 4 rows of x: the weights of the kept inputs stream by once.
+
+// Outputs whose sums stay in the first-level cache while the weights pass (32 KB of it, for all rows together).
+constexpr int64_t kTile = 8192;
+// Inputs added up before the sums go to the totals. Sums in one long chain lose accuracy with its length; this is as
+// accurate as the many lanes of a dot product, for 1 % of the time.
+constexpr int64_t kChain = 256;
+// Weight rows that are added in one pass over the sums.
+constexpr int kDepth = 4;
+// A thread is worth waking for this many bytes of weights.
+constexpr int64_t kBytesPerThread = 128 << 10;
+
+// The kept inputs: which, and the `rows` values of each, zero for a row that skips it.
+struct Kept {
+  int32_t* index;
+  float* value;
+  int64_t count;
+};
+
+template <class T>
+int64_t select_inputs(const T* x, int64_t rows, int64_t x_stride, int64_t in, const float* threshold,
+                      const float* scale, Kept* kept) {
+  int64_t count = 0, skipped = 0;
+  if (!threshold) {
+    for (int64_t i = 0; i < in; ++i) {
+      kept->index[i] = (int32_t)i;
+      for (int64_t r = 0; r < rows; ++r) kept->value[i * rows + r] = to_float(x[r * x_stride + i]);
+    }
+    kept->count = in;
+    return 0;
+  }
+  float limit = *threshold;
+  for (int64_t i = 0; i < in; ++i) {
+    bool any = false;
+    for (int64_t r = 0; r < rows; ++r) {
+      float value = to_float(x[r * x_stride + i]);
+      float score = __builtin_fabsf(value);
+      if (scale) score *= scale[i];
+      bool skip = score <= limit;
+      kept->value[count * rows + r] = skip ? 0.0f : value;
+      skipped += skip;
+      any |= !skip;
+    }
+    kept->index[count] = (int32_t)i;
+    count += any;
+  }
+  kept->count = count;
+  return skipped;
+}
+
+// sums[r] += the weights of K inputs times their values, over one tile. `ahead`: weights to fetch meanwhile.
+template <class T, int R, int K>
+DEADBAND_INLINE void add_inputs(const T* const* weight, const float* value, const T* const* ahead, int64_t width,
+                                float* sums, int64_t sums_stride) {
+  Vf x[K][R];
+  for (int k = 0; k < K; ++k)
+    for (int r = 0; r < R; ++r) x[k][r] = splat(value[k * R + r]);
+  auto step = [&](const Pair* w, int64_t j) __attribute__((always_inline)) {
+    for (int r = 0; r < R; ++r) {
+      Pair product = {w[0].a * x[0][r], w[0].b * x[0][r]};
+      for (int k = 1; k < K; ++k) {
+        product.a += w[k].a * x[k][r];
+        product.b += w[k].b * x[k][r];
+      }
+      float* p = sums + r * sums_stride + j;
+      store(p, load(p) + product.a);
+      store(p + kLanes, load(p + kLanes) + product.b);
+    }
+  };
+  Pair w[K];
+  int64_t j = 0;
+  for (; j + kBlock <= width; j += kBlock) {
+    for (int k = 0; k < K; ++k) {
+      __builtin_prefetch(ahead[k] + j, 0, 3);
+      w[k] = load_pair(weight[k] + j);
+    }
+    step(w, j);
+  }
+  if (j < width) {
+    for (int k = 0; k < K; ++k) w[k] = load_pair_part(weight[k] + j, width - j);
+    step(w, j);
+  }
+}
+
+// One tile of outputs: weight, bias and y point at its first one. sums, totals: [R][stride], stride >= the width in blocks.
+template <class T, int R>
+void stream_tile(const Kept& kept, const T* weight, int64_t weight_stride, int64_t width, const T* bias, T* y,
+                 int64_t y_stride, float* sums, float* totals, int64_t stride) {
+  for (int64_t j = 0; j < width; j += kBlock) {
+    Pair start = {};
+    if (bias) start = j + kBlock <= width ? load_pair(bias + j) : load_pair_part(bias + j, width - j);
+    for (int r = 0; r < R; ++r) {
+      store_pair(totals + r * stride + j, start);
+      store_pair(sums + r * stride + j, Pair{});
+    }
+  }
+  const T* row[kDepth];
+  const T* ahead[kDepth];
+  for (int64_t chain = 0; chain < kept.count; chain += kChain) {
+    int64_t i = chain, end = min_of(kept.count, chain + kChain);
+    for (; i + kDepth <= end; i += kDepth) {
+      for (int k = 0; k < kDepth; ++k) {
+        row[k] = weight + kept.index[i + k] * weight_stride;
+        ahead[k] = weight + kept.index[min_of(i + kDepth + k, kept.count - 1)] * weight_stride;
+      }
+      add_inputs<T, R, kDepth>(row, kept.value + i * R, ahead, width, sums, stride);
+    }
+    for (; i < end; ++i) {
+      row[0] = weight + kept.index[i] * weight_stride;
+      add_inputs<T, R, 1>(row, kept.value + i * R, row, width, sums, stride);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int64_t j = 0; j < width; j += kBlock) {
+        float *sum = sums + r * stride + j, *total = totals + r * stride + j;
+        Pair s = load_pair(sum), t = load_pair(total);
+        store_pair(total, Pair{t.a + s.a, t.b + s.b});
+        store_pair(sum, Pair{});
+      }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int64_t j = 0; j < width; j += kBlock) {
+      Pair t = load_pair(totals + r * stride + j);
+      if (j + kBlock <= width)
+        store_pair(y + r * y_stride + j, t);
+      else
+        store_pair_part(y + r * y_stride + j, t, width - j);
+    }
+}
+
+template <class T, int R>
+int stream_rows(const T* x, int64_t x_stride, int64_t in, const T* weight, int64_t weight_stride, int64_t out,
+                const T* bias, const float* threshold, const float* scale, T* y, int threads, int64_t* counts) {
+  int64_t tile = kTile / R;
+  int64_t stride = min_of(tile, round_up(out, kBlock));
+  size_t index_bytes = round_up(in * sizeof(int32_t), 64), value_bytes = round_up(in * R * sizeof(float), 64);
+  size_t sums_bytes = 2 * R * stride * sizeof(float);
+  char* shared = (char*)workspace(kSharedSlot, index_bytes + value_bytes + threads * sums_bytes);
+  if (!shared) return DEADBAND_NO_MEMORY;
+  Kept kept = {(int32_t*)shared, (float*)(shared + index_bytes), 0};
+  float* scratch = (float*)(shared + index_bytes + value_bytes);
+
+  int64_t skipped = select_inputs(x, R, x_stride, in, threshold, scale, &kept);
+  if (counts) {
+    __atomic_fetch_add(&counts[0], skipped, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&counts[1], in * R, __ATOMIC_RELAXED);
+  }
+  threads = (int)min_of(threads, 1 + kept.count * out * (int64_t)sizeof(T) / kBytesPerThread);
+  parallel(threads, [&](int part, int parts) {
+    Range mine = share(out, 64, part, parts);
+    float* sums = scratch + part * (sums_bytes / sizeof(float));
+    int64_t tiles = (mine.end - mine.begin + tile - 1) / tile;
+    for (int64_t t = 0; t < tiles; ++t) {
+      Range cut = share(mine.end - mine.begin, kBlock, (int)t, (int)tiles);
+      int64_t first = mine.begin + cut.begin;
+      stream_tile<T, R>(kept, weight + first, weight_stride, cut.end - cut.begin, bias ? bias + first : nullptr,
+                        y + first, out, sums, sums + R * stride, stride);
+    }
+  });
+  return 0;
+}
+
+template <class T>
+int stream_typed(const T* x, int64_t rows, int64_t x_stride, int64_t in, const T* weight, int64_t weight_stride,
+                 int64_t out, const T* bias, const float* threshold, const float* scale, T* y, int threads,
+                 int64_t* counts) {
+  auto call = rows == 1 ? stream_rows<T, 1> : rows == 2 ? stream_rows<T, 2> : rows == 3 ? stream_rows<T, 3> : stream_rows<T, 4>;
+  return call(x, x_stride, in, weight, weight_stride, out, bias, threshold, scale, y, threads, counts);
+}
+
+int stream(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
+           int64_t weight_stride, int64_t out, const void* bias, const float* threshold, const float* scale, void* y,
+           int threads, int64_t* counts) {
+  if (dtype == DEADBAND_FLOAT32)
+    return stream_typed((const float*)x, rows, x_stride, in, (const float*)weight, weight_stride, out,
+                        (const float*)bias, threshold, scale, (float*)y, threads, counts);
+  return stream_typed((const bf16*)x, rows, x_stride, in, (const bf16*)weight, weight_stride, out, (const bf16*)bias,
+                      threshold, scale, (bf16*)y, threads, counts);
+}

@@ -1,0 +1,114 @@
+// Vectors of one register, loads and stores of float32 and bfloat16, and the parallel region.
+// Written with the vector extensions of gcc and clang: the same source gives SSE2, AVX2, AVX-512 and NEON.
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+constexpr int kBlock = 2 * kLanes;  // the pair of vectors that the kernels step by
+
+typedef float Vf __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Vu __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t bf16;
+
+#define DEADBAND_INLINE inline __attribute__((always_inline))
+
+DEADBAND_INLINE Vf splat(float value) { return value - Vf{}; }  // x - 0 is x for every x, -0 and NaN too; x + 0 is not
+DEADBAND_INLINE Vf load(const float* p) {
+  Vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+DEADBAND_INLINE void store(float* p, Vf v) { memcpy(p, &v, sizeof v); }
+
+DEADBAND_INLINE float to_float(float value) { return value; }
+DEADBAND_INLINE float to_float(bf16 value) {
+  uint32_t bits = (uint32_t)value << 16;
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+// A block in registers. Of float32 it is two consecutive vectors. Of bfloat16 it is the even and the odd entries: each is
+// one shift or one mask away from the 32-bit lanes that were loaded, where consecutive order would cost shuffles both
+// ways. Sums are kept in this order, and put right by the same trick when they are stored.
+struct Pair {
+  Vf a, b;
+};
+
+DEADBAND_INLINE Pair load_pair(const float* p) { return {load(p), load(p + kLanes)}; }
+DEADBAND_INLINE Pair load_pair(const bf16* p) {
+  Vu u;
+  memcpy(&u, p, sizeof u);
+  return {(Vf)(u << 16), (Vf)(u & 0xffff0000u)};
+}
+
+// To nearest, ties to even; a NaN keeps its upper bits, and one more lest it becomes infinity. In the upper half.
+DEADBAND_INLINE Vu rounded_bits(Vf v) {
+  Vu u = (Vu)v;
+  Vu rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  Vu nan = (Vu)(v != v);
+  return (rounded & ~nan) | ((u | 0x400000u) & nan);
+}
+
+DEADBAND_INLINE void store_pair(float* p, Pair v) {
+  store(p, v.a);
+  store(p + kLanes, v.b);
+}
+DEADBAND_INLINE void store_pair(bf16* p, Pair v) {
+  Vu u = (rounded_bits(v.a) >> 16) | (rounded_bits(v.b) & 0xffff0000u);
+  memcpy(p, &u, sizeof u);
+}
+
+// The first `count` < kBlock entries, and zeros.
+template <class T>
+DEADBAND_INLINE Pair load_pair_part(const T* p, int64_t count) {
+  T block[kBlock] = {};
+  memcpy(block, p, count * sizeof(T));
+  return load_pair(block);
+}
+template <class T>
+DEADBAND_INLINE void store_pair_part(T* p, Pair v, int64_t count) {
+  T block[kBlock];
+  store_pair(block, v);
+  memcpy(p, block, count * sizeof(T));
+}
+
+DEADBAND_INLINE float sum_lanes(Vf v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+DEADBAND_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+DEADBAND_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+DEADBAND_INLINE int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Thread `part` of `parts` takes [begin, end) of `total`, cut at multiples of `step`.
+struct Range {
+  int64_t begin, end;
+};
+DEADBAND_INLINE Range share(int64_t total, int64_t step, int part, int parts) {
+  int64_t steps = (total + step - 1) / step;
+  return {min_of(total, steps * part / parts * step), min_of(total, steps * (part + 1) / parts * step)};
+}
+
+// body(part, parts). One thread opens no parallel region: libgomp's threads do not survive a fork, and data loaders
+// fork.
+template <class Body>
+void parallel(int threads, Body body) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    body(omp_get_thread_num(), omp_get_num_threads());
+    return;
+  }
+#endif
+  body(0, 1);
+}

@@ -1,0 +1,80 @@
+"""deadband: PyTorch models made faster by skipping activations close to zero.
+
+    calibration = deadband.calibrate(model, batches)
+    deadband.sparsify_(model, calibration.allocate(0.4))
+
+Public names load on first use: importing deadband imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deadband.allocation import Thresholds
+    from deadband.calibration import Calibration, calibrate
+    from deadband.evaluation import Evaluation, evaluate
+    from deadband.linear import SparseLinear
+    from deadband.sparsify import SparsityConfig, SparsityReport, dense, densify_, sparse_prefill, sparsify_, sparsity
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Calibration": "calibration",
+    "Evaluation": "evaluation",
+    "SparseLinear": "linear",
+    "SparsityConfig": "sparsify",
+    "SparsityReport": "sparsify",
+    "Thresholds": "allocation",
+    "calibrate": "calibration",
+    "dense": "sparsify",
+    "densify_": "sparsify",
+    "evaluate": "evaluation",
+    "sparse_prefill": "sparsify",
+    "sparsify_": "sparsify",
+    "sparsity": "sparsify",
+}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'deadband' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"deadband.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
+
+
+class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
+    """Import `deadband.hf` right after transformers' quantizers, so that from_pretrained knows sparse checkpoints."""
+
+    target = "transformers.quantizers.auto"
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.target:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                importlib.import_module("deadband.hf")
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if _RegisterWithTransformers.target in sys.modules:
+    importlib.import_module("deadband.hf")
+else:
+    sys.meta_path.insert(0, _RegisterWithTransformers())

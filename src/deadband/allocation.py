@@ -1,0 +1,325 @@
+"""From a budget to one threshold per site: `uniform`, or `greedy` (TEAL's Algorithm 1), and the corrective pass."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deadband.criterion import check_criterion, keep_mask, scale_of
+from deadband.files import write_json
+from deadband.running import evaluating, progress_bar, run
+from deadband.sites import find_blocks, is_site, matrix_of
+
+if TYPE_CHECKING:
+    from deadband.calibration import Calibration
+
+METHODS = ("uniform", "greedy")
+VERSION = 1
+_MOST_OF_A_SITE = 0.99  # greedy empties no site altogether
+_SITE_STEP = 0.1  # the largest step of one site's sparsity in greedy, see _greedy_path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Thresholds(Mapping[str, float]):
+    """One threshold per site, as `Calibration.allocate` gives them: a mapping, with what it was made for.
+
+    Attributes:
+        sites: threshold by site name.
+        sparsity: model-wide sparsity asked for, weighted by weight bytes.
+        site_sparsity: the share of it that each site was given.
+        criterion, method: how scores are taken, and how the budget was shared out.
+        corrected: whether thresholds come from activations of the sparse model.
+        shapes: [out_features, in_features] of each site, to tell a model that these do not belong to.
+
+    Example:
+        >>> thresholds = Thresholds(sites={"fc": 0.5}, sparsity=0.4, site_sparsity={"fc": 0.4}, shapes={"fc": (2, 4)})
+        >>> dict(thresholds)
+        {'fc': 0.5}
+    """
+
+    sites: dict[str, float]
+    sparsity: float
+    site_sparsity: dict[str, float]
+    shapes: dict[str, tuple[int, int]]
+    criterion: str = "magnitude"
+    method: str = "uniform"
+    corrected: bool = False
+
+    def __getitem__(self, site: str) -> float:
+        return self.sites[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __str__(self) -> str:
+        pass_ = ", corrected on the sparse model" if self.corrected else ""
+        head = f"{self.sparsity:.0%} of the weight bytes over {len(self)} sites, {self.method}, {self.criterion}{pass_}"
+        return "\n".join([head] + [f"{self.site_sparsity[name]:7.1%} {self[name]:9.4g}  {name}" for name in self])
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise a ValueError if these thresholds were made for another model."""
+        modules = dict(model.named_modules())
+        for name, shape in self.shapes.items():
+            module = modules.get(name)
+            if module is None or not is_site(module):
+                raise ValueError(f"the thresholds are for another model: this {type(model).__name__} has no site {name!r}")
+            if tuple(matrix_of(module).shape) != tuple(shape):
+                raise ValueError(
+                    f"the thresholds are for another model: site {name!r} is {tuple(matrix_of(module).shape)} here, "
+                    f"the calibration saw {tuple(shape)} ([out_features, in_features])"
+                )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a JSON file."""
+        write_json(path, {"version": VERSION, **dataclasses.asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Thresholds:
+        """Read what `save` wrote; a ValueError says so if it is something else."""
+        try:
+            about = json.loads(Path(path).read_text(encoding="utf-8"))
+            if about.pop("version") != VERSION:
+                raise ValueError("another version")
+            about["shapes"] = {name: tuple(shape) for name, shape in about["shapes"].items()}
+            return cls(**about)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{os.fspath(path)!r} is not a file of thresholds of version {VERSION}: {error}") from None
+
+
+def allocate(
+    calibration: Calibration,
+    sparsity: float | Sequence[float],
+    method: str = "uniform",
+    *,
+    model: nn.Module | None = None,
+    batches: Iterable[Any] | None = None,
+    step: float = 0.05,
+    tokens: int = 2048,
+    progress: bool = True,
+) -> Any:
+    """Share a budget out over the sites: `Calibration.allocate`.
+
+    Activations shrink once earlier sites are sparse, so that thresholds taken from dense activations skip more than
+    asked. With `model` and `batches`, one more pass, with the sparse model, corrects that (to within 1 % of the budget).
+
+    Args:
+        calibration: statistics of the sites.
+        sparsity: fraction of the sites' weight bytes to skip, 0 up to but not 1. Several budgets give a list of
+            results, for the price of about one where the method is `greedy`.
+        method: `uniform`: the same sparsity everywhere. `greedy`: TEAL's Algorithm 1 (Liu et al. 2024, arXiv
+            2408.14690, section 4.3): in each block, step by step, the site whose next step harms the block's output
+            least gives; all blocks give the same. Needs `model` and `batches`.
+        model: the dense model that was calibrated. Nothing in it changes.
+        batches: calibration data, as for `calibrate`; a sequence rather than an iterator.
+        step: greedy's step, as a fraction of the block's weight bytes.
+        tokens: greedy compares block outputs on so many tokens (in whole batches).
+        progress: show progress bars on a terminal.
+
+    Returns:
+        `Thresholds`, or a list of them.
+
+    Raises:
+        ValueError: a sparsity out of range, an unknown method, a model that the calibration does not fit or that is
+            sparse, `greedy` without a model, or only one of `model` and `batches`.
+    """
+    from deadband.linear import SparseSite
+    from deadband.sparsify import check_sparsity
+
+    budgets = [check_sparsity(value) for value in (sparsity if isinstance(sparsity, Sequence) else [sparsity])]
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is not known; expected one of {', '.join(map(repr, METHODS))}")
+    if (model is None) != (batches is None):
+        raise ValueError("model= and batches= go together: pass both or neither")
+    if method == "greedy" and model is None:
+        raise ValueError("method 'greedy' compares outputs of the model's blocks: pass model= and batches= as to calibrate")
+    shapes = {name: (site.out_features, site.in_features) for name, site in calibration.sites.items()}
+    plain: dict[str, Any] = {"criterion": check_criterion(calibration.criterion), "method": method, "shapes": shapes}
+    shares = [dict.fromkeys(calibration.sites, budget) for budget in budgets]
+    if model is not None:
+        Thresholds(sites={}, sparsity=0.0, site_sparsity={}, shapes=shapes).check_fits(model)
+        if any(isinstance(module, SparseSite) for module in model.modules()):
+            raise ValueError("the model is sparse already; densify_ it, then allocate on the dense model")
+        assert batches is not None
+        batches = list(batches)
+        if method == "greedy":
+            shares = _greedy(calibration, budgets, model, batches, step, tokens, progress)
+    results = []
+    for budget, share in zip(budgets, shares, strict=True):
+        sites = {name: site.threshold(share[name]) for name, site in calibration.sites.items()}
+        if model is not None and budget > 0:
+            from deadband.calibration import observe_model
+
+            seen = observe_model(model, batches, list(sites), calibration.criterion, sites, "correct", progress)
+            sites = {name: seen.sites[name].threshold(share[name]) for name in sites}
+        results.append(Thresholds(sites=sites, sparsity=budget, site_sparsity=share, corrected=model is not None, **plain))
+    return results if isinstance(sparsity, Sequence) else results[0]
+
+
+def _greedy(
+    calibration: Calibration,
+    budgets: list[float],
+    model: nn.Module,
+    batches: list[Any],
+    step: float,
+    tokens: int,
+    progress: bool,
+) -> list[dict[str, float]]:
+    """The sparsity of every site at each budget, block by block."""
+    blocks: dict[str, nn.Module] = {}
+    members: dict[str, list[str]] = {}
+    found = find_blocks(model)
+    for name in calibration.sites:
+        block = next((block for block in found if name.startswith(f"{block}.")), "")
+        blocks[block] = found.get(block, model)
+        members.setdefault(block, []).append(name)
+    scales = {name: scale_of(calibration.criterion, matrix_of(model.get_submodule(name))) for name in calibration.sites}
+    shares: list[dict[str, float]] = [{} for _ in budgets]
+    with evaluating(model):
+        calls = _block_inputs(model, blocks, batches, tokens)
+        for block in progress_bar(blocks, "greedy", progress):
+            sites = {name: model.get_submodule(name) for name in members[block]}
+            path = _greedy_path(blocks[block], sites, calls.pop(block), calibration, scales, step, max(budgets))
+            for share, budget in zip(shares, budgets, strict=True):
+                share.update(_along(path, budget))
+    return [{name: share[name] for name in calibration.sites} for share in shares]
+
+
+def _block_inputs(
+    model: nn.Module, blocks: dict[str, nn.Module], batches: list[Any], tokens: int
+) -> dict[str, list[tuple[tuple, dict]]]:
+    """The arguments of every call of every block while the dense model sees the first `tokens` tokens."""
+    calls: dict[str, list[tuple[tuple, dict]]] = {name: [] for name in blocks}
+    seen = 0
+
+    def recorder(name: str) -> Any:
+        return lambda module, args, kwargs: calls[name].append((args, kwargs))
+
+    handles = [m.register_forward_pre_hook(recorder(name), with_kwargs=True) for name, m in blocks.items()]
+    try:
+        for batch in batches:
+            run(model, batch, use_cache=False, logits_to_keep=1)
+            first = next(iter(calls.values()))[-1:]
+            seen += sum(_rows(value) for args, kwargs in first for value in (*args, *kwargs.values())[:1])
+            if seen >= tokens:
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _rows(value: Any) -> int:
+    return value.numel() // max(value.shape[-1], 1) if isinstance(value, Tensor) and value.dim() else 1
+
+
+def _greedy_path(
+    block: nn.Module,
+    sites: dict[str, nn.Module],
+    calls: list[tuple[tuple, dict]],
+    calibration: Calibration,
+    scales: dict[str, Tensor | None],
+    step: float,
+    budget: float,
+) -> list[tuple[float, dict[str, float]]]:
+    """Algorithm 1 for one block: (sparsity of the block, sparsity of each site) after each step, up to `budget`.
+
+    A step skips a fraction `step` of the block's bytes, so a site whose weight is small moves far: in a model with
+    grouped-query attention, 5 % of a block is more than a whole key projection. No step therefore moves a site by more
+    than 0.1; where that bound makes steps of different bytes, harm is compared per byte. Harm of a site's next step
+    only grows while others give, so a harm computed earlier is a lower bound, and most candidates need no second look.
+    """
+    total = sum(calibration.sites[name].weight_bytes for name in sites)
+    part = {name: calibration.sites[name].weight_bytes / total for name in sites}
+    current = dict.fromkeys(sites, 0.0)
+    thresholds = dict.fromkeys(sites, 0.0)
+    dense = [_first_tensor(block(*args, **kwargs)) for args, kwargs in calls]
+
+    def harm(sparsities: Mapping[str, float]) -> float:
+        thresholds.update({name: calibration.sites[name].threshold(value) for name, value in sparsities.items()})
+        difference = 0.0
+        with masking(sites, thresholds, scales):
+            for (args, kwargs), before in zip(calls, dense, strict=True):
+                after = _first_tensor(block(*args, **kwargs))
+                difference += float((after - before).float().square().sum(dtype=torch.float64))
+        return difference**0.5
+
+    reached, path = 0.0, [(0.0, dict(current))]
+    known: dict[str, float] = {}  # lower bounds of harm per byte of each site's next step
+    here = 0.0
+    while reached < budget - 1e-9:
+        moves = {
+            name: min(step / part[name], _SITE_STEP, _MOST_OF_A_SITE - current[name], (budget - reached) / part[name])
+            for name in sites
+            if current[name] < _MOST_OF_A_SITE - 1e-9
+        }
+        if not moves:
+            break
+        fresh: dict[str, float] = {}
+        while True:
+            name = min(moves, key=lambda name: known.get(name, -1.0))
+            if name in fresh:
+                break
+            fresh[name] = harm({**current, name: current[name] + moves[name]})
+            known[name] = (fresh[name] - here) / (moves[name] * part[name])
+        current[name] += moves[name]
+        reached += moves[name] * part[name]
+        here = fresh[name]
+        path.append((reached, dict(current)))
+    return path
+
+
+def _along(path: list[tuple[float, dict[str, float]]], budget: float) -> dict[str, float]:
+    """The configuration at `budget`: between two steps of a path, the part of the step that reaches it."""
+    for (low, before), (high, after) in zip(path, path[1:], strict=False):
+        if budget <= high:
+            share = (budget - low) / (high - low)
+            return {name: before[name] + share * (after[name] - before[name]) for name in before}
+    return path[-1][1] if budget > 0 else path[0][1]
+
+
+@contextlib.contextmanager
+def masking(
+    sites: Mapping[str, nn.Module], thresholds: Mapping[str, float], scales: Mapping[str, Tensor | None]
+) -> Iterator[None]:
+    """Inside the block, the input of each dense site is masked, by a hook: the sparse model without changing a layer."""
+    handles = []
+
+    def hook(name: str) -> Any:
+        def mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            return masked_arguments(args, kwargs, thresholds[name], scales[name])
+
+        return mask
+
+    try:
+        for name, module in sites.items():
+            if thresholds[name] > 0:
+                handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def masked_arguments(args: tuple, kwargs: dict, threshold: float, scale: Tensor | None) -> tuple[tuple, dict]:
+    """The arguments of a linear layer with the skipped entries of its input set to zero."""
+    if args:
+        return (torch.where(keep_mask(args[0], threshold, scale), args[0], 0), *args[1:]), kwargs
+    name, x = next(iter(kwargs.items()))
+    return args, {**kwargs, name: torch.where(keep_mask(x, threshold, scale), x, 0)}
+
+
+def _first_tensor(output: Any) -> Tensor:
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    return output

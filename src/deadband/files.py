@@ -1,0 +1,54 @@
+"""Write files so that a reader meets the old content or the new, never half of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes `path`'s place when the block ends without an exception.
+
+    Works for a file and for a folder (make it at the yielded path). On any exception, Ctrl-C included, what was
+    written is removed and what stood at `path` before still stands there.
+
+    Example:
+        >>> with replacing("figures.json") as temporary:
+        ...     _ = temporary.write_text("{}")
+
+    Raises:
+        OSError: the folder that holds `path` does not exist or cannot be written.
+    """
+    path = Path(path)
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = holder / path.name
+    try:
+        yield temporary
+        if path.is_dir() and not path.is_symlink():  # os.replace cannot put one folder over another
+            os.replace(path, holder / "replaced")
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as indented JSON, all or nothing; NaN and infinity become null, as JSON has neither."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

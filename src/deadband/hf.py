@@ -1,0 +1,120 @@
+"""transformers: `save_pretrained` writes a sparse model, `from_pretrained` brings it back sparse.
+
+A sparse checkpoint is a dense one plus a float32 `threshold` for each site, and a `quantization_config` in config.json.
+transformers has no entry points for quantizers, so `import deadband` registers this one; without deadband the same
+checkpoint loads as the dense model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from deadband.linear import SPARSE_CLASSES, SparseSite, lay_out_, make_sparse_
+from deadband.sites import matrix_of
+from deadband.sparsify import SparsityConfig, sparse_sites
+
+METHOD = "deadband"
+
+
+class SparseConv1D(SparseSite, Conv1D):
+    """The sparse twin of the Conv1D of GPT-2 and its kin: a linear layer that stores its weight as [in, out]."""
+
+    dense_class = Conv1D
+
+    @staticmethod
+    def matrix_view(weight: Tensor) -> Tensor:
+        """The stored weight as [out_features, in_features]."""
+        return weight.t()
+
+    def extra_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}, {super().extra_repr().lstrip(', ')}"
+
+
+SPARSE_CLASSES[Conv1D] = SparseConv1D
+
+
+@register_quantization_config(METHOD)
+class DeadbandConfig(QuantizationConfigMixin):
+    """`quantization_config` of a sparse model: the fields of `deadband.SparsityConfig`."""
+
+    def __init__(self, **fields: Any) -> None:
+        fields.pop("quant_method", None)
+        self.quant_method = METHOD
+        self.sparsity_config = SparsityConfig(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into config.json."""
+        return {"quant_method": METHOD, **self.sparsity_config.to_dict()}
+
+
+@register_quantizer(METHOD)
+class DeadbandQuantizer(HfQuantizer):
+    """Makes the sites sparse before transformers loads the weights, and checks and lays out what was loaded."""
+
+    requires_calibration = True  # a dense checkpoint has no thresholds: calibrate it instead
+    quantization_config: DeadbandConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config = self.quantization_config.sparsity_config
+        for name in config.sites:
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                raise ValueError(f"config.json names site {name!r}, which {type(model).__name__} does not have") from None
+            norm = None
+            if config.criterion == "weighted_magnitude":
+                norm = torch.empty(matrix_of(module).shape[1], dtype=torch.float32, device="meta")
+            # -1 keeps everything: a threshold that the checkpoint lacks is told apart from one that is zero
+            make_sparse_(module, -1.0, norm, gradient=config.gradient)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for name, module in sparse_sites(model).items():
+            for buffer in ("threshold", "column_norm"):
+                value = getattr(module, buffer)
+                if value is not None and not getattr(value, "_is_hf_initialized", False):
+                    raise ValueError(
+                        f"the checkpoint has no {name}.{buffer}; it was not written by deadband, or is incomplete. "
+                        "Calibrate and sparsify the dense model again"
+                    )
+            module.register_buffer("counts", torch.zeros(2, dtype=torch.int64, device=module.weight.device), persistent=False)
+            lay_out_(module)
+
+    def is_serializable(self) -> bool:
+        """Sparse models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Sparse layers train as dense ones do."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Without this, `Trainer` refuses every model that has a quantization_config."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The sparse operator works under torch.compile."""
+        return True
+
+
+def set_quantization_config(model: Any, config: SparsityConfig | None) -> None:
+    """Make `model.save_pretrained` describe the model as sparse, or, with None, as dense again."""
+    if config is None:
+        quantizer = getattr(model, "hf_quantizer", None)
+        if isinstance(quantizer, DeadbandQuantizer):
+            quantizer.remove_quantization_config(model)
+        return
+    existing = getattr(model, "hf_quantizer", None)
+    if existing is not None and not isinstance(existing, DeadbandQuantizer):
+        return  # another quantization owns config.json; the thresholds still travel in the state dict
+    model.config.quantization_config = DeadbandConfig(**config.to_dict())
+    model.hf_quantizer = DeadbandQuantizer(model.config.quantization_config, pre_quantized=True)

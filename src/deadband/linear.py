@@ -1,0 +1,178 @@
+"""SparseLinear: an nn.Linear that skips what lies inside the deadband, when decoding, evaluating or training."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deadband.criterion import keep_mask
+from deadband.ops import sparse_linear
+
+DECODE_ROWS = 4
+"""Inputs of up to so many rows (tokens) count as decoding and skip. Beyond, nearly every weight is needed by some row:
+at sparsity 0.5 the rows of the weight that 4 tokens need together are 94 % of it."""
+ALL_ROWS = sys.maxsize
+GRADIENTS = ("exact", "straight_through")
+
+
+class SparseSite(nn.Module):
+    """What the sparse twins of linear layers share: a threshold beside the weight, and the forward that applies it.
+
+    A dense layer becomes its twin by changing class in place (`make_sparse_`), so it keeps its identity, its place in
+    the model, its hooks and the names in its state dict; `make_dense_` goes back. The weight stays the one parameter it
+    was; only its strides change, so that the weights of one input lie side by side.
+    """
+
+    dense_class: type[nn.Module]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    threshold: Tensor  # [] float32
+    column_norm: Tensor | None  # [in_features] float32, for weighted_magnitude
+    counts: Tensor | None  # [2] int64: entries skipped, entries seen
+    sparse_rows: int
+    gradient: str
+
+    @staticmethod
+    def matrix_view(weight: Tensor) -> Tensor:
+        """The stored weight as [out_features, in_features]."""
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = W · (x where kept, else 0) + bias; every row while training, else inputs of at most `sparse_rows` rows."""
+        weight = self.matrix_view(self.weight)
+        if self.training or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+            return self._differentiable_forward(x, weight)
+        return sparse_linear(x, weight, self.bias, self.threshold, self.column_norm, self.sparse_rows, self.counts)
+
+    def _differentiable_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.sparse_rows and (self.training or x.numel() // x.shape[-1] <= self.sparse_rows):
+            keep = keep_mask(x.detach(), self.threshold, self.column_norm)
+            masked = _StraightThrough.apply if self.gradient == "straight_through" else _masked
+            x = masked(x, keep)
+        return F.linear(x, weight, self.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseSite:
+        exact = {name: getattr(self, name) for name in ("threshold", "column_norm")}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():  # model.to(bfloat16) must not round a threshold
+            after = getattr(self, name)
+            if after is not None and after.dtype != torch.float32:
+                setattr(self, name, before.to(after.device))
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        lay_out_(self)  # load_state_dict(assign=True) brings the strides of the checkpoint
+
+    def extra_repr(self) -> str:
+        threshold = "meta" if self.threshold.is_meta else f"{self.threshold.item():.4g}"
+        weighted = ", weighted_magnitude" if self.column_norm is not None else ""
+        return f"{super().extra_repr()}, threshold={threshold}{weighted}"
+
+
+class SparseLinear(SparseSite, nn.Linear):
+    """`nn.Linear` whose input entries inside the deadband are treated as zero; made by `deadband.sparsify_`.
+
+    The state dict has nn.Linear's names, plus `threshold` (and `column_norm` for weighted_magnitude).
+
+    Example:
+        >>> layer = make_sparse_(nn.Linear(3, 2, bias=False), threshold=0.5)
+        >>> x = torch.tensor([[0.1, 2.0, -0.3]])
+        >>> with torch.no_grad():
+        ...     torch.equal(layer(x), layer(torch.tensor([[0.0, 2.0, 0.0]])))
+        True
+    """
+
+    dense_class = nn.Linear
+
+
+SPARSE_CLASSES: dict[type[nn.Module], type[SparseSite]] = {nn.Linear: SparseLinear}
+"""The sparse twin of each dense class. `deadband.hf` adds transformers' Conv1D."""
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Masked forward; the gradient passes as if nothing had been masked (Bengio et al. 2013, arXiv 1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor) -> Tensor:
+        return _masked(x, keep)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _masked(x: Tensor, keep: Tensor) -> Tensor:
+    return torch.where(keep, x, 0)
+
+
+def make_sparse_(
+    module: nn.Module,
+    threshold: float,
+    column_norm: Tensor | None = None,
+    *,
+    gradient: str = "exact",
+    count: bool = True,
+) -> SparseSite:
+    """Turn a dense linear layer into its sparse twin, in place, or give a sparse one new settings."""
+    if not isinstance(module, SparseSite):
+        with _without_accelerate_hook(module):
+            module.__class__ = SPARSE_CLASSES[type(module)]
+    assert isinstance(module, SparseSite)
+    device = module.weight.device
+    module.register_buffer("threshold", torch.full((), threshold, dtype=torch.float32, device=device))
+    module.register_buffer("column_norm", column_norm)
+    counts = torch.zeros(2, dtype=torch.int64, device=device) if count else None
+    module.register_buffer("counts", counts, persistent=False)
+    module.sparse_rows = DECODE_ROWS
+    module.gradient = gradient
+    lay_out_(module)
+    return module
+
+
+def make_dense_(module: SparseSite) -> nn.Module:
+    """Turn a sparse layer back into its dense class, in place, with the weight's usual strides and the same bits."""
+    with _without_accelerate_hook(module):
+        for name in ("threshold", "column_norm", "counts"):
+            delattr(module, name)
+        del module.sparse_rows, module.gradient
+        module.__class__ = module.dense_class
+    module.weight.data = module.weight.data.contiguous()
+    return module
+
+
+def lay_out_(module: SparseSite) -> None:
+    """Store the weights of one input side by side, [in, out], keeping the parameter's identity, shape and values.
+
+    Safetensors, `assign=True` and tying lose strides, so this runs again after loading. Costs a copy, or nothing when
+    the weight lies that way already.
+    """
+    matrix = module.matrix_view(module.weight.data)
+    if matrix.is_meta or matrix.t().is_contiguous():
+        return
+    stored = torch.empty_strided(matrix.shape, (1, matrix.shape[0]), dtype=matrix.dtype, device=matrix.device)
+    stored.copy_(matrix)
+    module.weight.data = module.matrix_view(stored)
+
+
+class _without_accelerate_hook:  # noqa: N801
+    """Take accelerate's hook (device_map, offload) off a module while its class changes: it wraps the bound forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.hook = module, getattr(module, "_hf_hook", None)
+
+    def __enter__(self) -> None:
+        if self.hook is not None:
+            from accelerate.hooks import remove_hook_from_module
+
+            remove_hook_from_module(self.module)
+
+    def __exit__(self, *error: object) -> None:
+        if self.hook is not None:
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(self.module, self.hook)

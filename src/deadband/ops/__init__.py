@@ -1,0 +1,71 @@
+"""The operators: schema, fake and torch reference of each. A backend (`ops/cpu.py`) only adds registrations.
+
+    deadband::sparse_linear(x, weight, bias, threshold, scale, sparse_rows, counts) -> y
+
+        x          [..., in_features]
+        weight     [out_features, in_features]; fast when laid out with the weights of one input side by side,
+                   that is with strides (1, out_features)
+        bias       [out_features] or None
+        threshold  [] float32: an entry is kept unless its score is at or below it; negative keeps everything
+        scale      [in_features] float32 or None: what |x| is multiplied by to give the score
+        sparse_rows  inputs of at most so many rows skip (0: never); with more rows the product is dense
+        counts     [2] int64 or None: entries skipped and entries seen by the sparse path are added to it
+        y          [..., out_features], contiguous, in the dtype of x
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deadband.criterion import keep_mask
+
+_library = torch.library.Library("deadband", "DEF")
+_library.define(
+    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor threshold, Tensor? scale, int sparse_rows, "
+    "Tensor(a!)? counts) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def sparse_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    scale: Tensor | None,
+    sparse_rows: int,
+    counts: Tensor | None,
+) -> Tensor:
+    """What the operator means, in plain torch; the module's docstring explains the arguments."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    if rows <= sparse_rows:
+        keep = keep_mask(x, threshold, scale)
+        if counts is not None:
+            counts += torch.stack([(~keep).sum(), torch.tensor(x.numel(), device=x.device)])
+        x = torch.where(keep, x, 0)
+    return F.linear(x, weight, bias).contiguous()
+
+
+_library.impl("sparse_linear", sparse_linear_reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("deadband::sparse_linear", lib=_library)
+def _sparse_linear_fake(x, weight, bias, threshold, scale, sparse_rows, counts):
+    torch._check(weight.dim() == 2, lambda: f"weight has {weight.dim()} dimensions, expected [out_features, in_features]")
+    torch._check(x.dim() >= 1, lambda: "x has no dimension, expected [..., in_features]")
+    torch._check(
+        x.shape[-1] == weight.shape[1],
+        lambda: f"x has {x.shape[-1]} features, the weight of shape {tuple(weight.shape)} expects {weight.shape[1]}",
+    )
+    torch._check(x.dtype == weight.dtype, lambda: f"x is {x.dtype} and the weight {weight.dtype}; expected one dtype")
+    torch._check(threshold.numel() == 1, lambda: f"threshold has {threshold.numel()} elements, expected one")
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+sparse_linear = torch.ops.deadband.sparse_linear.default
+
+from deadband.ops import cpu  # noqa: E402  (a backend registers itself on the schema above)
+
+cpu.register(_library)

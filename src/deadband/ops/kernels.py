@@ -1,0 +1,103 @@
+"""The compiled kernels, if the package was installed with a C++ compiler at hand: csrc/kernels.h, through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.resources
+import os
+import warnings
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch  # first: its OpenMP runtime is then the one that the kernels' library resolves to
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_SIGNATURES = {
+    "deadband_sparse_linear": (
+        c_int,
+        [c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64]
+        + [c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_void_p],
+    ),
+    "deadband_dense_linear": (
+        c_int,
+        [c_int, c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int],
+    ),
+    "deadband_observe": (
+        c_int,
+        [c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int],
+    ),
+    "deadband_read_bandwidth": (c_double, [c_void_p, c_int64, c_int]),
+    "deadband_advise_huge": (c_int, [c_void_p, c_int64]),
+    "deadband_isa": (c_char_p, []),
+    "deadband_isa_list": (c_char_p, []),
+    "deadband_set_isa": (c_int, [c_char_p]),
+}
+
+
+def _load() -> ctypes.CDLL | None:
+    folder = Path(str(importlib.resources.files("deadband") / "lib"))
+    found = sorted(folder.glob("libdeadband_kernels.*")) if folder.is_dir() else []
+    if not found or os.environ.get("DEADBAND_KERNELS") == "0":
+        return None
+    try:
+        # With the GIL held: a call takes microseconds, and giving the GIL up and taking it back costs a good part of that
+        kernels = ctypes.PyDLL(str(found[0]))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(kernels, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        warnings.warn(f"deadband's kernels could not be loaded ({error}); running on torch alone", stacklevel=2)
+        return None
+    return kernels
+
+
+library = _load()
+"""The loaded library, or None: then everything runs on the torch references."""
+
+
+def isa() -> str | None:
+    """The instruction set in use: `baseline`, `x86-64-v3`, `x86-64-v4`, `x86-64-v4-bf16`, `aarch64`; None without kernels."""
+    return library.deadband_isa().decode() if library else None
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this machine can run."""
+    return library.deadband_isa_list().decode().split(",") if library else []
+
+
+def set_isa(name: str) -> None:
+    """Use another instruction set from now on; the environment variable DEADBAND_ISA does so from the start.
+
+    Raises:
+        ValueError: this machine cannot run it, or there are no kernels.
+    """
+    if library is None or library.deadband_set_isa(name.encode()) != 0:
+        raise ValueError(f"instruction set {name!r} is not available here; expected one of {available_isas()}")
+
+
+def advise_huge_pages(tensor: torch.Tensor) -> None:
+    """Ask for huge pages behind a fresh tensor, before it is first written to. A hint: nothing depends on it."""
+    if library is not None and tensor.device.type == "cpu":
+        library.deadband_advise_huge(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
+def read_bandwidth(gigabytes: float = 1.0, repeats: int = 5) -> float:
+    """Bytes per second that this process reads from memory with torch's number of threads: the best of some passes."""
+    data = torch.ones(int(gigabytes * 1e9) // 8, dtype=torch.int64)
+    if library is None:
+        import time
+
+        def once() -> float:
+            start = time.perf_counter()
+            data.sum()
+            return data.numel() * 8 / (time.perf_counter() - start)
+    else:
+        read = library.deadband_read_bandwidth
+
+        def once() -> float:
+            return read(data.data_ptr(), data.numel() * 8, torch.get_num_threads())
+
+    return max(once() for _ in range(repeats))
+
+

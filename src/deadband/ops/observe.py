@@ -1,0 +1,56 @@
+"""One pass of statistics over activations: a histogram of scores and the moments of each channel."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deadband.criterion import score
+from deadband.ops import kernels
+
+BINS = 1 << 15  # of the upper 16 bits of a float32 without the sign: 8 of exponent, 7 of mantissa
+FIRST_NONFINITE = 0x7F80  # from here on: infinity, then NaN
+
+
+def observe(x: Tensor, scale: Tensor | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Statistics of `x` [rows, channels], a tensor of any floating-point dtype on any device.
+
+    Returns:
+        histogram: int64 [32768], counts of the upper 16 bits of the scores' float32 patterns (NaN and infinity last).
+        sum, sum_of_squares: float64 [channels], of the finite entries of x.
+    """
+    if kernels.library is not None and x.device.type == "cpu" and x.dtype in kernels.DTYPES:
+        return _observe_compiled(x.contiguous(), scale)
+    return observe_reference(x, scale)
+
+
+def observe_reference(x: Tensor, scale: Tensor | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`observe` in plain torch."""
+    bits = score(x, scale).view(torch.int32).bitwise_and_(0x7FFFFFFF) >> 16
+    histogram = torch.bincount(bits.reshape(-1), minlength=BINS)
+    wide = x.to(torch.float64) if x.device.type != "mps" else x.float()
+    if bool(histogram[FIRST_NONFINITE:].any()):
+        wide = torch.where(wide.isfinite(), wide, 0)
+    return histogram.cpu().numpy(), wide.sum(0).double().cpu().numpy(), wide.square().sum(0).double().cpu().numpy()
+
+
+def _observe_compiled(x: Tensor, scale: Tensor | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows, channels = x.shape
+    histogram, total, squares = np.zeros(BINS, np.int64), np.zeros(channels), np.zeros(channels)
+    assert kernels.library is not None
+    error = kernels.library.deadband_observe(
+        kernels.DTYPES[x.dtype],
+        x.data_ptr(),
+        rows,
+        channels,
+        channels,
+        None if scale is None else scale.data_ptr(),
+        histogram.ctypes.data,
+        total.ctypes.data,
+        squares.ctypes.data,
+        torch.get_num_threads(),
+    )
+    if error:
+        raise RuntimeError(f"deadband_observe returned {error} for {x.dtype} of shape {tuple(x.shape)}")
+    return histogram, total, squares

@@ -1,0 +1,55 @@
+"""Run a model over batches without changing it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside the block; each module's own training flag afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def run(model: nn.Module, batch: Any, **extra: Any) -> Any:
+    """Call a model on a batch: a mapping by keyword, a tuple or list by position, anything else as the one argument.
+
+    Tensors move to the model's device. `extra` is passed where the model's forward takes it, unless the batch has it.
+    """
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    extra = {name: value for name, value in extra.items() if name in _forward_parameters(type(model))}
+    if isinstance(batch, Mapping):
+        return model(**{**extra, **{name: moved(value) for name, value in batch.items()}})
+    if isinstance(batch, (tuple, list)):
+        return model(*map(moved, batch), **extra)
+    return model(moved(batch), **extra)
+
+
+@functools.cache
+def _forward_parameters(model_class: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def progress_bar(items: Iterable[Any], what: str, show: bool, total: int | None = None) -> Iterable[Any]:
+    """`items` with a progress bar on a terminal; nothing where the output is a file or `show` is false."""
+    return tqdm(items, desc=what, total=total, disable=None if show else True, leave=False)

@@ -1,0 +1,132 @@
+"""Find the sites of a model: the linear layers whose inputs may be skipped."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from deadband.linear import SPARSE_CLASSES, SparseSite
+
+Patterns = "str | re.Pattern | Iterable[str | re.Pattern]"
+
+# Linear layers that choose a path instead of carrying a signal: skipping entries of their input saves nothing
+# (a handful of outputs) and changes which expert runs.
+_ROUTER = re.compile(r"(.*_)?(gate|router|switch)(_layer)?", re.IGNORECASE)
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight of a site as a [out_features, in_features] view, however the module stores it."""
+    sparse_class = type(module) if isinstance(module, SparseSite) else SPARSE_CLASSES[type(module)]
+    return sparse_class.matrix_view(module.weight)
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a site's weight: what skipping all of its input would save."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.numel() * weight.element_size()
+
+
+def is_site(module: nn.Module) -> bool:
+    """Whether `module` is of a class that can be made sparse. Subclasses are not: they may compute something else."""
+    return type(module) in SPARSE_CLASSES or isinstance(module, SparseSite)
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of a model by name: the members of its outermost lists of modules that hold linear layers.
+
+    Example:
+        >>> list(find_blocks(model))                                    # doctest: +SKIP
+        ['model.layers.0', 'model.layers.1']
+    """
+    blocks: dict[str, nn.Module] = {}
+
+    def visit(name: str, module: nn.Module) -> None:
+        children = [child for child in module.children() if not is_site(child) and any(map(is_site, child.modules()))]
+        repeated = isinstance(module, nn.ModuleList) or (
+            isinstance(module, nn.Sequential) and len(children) > 1 and len({type(child) for child in children}) == 1
+        )
+        for child_name, child in module.named_children():
+            child_name = f"{name}.{child_name}" if name else child_name
+            if repeated and child in children:
+                blocks[child_name] = child
+            else:
+                visit(child_name, child)
+
+    visit("", model)
+    return blocks
+
+
+def find_sites(model: nn.Module, include: Patterns | None = None, exclude: Patterns | None = None) -> dict[str, nn.Module]:
+    """The sites of a model by fully qualified name, in the order of the model.
+
+    Without `include`, these are the linear layers inside repeated blocks (all linear layers if there are no such
+    blocks), less routers and gates of mixtures of experts; so neither `lm_head` nor an embedding.
+
+    Args:
+        model: any module.
+        include: choose sites instead: one pattern or several. A pattern is a name, the end of a name
+            (`"mlp.down_proj"`), a glob (`"*.layers.[0-3].*"`) or a regular expression (`re.compile(...)`, or a string
+            that starts with `re:`), which has to match the whole name.
+        exclude: patterns of sites to leave dense.
+
+    Raises:
+        ValueError: a pattern matches nothing, or no site is left.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> list(find_sites(model)), list(find_sites(model, include="2"))
+        (['0', '2'], ['2'])
+    """
+    every = {name: module for name, module in model.named_modules() if is_site(module)}
+    if not every:
+        raise ValueError(
+            f"{type(model).__name__} has no layer that can be made sparse; expected nn.Linear "
+            "(or transformers' Conv1D) layers"
+        )
+    if include is not None:
+        chosen = _matching(every, include, "include")
+    else:
+        blocks = find_blocks(model)
+        inside = tuple(f"{name}." for name in blocks)
+        chosen = {name for name in every if not blocks or name.startswith(inside)}
+        chosen = {name for name in chosen if not _ROUTER.fullmatch(name.rpartition(".")[2])}
+    if exclude is not None:
+        chosen -= _matching(every, exclude, "exclude")
+    if not chosen:
+        raise ValueError("no site is left: `exclude` takes away everything that was found or included")
+    return {name: module for name, module in every.items() if name in chosen}
+
+
+def _matching(names: Iterable[str], patterns: Patterns, argument: str) -> set[str]:
+    if isinstance(patterns, (str, re.Pattern)):
+        patterns = [patterns]
+    names = list(names)
+    matched: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in names if _matches(name, pattern)}
+        if not found:
+            shown = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+            near = difflib.get_close_matches(shown, names, n=3, cutoff=0.3) or names[:3]
+            raise ValueError(f"{argument}={shown!r} matches no linear layer of the model; there are for example {near}")
+        matched |= found
+    return matched
+
+
+def _matches(name: str, pattern: str | re.Pattern) -> bool:
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(name) is not None
+    if not isinstance(pattern, str):
+        raise TypeError(f"a pattern has to be a string or a compiled regular expression, got {type(pattern).__name__}")
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is not a valid regular expression: {error}") from None
+    if any(character in pattern for character in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return name == pattern or name.endswith("." + pattern)

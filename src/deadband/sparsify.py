@@ -1,0 +1,286 @@
+"""sparsify_ and densify_: the linear layers of a model become sparse, in place, and dense again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from deadband.allocation import Thresholds
+from deadband.criterion import check_criterion, scale_of
+from deadband.linear import ALL_ROWS, GRADIENTS, SparseSite, make_dense_, make_sparse_
+from deadband.sites import Patterns, find_sites, is_site, matrix_of, weight_bytes
+
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+    """What was done to a model, in plain JSON values. Stored in `config.json`; the thresholds lie beside the weights.
+
+    Example:
+        >>> SparsityConfig(sites=("fc",), sparsity=0.4).criterion
+        'magnitude'
+    """
+
+    sites: tuple[str, ...]
+    criterion: str = "magnitude"
+    sparsity: float | None = None
+    method: str | None = None
+    gradient: str = "exact"
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", tuple(self.sites))
+        check_criterion(self.criterion)
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+        if self.gradient not in GRADIENTS:
+            raise ValueError(f"gradient={self.gradient!r} is not known; expected one of {GRADIENTS}")
+        if self.version != VERSION:
+            raise ValueError(
+                f"the model was written with format version {self.version}, this deadband reads version {VERSION}; "
+                "use the deadband that wrote it, or sparsify the dense model again"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**dataclasses.asdict(self), "sites": list(self.sites)}
+
+
+def sparsify_(
+    model: nn.Module,
+    thresholds: Mapping[str, float] | None = None,
+    *,
+    exact: bool = False,
+    criterion: str | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    gradient: str = "exact",
+    count: bool = True,
+) -> nn.Module:
+    """Make linear layers of `model` skip input entries inside their deadband, in place.
+
+    Decoding (inputs of at most 4 rows) skips; prefill runs dense, see `sparse_prefill`. The weights are laid out so that
+    what belongs to one input lies side by side; there is still one copy of them. On any error the model is as before.
+
+    Args:
+        model: any module. Layers that are sparse already get the new thresholds, or become dense if they get none.
+        thresholds: what `Calibration.allocate` returned, or a mapping from site names (or ends of names, where only
+            one site ends so) to thresholds, which have to be finite and not negative.
+        exact: instead of thresholds, a threshold of zero at every site that `include` and `exclude` choose (as in
+            `deadband.calibrate`): only true zeros are skipped, so nothing is lost. For ReLU-type models.
+        criterion: `magnitude` (the default) or `weighted_magnitude`, when `thresholds` is a plain mapping.
+        gradient: of the masked input while training: `exact` (zero where skipped) or `straight_through`.
+        count: count what is skipped, for `deadband.sparsity`.
+
+    Returns:
+        The model, for chaining.
+
+    Raises:
+        ValueError: an unknown site, a bad threshold, or a calibration that does not fit the model.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> sparsify_(model, {"0": 0.1, "2": 0.0})
+        Sequential(
+          (0): SparseLinear(in_features=8, out_features=16, bias=True, threshold=0.1)
+          (1): ReLU()
+          (2): SparseLinear(in_features=16, out_features=2, bias=True, threshold=0)
+        )
+    """
+    if exact == (thresholds is not None):
+        raise ValueError("pass either thresholds (from Calibration.allocate, or a mapping by site) or exact=True")
+    if thresholds is None:
+        thresholds = dict.fromkeys(find_sites(model, include, exclude), 0.0)
+    elif include is not None or exclude is not None:
+        raise ValueError("include= and exclude= choose sites for exact=True; thresholds name their sites themselves")
+    allocated = thresholds if isinstance(thresholds, Thresholds) else None
+    if allocated is not None:
+        allocated.check_fits(model)
+        if criterion not in (None, allocated.criterion):
+            raise ValueError(f"the thresholds are for criterion {allocated.criterion!r}, got criterion={criterion!r}")
+        criterion = allocated.criterion
+    config = SparsityConfig(
+        sites=tuple(chosen := resolve(model, thresholds)),
+        criterion=criterion or "magnitude",
+        sparsity=allocated.sparsity if allocated is not None else None,
+        method=allocated.method if allocated is not None else None,
+        gradient=gradient,
+    )
+    modules = {name: model.get_submodule(name) for name in chosen}
+    norms = {name: scale_of(config.criterion, matrix_of(module)) for name, module in modules.items()}
+    left = {name: module for name, module in sparse_sites(model).items() if name not in chosen}
+    fresh: list[nn.Module] = []
+    try:
+        for name, module in modules.items():
+            if not isinstance(module, SparseSite):
+                fresh.append(module)
+            make_sparse_(module, chosen[name], norms[name], gradient=gradient, count=count)
+    except BaseException:
+        for module in fresh:
+            if isinstance(module, SparseSite):
+                make_dense_(module)
+        raise
+    for module in left.values():
+        make_dense_(module)
+    _remember(model, config)
+    return model
+
+
+def densify_(model: nn.Module) -> nn.Module:
+    """Turn every sparse layer of `model` back into the dense layer it was, in place and bit for bit.
+
+    Example:
+        >>> model = sparsify_(nn.Sequential(nn.Linear(4, 4)), exact=True)
+        >>> densify_(model)
+        Sequential(
+          (0): Linear(in_features=4, out_features=4, bias=True)
+        )
+
+    Raises:
+        ValueError: no layer of the model is sparse.
+    """
+    for module in _require_sparse(model).values():
+        make_dense_(module)
+    _remember(model, None)
+    return model
+
+
+def sparse_sites(model: nn.Module) -> dict[str, SparseSite]:
+    """The sparse layers of `model` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseSite)}
+
+
+@contextlib.contextmanager
+def sparse_prefill(model: nn.Module) -> Iterator[nn.Module]:
+    """Every token through the sparse path, however many come at once: for evaluation.
+
+    Example:
+        >>> model = sparsify_(nn.Sequential(nn.Linear(2, 1)), {"0": 1.0})
+        >>> with torch.no_grad(), sparse_prefill(model):
+        ...     torch.equal(model(torch.full((9, 2), 0.5)), model[0].bias.expand(9, 1))
+        True
+    """
+    with _sparse_rows(model, ALL_ROWS):
+        yield model
+
+
+@contextlib.contextmanager
+def dense(model: nn.Module) -> Iterator[nn.Module]:
+    """Nothing is skipped inside the block: the dense model, on the same weights, to compare with."""
+    with _sparse_rows(model, 0):
+        yield model
+
+
+@contextlib.contextmanager
+def _sparse_rows(model: nn.Module, rows: int) -> Iterator[None]:
+    modules = _require_sparse(model)
+    before = {name: module.sparse_rows for name, module in modules.items()}
+    try:
+        for module in modules.values():
+            module.sparse_rows = rows
+        yield
+    finally:
+        for name, module in modules.items():
+            module.sparse_rows = before[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityReport:
+    """What was really skipped: `sites` maps names to fractions (NaN where nothing ran); `total` weighs by weight bytes."""
+
+    sites: dict[str, float]
+    total: float
+    entries: int
+
+    def __float__(self) -> float:
+        return self.total
+
+    def __str__(self) -> str:
+        lines = [f"{self.total:7.1%}  of the weight bytes, over {self.entries:,} input entries"]
+        return "\n".join(lines + [f"{value:7.1%}  {name}" for name, value in self.sites.items()])
+
+
+def sparsity(model: nn.Module, *, reset: bool = False) -> SparsityReport:
+    """The sparsity achieved by the tokens that took the sparse path since the model was made sparse (or last reset).
+
+    Args:
+        model: a sparse model.
+        reset: start the counters again after reading.
+
+    Raises:
+        ValueError: the model is not sparse, or was made so with `count=False`.
+
+    Example:
+        >>> model = sparsify_(nn.Sequential(nn.Linear(4, 4)), {"0": 1.0})
+        >>> with torch.no_grad():
+        ...     _ = model(torch.tensor([[0.0, 0.5, 1.5, 2.5]]))
+        >>> sparsity(model).total
+        0.5
+    """
+    modules = _require_sparse(model)
+    fractions, weights, entries = {}, {}, 0
+    for name, module in modules.items():
+        if module.counts is None:
+            raise ValueError(f"site {name!r} does not count; sparsify_ the model with count=True to measure sparsity")
+        skipped, seen = module.counts.tolist()
+        fractions[name] = skipped / seen if seen else math.nan
+        weights[name] = weight_bytes(module)
+        entries += seen
+        if reset:
+            module.counts.zero_()
+    ran = [name for name in modules if not math.isnan(fractions[name])]
+    total = sum(weights[name] for name in ran)
+    achieved = sum(fractions[name] * weights[name] for name in ran) / total if total else math.nan
+    return SparsityReport(fractions, achieved, entries)
+
+
+def resolve(model: nn.Module, thresholds: Mapping[str, float]) -> dict[str, float]:
+    """`thresholds` by full site names, in the order of the model; a ValueError names the first bad entry."""
+    every = {name: module for name, module in model.named_modules(remove_duplicate=False) if is_site(module)}
+    chosen = {}
+    for given, threshold in thresholds.items():
+        names = [given] if given in every else [name for name in every if name.endswith("." + given)]
+        if len(names) != 1:
+            module = dict(model.named_modules()).get(given)
+            what = (
+                f"ends several names: {names[:3]}" if names
+                else f"is {type(module).__name__}, expected nn.Linear or Conv1D" if module is not None
+                else f"is not a linear layer of the model, which has for example {list(every)[:3]}"
+            )  # fmt: skip
+            raise ValueError(f"site {given!r} {what}")
+        value = float(threshold)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"site {given!r}: threshold {value} has to be finite and not negative")
+        chosen[names[0]] = value
+    if not chosen:
+        raise ValueError("thresholds is empty; expected at least one site")
+    return {name: chosen[name] for name in every if name in chosen}
+
+
+def check_sparsity(sparsity: float) -> float:
+    """Return a sparsity as a float, or raise a ValueError."""
+    if not 0 <= float(sparsity) < 1:
+        raise ValueError(f"sparsity {sparsity} is out of range; expected the fraction to skip, from 0 up to but not 1")
+    return float(sparsity)
+
+
+def _require_sparse(model: nn.Module) -> dict[str, SparseSite]:
+    modules = sparse_sites(model)
+    if not modules:
+        raise ValueError(f"no layer of this {type(model).__name__} is sparse; make it sparse with deadband.sparsify_")
+    return modules
+
+
+def _remember(model: nn.Module, config: SparsityConfig | None) -> None:
+    """Tell a transformers model what to write into config.json; other modules need nothing."""
+    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+        from deadband import hf
+
+        hf.set_quantization_config(model, config)
