@@ -71,7 +71,7 @@ DEADBAND_INLINE void add_inputs(const T* const* weight, const float* value, cons
   int64_t j = 0;
   for (; j + kBlock <= width; j += kBlock) {
     for (int k = 0; k < K; ++k) {
-      __builtin_prefetch(ahead[k] + j, 0, 3);
+      __builtin_prefetch(ahead[k] + j, 0, 2);
       w[k] = load_pair(weight[k] + j);
     }
     step(w, j);

@@ -110,5 +110,6 @@ void parallel(int threads, Body body) {
     return;
   }
 #endif
+  (void)threads;
   body(0, 1);
 }

@@ -1,0 +1,129 @@
+"""The timing harness that the command line and benchmarks/ share: candidates interleaved in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deadband.ops import kernels
+from deadband.running import evaluating, progress_bar
+from deadband.sites import weight_bytes
+from deadband.sparsify import sparse_sites, sparsity
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2, what: str = "", progress: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of every call, candidate by candidate in turn, so that a change of the machine's speed meets all alike.
+
+    Example:
+        >>> times = interleave({"a": lambda: sum(range(10)), "b": lambda: None}, rounds=3, progress=False)
+        >>> len(times["a"])
+        3
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for index in progress_bar(range(-warmup, rounds), what, progress):
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            if index >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def median(seconds: list[float]) -> float:
+    """The median, which a neighbour's burst of work does not move."""
+    return statistics.median(seconds)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's number of threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure has to be read beside: processor, cores, instruction set, versions, threads."""
+    versions = {name: importlib.metadata.version(name) for name in ("deadband", "torch", "transformers")}
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "kernels": kernels.isa(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        **versions,
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        fields = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
+        named = {key.strip(): value.strip() for key, value in fields.items()}
+        if "model name" in named:
+            family = f"family {named.get('cpu family', '?')} model {named.get('model', '?')}"
+            return f"{named['model name']} ({family})"
+    return platform.processor() or platform.machine()
+
+
+def bytes_per_token(model: nn.Module) -> int:
+    """Bytes of weights that decoding one token reads: all parameters but embeddings, of which it reads a row, less what
+    the sparse layers skipped since they last began to count."""
+    sites = sparse_sites(model)
+    skipped = sparsity(model).sites if sites else {}
+    read, seen = 0.0, set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            continue  # one row; the whole of it where an output layer is tied to it, which counts there
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            share = 1 - skipped[name] if name in sites and skipped[name] == skipped[name] and parameter.dim() > 1 else 1.0
+            read += share * (weight_bytes(module) if parameter.dim() > 1 and name in sites else parameter.nbytes)
+    return int(read)
+
+
+class Decoder:
+    """Greedy decoding of one sequence, one token a call, with the model's own key-value cache."""
+
+    def __init__(self, model: Any, prompt: Tensor) -> None:
+        self.model = model
+        self.length = prompt.shape[-1]
+        with evaluating(model):
+            output = model(prompt, use_cache=True)
+        self.cache = output.past_key_values
+        self.token = output.logits[:, -1:].argmax(-1)
+        self.tokens = [self.token]
+
+    def step(self) -> None:
+        """Decode one token."""
+        position = torch.tensor([[self.length]])
+        with torch.no_grad():
+            output = self.model(self.token, past_key_values=self.cache, use_cache=True, position_ids=position)
+        self.length += 1
+        self.token = output.logits[:, -1:].argmax(-1)
+        self.tokens.append(self.token)
+
+
+def decode_seconds(
+    models: Mapping[str, Any], prompt: Tensor, *, tokens: int, what: str = "decode", progress: bool = True
+) -> dict[str, list[float]]:
+    """Seconds per decoded token of each model, taking turns token by token."""
+    decoders = {name: Decoder(model, prompt) for name, model in models.items()}
+    steps = {name: decoder.step for name, decoder in decoders.items()}
+    return interleave(steps, rounds=tokens, what=what, progress=progress)
