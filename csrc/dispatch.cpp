@@ -50,6 +50,16 @@ bool supported(const KernelTable* table) {
   return table == &kernels_baseline;
 }
 
+// Supported is not always faster: Intel's vdpbf16ps does half the work of its float32 multiply-adds (gemm-inl.h has the
+// figures), since bfloat16 is meant for AMX there. AMD's does twice the work.
+bool suits(const KernelTable* table) {
+#if defined(__x86_64__)
+  if (table == &kernels_x86_64_v4_bf16) return __builtin_cpu_is("amd");
+#endif
+  (void)table;
+  return true;
+}
+
 const KernelTable* find(const char* name) {
   if (name)
     for (const KernelTable* table : kTables)
@@ -66,7 +76,7 @@ struct Choice {
       if (supported(candidate)) {
         if (list[0]) strcat(list, ",");
         strcat(list, candidate->name);
-        table = candidate;
+        if (suits(candidate)) table = candidate;
       }
     if (const KernelTable* forced = find(getenv("DEADBAND_ISA"))) table = forced;
   }
@@ -110,7 +120,7 @@ int deadband_sparse_linear(int dtype, const void* x, int64_t rows, int64_t x_str
                            int64_t weight_stride, int64_t out, const void* bias, const float* threshold,
                            const float* scale, void* y, int threads, int64_t* counts) {
   if (int error = check_linear(dtype, x, rows, x_stride, in, weight, weight_stride, in, out, y, out)) return error;
-  if (rows > 4) return DEADBAND_BAD_SIZE;
+  if (rows > DEADBAND_STREAM_ROWS) return DEADBAND_BAD_SIZE;
   if (!threshold) return DEADBAND_BAD_POINTER;
   if (!rows) return 0;
   return kernels()->stream(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, threshold, scale, y,
@@ -124,12 +134,11 @@ int deadband_dense_linear(int dtype, int layout, const void* x, int64_t rows, in
   if (int error = check_linear(dtype, x, rows, x_stride, in, weight, weight_stride, layout ? out : in,
                                layout ? in : out, y, out))
     return error;
-  if (layout == 1 && rows > 4) return DEADBAND_BAD_SIZE;
+  if (layout == 1 && rows > DEADBAND_DOT_ROWS) return DEADBAND_BAD_SIZE;
   if (!rows || !out) return 0;
   if (threads < 1) threads = 1;
-  if (layout == 1)
-    return kernels()->dot(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, y, threads);
-  if (rows <= 4)
+  if (layout == 1) return kernels()->dot(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, y, threads);
+  if (rows <= DEADBAND_STREAM_ROWS)
     return kernels()->stream(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, nullptr, nullptr, y,
                              threads, nullptr);
   return kernels()->gemm(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, y, threads);

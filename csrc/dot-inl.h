@@ -71,12 +71,12 @@ int dot_rows(const T* x, int64_t x_stride, int64_t in, const T* weight, int64_t 
 template <class T>
 int dot_typed(const T* x, int64_t rows, int64_t x_stride, int64_t in, const T* weight, int64_t weight_stride,
               int64_t out, const T* bias, T* y, int threads) {
-  auto call = rows == 1 ? dot_rows<T, 1> : rows == 2 ? dot_rows<T, 2> : rows == 3 ? dot_rows<T, 3> : dot_rows<T, 4>;
-  return call(x, x_stride, in, weight, weight_stride, out, bias, y, threads);
+  constexpr decltype(&dot_rows<T, 1>) kByRows[] = {dot_rows<T, 1>, dot_rows<T, 2>, dot_rows<T, 3>, dot_rows<T, 4>};
+  return kByRows[rows - 1](x, x_stride, in, weight, weight_stride, out, bias, y, threads);
 }
 
-int dot(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
-        int64_t weight_stride, int64_t out, const void* bias, void* y, int threads) {
+int dot(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight, int64_t weight_stride,
+        int64_t out, const void* bias, void* y, int threads) {
   if (dtype == DEADBAND_FLOAT32)
     return dot_typed((const float*)x, rows, x_stride, in, (const float*)weight, weight_stride, out, (const float*)bias,
                      (float*)y, threads);

@@ -1,7 +1,11 @@
-// The kernels of one instruction set. A kernels_<isa>.cpp defines DEADBAND_TABLE and DEADBAND_ISA and includes this once.
-// Everything has internal linkage, and no C++ header is used: nothing here can be merged with another instruction set's copy.
+// The kernels of one instruction set. A kernels_<isa>.cpp defines DEADBAND_TABLE and DEADBAND_ISA and includes this
+// once. Everything has internal linkage, and no C++ header is used: nothing here can be merged with another instruction
+// set's copy.
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif

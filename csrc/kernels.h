@@ -2,8 +2,9 @@
 //
 // dtype: 0 = float32, 1 = bfloat16 (as uint16 bit patterns), 2 = float16 (deadband_observe only). Sums are float32.
 // Functions that return int return 0, or a negative deadband_error for arguments they cannot serve; then nothing was
-// written. Every size may be 0 and every pointer may be unaligned. Several host threads may call at the same time.
-// `threads` is an upper limit: small problems use fewer. The same arguments give the same bits, run after run.
+// written. Every size may be 0, and a pointer need be aligned to its element only. Several host threads may call at the
+// same time. `threads` is an upper limit: small problems use fewer. The same arguments give the same bits, run after
+// run.
 #ifndef DEADBAND_KERNELS_H
 #define DEADBAND_KERNELS_H
 
@@ -17,14 +18,17 @@ extern "C" {
 
 enum deadband_dtype { DEADBAND_FLOAT32 = 0, DEADBAND_BFLOAT16 = 1, DEADBAND_FLOAT16 = 2 };
 enum deadband_error {
-  DEADBAND_BAD_DTYPE = -1,   // or a bad layout
-  DEADBAND_BAD_SIZE = -2,    // negative, too many rows for this function, or a stride shorter than its run
-  DEADBAND_BAD_POINTER = -3, // NULL where data is needed
+  DEADBAND_BAD_DTYPE = -1,    // or a bad layout
+  DEADBAND_BAD_SIZE = -2,     // negative, too many rows for this function, or a stride shorter than its run
+  DEADBAND_BAD_POINTER = -3,  // NULL where data is needed
   DEADBAND_NO_MEMORY = -4,
-  DEADBAND_BAD_ISA = -5,     // unknown, or not supported by this CPU
+  DEADBAND_BAD_ISA = -5,  // unknown, or not supported by this CPU
 };
 
-// y[rows, out] = (x with its skipped entries set to zero)[rows, in] . W + bias, for 1 to 4 rows (or 0).
+#define DEADBAND_STREAM_ROWS 8  // the most rows of deadband_sparse_linear
+#define DEADBAND_DOT_ROWS 4     // the most rows of deadband_dense_linear with layout 1
+
+// y[rows, out] = (x with its skipped entries set to zero)[rows, in] . W + bias, for 0 to 8 rows.
 //
 // x: [rows, in], x_stride elements between rows. weight: [in, out], the weights of one input contiguous, weight_stride
 // elements between inputs. bias: [out] or NULL. y: [rows, out], contiguous. All of the one dtype.
@@ -40,14 +44,14 @@ DEADBAND_API int deadband_sparse_linear(int dtype, const void* x, int64_t rows, 
                                         int64_t* counts);
 
 // y = x . W + bias, with nothing skipped.
-// layout 0: weight [in, out] as above; any number of rows. layout 1: weight [out, in], the usual one; 1 to 4 rows.
+// layout 0: weight [in, out] as above; any number of rows. layout 1: weight [out, in], the usual one; 0 to 4 rows.
 DEADBAND_API int deadband_dense_linear(int dtype, int layout, const void* x, int64_t rows, int64_t x_stride, int64_t in,
                                        const void* weight, int64_t weight_stride, int64_t out, const void* bias,
                                        void* y, int threads);
 
 // One pass of statistics over x [rows, cols]; everything is added to what the buffers hold.
-// histogram: int64[32768], indexed by the upper half of the score's float32 pattern, without the sign: (bits & 0x7fffffff) >> 16.
-// sum, sum_of_squares: double[cols], of x and x * x, over finite entries only.
+// histogram: int64[32768], indexed by the upper half of the score's float32 pattern, without the sign: (bits &
+// 0x7fffffff) >> 16. sum, sum_of_squares: double[cols], of x and x * x, over finite entries only.
 DEADBAND_API int deadband_observe(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t cols,
                                   const float* scale, int64_t* histogram, double* sum, double* sum_of_squares,
                                   int threads);
@@ -59,9 +63,9 @@ DEADBAND_API double deadband_read_bandwidth(const void* data, int64_t bytes, int
 // system took the advice, 0 if it could not help.
 DEADBAND_API int deadband_advise_huge(void* data, int64_t bytes);
 
-// The instruction set in use, those that this CPU can run (comma-separated, best last), and the choice of another. The
-// environment variable DEADBAND_ISA chooses when the library is loaded.
-// Names: "baseline", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "aarch64".
+// The instruction set in use, those that this CPU can run (comma-separated), and the choice of another:
+// DEADBAND_BAD_ISA if the name is unknown or not supported. The environment variable DEADBAND_ISA chooses when the
+// library is loaded. Names: "baseline", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "aarch64".
 DEADBAND_API const char* deadband_isa(void);
 DEADBAND_API const char* deadband_isa_list(void);
 DEADBAND_API int deadband_set_isa(const char* name);

@@ -73,8 +73,8 @@ int observe(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t co
   }
 }
 
-// Touches every byte; the result only keeps the loads alive. Several streams at once, each fetched a kilobyte ahead: one
-// plain stream reached two thirds of this, and prefetching past the caches (NTA) half.
+// Touches every byte; the result only keeps the loads alive. Several streams at once, each fetched a kilobyte ahead:
+// one plain stream reached two thirds of this, and prefetching past the caches (NTA) half.
 uint64_t read(const void* data, int64_t bytes, int threads) {
   constexpr int kStreams = 8, kAhead = 1024;
   uint64_t result = 0;

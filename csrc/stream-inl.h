@@ -1,4 +1,4 @@
-// y = x . W with W stored [in, out], 1 to 4 rows of x: the weights of the kept inputs stream by once.
+// y = x . W with W stored [in, out], 1 to 8 rows of x: the weights of the kept inputs stream by once.
 
 // Outputs whose sums stay in the first-level cache while the weights pass (32 KB of it, for all rows together).
 constexpr int64_t kTile = 8192;
@@ -82,7 +82,8 @@ DEADBAND_INLINE void add_inputs(const T* const* weight, const float* value, cons
   }
 }
 
-// One tile of outputs: weight, bias and y point at its first one. sums, totals: [R][stride], stride >= the width in blocks.
+// One tile of outputs: weight, bias and y point at its first one. sums, totals: [R][stride], stride >= the width in
+// blocks.
 template <class T, int R>
 void stream_tile(const Kept& kept, const T* weight, int64_t weight_stride, int64_t width, const T* bias, T* y,
                  int64_t y_stride, float* sums, float* totals, int64_t stride) {
@@ -163,8 +164,10 @@ template <class T>
 int stream_typed(const T* x, int64_t rows, int64_t x_stride, int64_t in, const T* weight, int64_t weight_stride,
                  int64_t out, const T* bias, const float* threshold, const float* scale, T* y, int threads,
                  int64_t* counts) {
-  auto call = rows == 1 ? stream_rows<T, 1> : rows == 2 ? stream_rows<T, 2> : rows == 3 ? stream_rows<T, 3> : stream_rows<T, 4>;
-  return call(x, x_stride, in, weight, weight_stride, out, bias, threshold, scale, y, threads, counts);
+  constexpr decltype(&stream_rows<T, 1>) kByRows[] = {stream_rows<T, 1>, stream_rows<T, 2>, stream_rows<T, 3>,
+                                                      stream_rows<T, 4>, stream_rows<T, 5>, stream_rows<T, 6>,
+                                                      stream_rows<T, 7>, stream_rows<T, 8>};
+  return kByRows[rows - 1](x, x_stride, in, weight, weight_stride, out, bias, threshold, scale, y, threads, counts);
 }
 
 int stream(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,

@@ -33,9 +33,9 @@ DEADBAND_INLINE float to_float(bf16 value) {
   return f;
 }
 
-// A block in registers. Of float32 it is two consecutive vectors. Of bfloat16 it is the even and the odd entries: each is
-// one shift or one mask away from the 32-bit lanes that were loaded, where consecutive order would cost shuffles both
-// ways. Sums are kept in this order, and put right by the same trick when they are stored.
+// A block in registers. Of float32 it is two consecutive vectors. Of bfloat16 it is the even and the odd entries: each
+// is one shift or one mask away from the 32-bit lanes that were loaded, where consecutive order would cost shuffles
+// both ways. Sums are kept in this order, and put right by the same trick when they are stored.
 struct Pair {
   Vf a, b;
 };

@@ -127,3 +127,28 @@ def decode_seconds(
     decoders = {name: Decoder(model, prompt) for name, model in models.items()}
     steps = {name: decoder.step for name, decoder in decoders.items()}
     return interleave(steps, rounds=tokens, what=what, progress=progress)
+
+
+def compare_decoding(model: Any, tokenizer: Any, *, tokens: int, progress: bool = True) -> dict[str, Any]:
+    """Decoding speed of a model as it is beside transformers' own on a dense copy of its weights, taking turns."""
+    import copy
+
+    from deadband.sparsify import densify_
+
+    models = {"as it is": model}
+    if sparse_sites(model):
+        models = {"dense": densify_(copy.deepcopy(model)), "sparse": model}
+        sparsity(model, reset=True)
+    prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
+    times = decode_seconds(models, prompt, tokens=tokens, progress=progress)
+    rows = {name: decoding_figures(models[name], seconds) for name, seconds in times.items()}
+    return {"models": rows, "read_bandwidth": kernels.read_bandwidth(), "machine": machine()}
+
+
+def decoding_figures(model: nn.Module, seconds: list[float]) -> dict[str, float]:
+    """Tokens per second, bytes of weights read per token, and both together as bytes per second."""
+    one, size = median(seconds), bytes_per_token(model)
+    return {"tokens_per_second": 1 / one, "bytes_per_token": size, "bandwidth": size / one}
+
+
+PROMPT = "A language model reads a prompt and continues it, one token at a time. Most of the time of that goes into"

@@ -41,14 +41,15 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON, all or nothing; NaN and infinity become null, as JSON has neither."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with NaN and infinity replaced by None, which is JSON's null."""
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value

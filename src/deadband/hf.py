@@ -16,7 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from deadband.linear import SPARSE_CLASSES, SparseSite, lay_out_, make_sparse_
+from deadband.linear import SPARSE_CLASSES, DenseLinear, SparseSite, lay_out_, make_sparse_
 from deadband.sites import matrix_of
 from deadband.sparsify import SparsityConfig, sparse_sites
 
@@ -73,6 +73,8 @@ class DeadbandQuantizer(HfQuantizer):
                 norm = torch.empty(matrix_of(module).shape[1], dtype=torch.float32, device="meta")
             # -1 keeps everything: a threshold that the checkpoint lacks is told apart from one that is zero
             make_sparse_(module, -1.0, norm, gradient=config.gradient)
+        if config.output_layer is not None:
+            model.get_submodule(config.output_layer).__class__ = DenseLinear
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, module in sparse_sites(model).items():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deadband.criterion import keep_mask
-from deadband.ops import sparse_linear
+from deadband.ops import dense_linear, sparse_linear
 
 DECODE_ROWS = 4
 """Inputs of up to so many rows (tokens) count as decoding and skip. Beyond, nearly every weight is needed by some row:
@@ -43,17 +43,15 @@ class SparseSite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = W · (x where kept, else 0) + bias; every row while training, else inputs of at most `sparse_rows` rows."""
-        weight = self.matrix_view(self.weight)
+        parameters, buffers = self._parameters, self._buffers  # attribute access to them goes through __getattr__: 1 us
+        weight, bias = self.matrix_view(parameters["weight"]), parameters["bias"]
+        threshold, norm = buffers["threshold"], buffers["column_norm"]
         if self.training or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-            return self._differentiable_forward(x, weight)
-        return sparse_linear(x, weight, self.bias, self.threshold, self.column_norm, self.sparse_rows, self.counts)
-
-    def _differentiable_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.sparse_rows and (self.training or x.numel() // x.shape[-1] <= self.sparse_rows):
-            keep = keep_mask(x.detach(), self.threshold, self.column_norm)
-            masked = _StraightThrough.apply if self.gradient == "straight_through" else _masked
-            x = masked(x, keep)
-        return F.linear(x, weight, self.bias)
+            if self.sparse_rows and (self.training or x.numel() // max(x.shape[-1], 1) <= self.sparse_rows):
+                keep = keep_mask(x.detach(), threshold, norm)
+                x = _StraightThrough.apply(x, keep) if self.gradient == "straight_through" else _masked(x, keep)
+            return F.linear(x, weight, bias)
+        return sparse_linear(x, weight, bias, threshold, norm, self.sparse_rows, buffers["counts"])
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseSite:
         exact = {name: getattr(self, name) for name in ("threshold", "column_norm")}
@@ -92,6 +90,20 @@ class SparseLinear(SparseSite, nn.Linear):
 
 SPARSE_CLASSES: dict[type[nn.Module], type[SparseSite]] = {nn.Linear: SparseLinear}
 """The sparse twin of each dense class. `deadband.hf` adds transformers' Conv1D."""
+
+
+class DenseLinear(nn.Linear):
+    """`nn.Linear` that decodes on deadband's dense product, which reads weights faster than torch's; skips nothing.
+
+    `sparsify_` puts it in the place of a model's output layer. The weight stays as it is, so it can be tied to an
+    embedding.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = W · x + bias."""
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return F.linear(x, self.weight, self.bias)
+        return dense_linear(x, self.weight, self.bias)
 
 
 class _StraightThrough(torch.autograd.Function):

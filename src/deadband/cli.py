@@ -1,0 +1,283 @@
+"""The command line. Heavy imports stay inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="deadband",
+    help="PyTorch models made faster by skipping activations close to zero.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, or a name on the hub.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Data = Annotated[Path, typer.Option("--data", metavar="FILE", help="A UTF-8 text file.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the text to use.")]
+Window = Annotated[int, typer.Option(min=2, help="Tokens in one window.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Number of threads; torch's choice by default.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace the output if it exists.")]
+Sites = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Names, ends of names, globs, or re:...")]
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The calibration to write (safetensors).")],
+    criterion: Annotated[str, typer.Option(help="magnitude or weighted_magnitude.")] = "magnitude",
+    include: Sites = None,
+    exclude: Sites = None,
+    tokens: Tokens = 8192,
+    window: Window = 512,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Record what the input of each site looks like."""
+    check_output(output, overwrite)
+    text = read(data)
+    network, tokenizer = load(model, dtype, threads)
+    from deadband import calibration
+    from deadband.text import token_windows
+
+    batches = token_windows(tokenizer, text, tokens=tokens, window=window)
+    result = calibration.calibrate(network, batches, criterion=criterion, include=include, exclude=exclude)
+    result.save(output)
+    sites = {
+        name: {"zeros": site.sparsity(0.0), "threshold_25": site.threshold(0.25), "threshold_50": site.threshold(0.5)}
+        for name, site in result.sites.items()
+    }
+    figures = {"calibration": str(output), "criterion": criterion, "tokens": len(batches) * window, "sites": sites}
+    show(figures, f"{result}\n\nwritten to {output}", as_json)
+
+
+@app.command()
+def sparsify(
+    model: Model,
+    calibration: Annotated[Path, typer.Argument(metavar="CALIBRATION", help="What `calibrate` wrote.")],
+    sparsity: Annotated[float, typer.Option(help="The fraction of the weight bytes to skip, e.g. 0.4.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write the sparse model to.")],
+    method: Annotated[str, typer.Option(help="uniform, or greedy (needs --data).")] = "uniform",
+    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Text for the corrective pass and greedy.")] = None,
+    tokens: Tokens = 4096,
+    window: Window = 512,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Make a model sparse and save it."""
+    check_output(output, overwrite)
+    text = read(data) if data is not None else None
+    from deadband.calibration import Calibration
+    from deadband.models import save_model
+    from deadband.sparsify import check_sparsity, sparsify_
+    from deadband.text import token_windows
+
+    check_sparsity(sparsity)
+    statistics = Calibration.load(calibration)
+    network, tokenizer = load(model, dtype, threads)
+    passes: dict[str, Any] = {}
+    if text is not None:
+        passes = {"model": network, "batches": token_windows(tokenizer, text, tokens=tokens, window=window)}
+    thresholds = statistics.allocate(sparsity, method, **passes)
+    sparsify_(network, thresholds)
+    save_model(network, tokenizer, output)
+    note = "" if thresholds.corrected else "\nthresholds are from dense activations; --data corrects them on the sparse model"
+    figures = {
+        "output": str(output),
+        "sparsity": sparsity,
+        "method": method,
+        "corrected": thresholds.corrected,
+        "thresholds": dict(thresholds),
+    }
+    show(figures, f"{thresholds}\n\nwritten to {output}{note}", as_json)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, greedily."""
+    if not prompt:
+        raise ValueError("the prompt is empty; expected some text to continue")
+    network, tokenizer = load(model, dtype, threads)
+    from deadband.sparsify import sparse_sites, sparsity
+
+    inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
+    tokens = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    figures: dict[str, Any] = {"text": text, "new_tokens": tokens.shape[1] - inputs["input_ids"].shape[1]}
+    if sparse_sites(network):
+        figures["sparsity"] = sparsity(network).total
+    shown = f"\n\n[{figures['sparsity']:.1%} of the weight bytes skipped]" if "sparsity" in figures else ""
+    show(figures, text + shown, as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    data: Data,
+    tokens: Tokens = 8192,
+    window: Window = 512,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity, KL and agreement beside the dense model, every token through the sparse path."""
+    text = read(data)
+    network, tokenizer = load(model, dtype, threads)
+    import dataclasses
+
+    from deadband import evaluation
+    from deadband.text import token_windows
+
+    result = evaluation.evaluate(network, token_windows(tokenizer, text, tokens=tokens, window=window))
+    show(dataclasses.asdict(result), str(result), as_json)
+
+
+@app.command()
+def bench(
+    model: Model,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode with each.")] = 32,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Decoding speed of a model as it is, and of the same weights dense in transformers."""
+    network, tokenizer = load(model, dtype, threads)
+    from deadband.bench import compare_decoding
+
+    figures = compare_decoding(network, tokenizer, tokens=tokens)
+    lines = [f"{'':10} {'tokens/s':>9} {'MB/token':>9} {'GB/s':>6}"]
+    for name, row in figures["models"].items():
+        lines.append(
+            f"{name:10} {row['tokens_per_second']:9.1f} {row['bytes_per_token'] / 1e6:9.1f} {row['bandwidth'] / 1e9:6.1f}"
+        )
+    lines.append(f"memory reads {figures['read_bandwidth'] / 1e9:.1f} GB/s; {describe(figures['machine'])}")
+    show(figures, "\n".join(lines), as_json)
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """What runs here: versions, processor, kernels."""
+    from deadband.bench import machine
+    from deadband.ops import kernels
+
+    figures = {**machine(), "available": kernels.available_isas()}
+    missing = (
+        "not built: no C++ compiler was found at install, so everything runs on the torch reference, without any gain. "
+        "Install a compiler and then deadband again (pip install --force-reinstall --no-deps deadband)"
+    )
+    lines = [f"{name:13} {value}" for name, value in machine().items() if name != "kernels"]
+    lines.append(f"{'kernels':13} {figures['kernels'] or missing}")
+    if figures["available"]:
+        lines.append(f"{'available':13} {', '.join(figures['available'])} (choose with DEADBAND_ISA)")
+    show(figures, "\n".join(lines), as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to leave the results in.")] = Path(
+        "deadband-demo"
+    ),
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """The whole flow on SmolLM2-135M: calibrate, allocate 25 / 40 / 50 %, quality and speed in one table."""
+    set_threads(threads)
+    from deadband import demo as program
+
+    figures = program.run(output, quiet=as_json)
+    show(figures, "", as_json)
+
+
+def read(path: Path) -> str:
+    """The text of --data, before anything slow is loaded."""
+    from deadband.text import read_text
+
+    return read_text(path)
+
+
+def load(name: str, dtype: str, threads: int | None) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    set_threads(threads)
+    from deadband.models import load_model, load_tokenizer
+
+    return load_model(name, dtype=dtype), load_tokenizer(name)
+
+
+def set_threads(threads: int | None) -> None:
+    """torch's number of threads, and no advisories or progress bars of transformers' own."""
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Find out before the work, not after it, that its result cannot be written."""
+    import os
+
+    if path.exists() and not overwrite:
+        raise ValueError(f"{str(path)!r} exists already; choose another --output or pass --overwrite")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder {str(path.parent)!r} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"the folder {str(path.parent)!r} cannot be written to")
+
+
+def describe(machine: dict[str, Any]) -> str:
+    """One line about the machine."""
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, kernels {machine['kernels']}, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}"
+    )
+
+
+def show(figures: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print the result: text for people, or one JSON object."""
+    if as_json:
+        from deadband.files import finite
+
+        print(json.dumps(finite(figures)))
+    elif text:
+        print(text)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 2; Ctrl-C is 130."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("deadband: interrupted; nothing was left half written", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if not isinstance(error, (ValueError, TypeError, OSError)) and type(error).__name__ != "SafetensorError":
+            raise
+        message = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
+        print(f"deadband: error: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
