@@ -16,7 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from deadband.linear import SPARSE_CLASSES, DenseLinear, SparseSite, lay_out_, make_sparse_
+from deadband.linear import SPARSE_CLASSES, DenseLinear, SparseSite, change_class_, lay_out_, make_sparse_
 from deadband.sites import matrix_of
 from deadband.sparsify import SparsityConfig, sparse_sites
 
@@ -74,7 +74,7 @@ class DeadbandQuantizer(HfQuantizer):
             # -1 keeps everything: a threshold that the checkpoint lacks is told apart from one that is zero
             make_sparse_(module, -1.0, norm, gradient=config.gradient)
         if config.output_layer is not None:
-            model.get_submodule(config.output_layer).__class__ = DenseLinear
+            change_class_(model.get_submodule(config.output_layer), DenseLinear)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, module in sparse_sites(model).items():

@@ -132,8 +132,7 @@ def make_sparse_(
 ) -> SparseSite:
     """Turn a dense linear layer into its sparse twin, in place, or give a sparse one new settings."""
     if not isinstance(module, SparseSite):
-        with _without_accelerate_hook(module):
-            module.__class__ = SPARSE_CLASSES[type(module)]
+        change_class_(module, SPARSE_CLASSES[type(module)])
     assert isinstance(module, SparseSite)
     device = module.weight.device
     module.register_buffer("threshold", torch.full((), threshold, dtype=torch.float32, device=device))
@@ -148,11 +147,10 @@ def make_sparse_(
 
 def make_dense_(module: SparseSite) -> nn.Module:
     """Turn a sparse layer back into its dense class, in place, with the weight's usual strides and the same bits."""
-    with _without_accelerate_hook(module):
-        for name in ("threshold", "column_norm", "counts"):
-            delattr(module, name)
-        del module.sparse_rows, module.gradient
-        module.__class__ = module.dense_class
+    for name in ("threshold", "column_norm", "counts"):
+        delattr(module, name)
+    del module.sparse_rows, module.gradient
+    change_class_(module, module.dense_class)
     module.weight.data = module.weight.data.contiguous()
     return module
 
@@ -171,20 +169,15 @@ def lay_out_(module: SparseSite) -> None:
     module.weight.data = module.matrix_view(stored)
 
 
-class _without_accelerate_hook:  # noqa: N801
-    """Take accelerate's hook (device_map, offload) off a module while its class changes: it wraps the bound forward."""
+def change_class_(module: nn.Module, new: type[nn.Module]) -> None:
+    """Make `module` an instance of another class, under accelerate's hook (device_map, offload) if it has one."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        module.__class__ = new
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.hook = module, getattr(module, "_hf_hook", None)
-
-    def __enter__(self) -> None:
-        if self.hook is not None:
-            from accelerate.hooks import remove_hook_from_module
-
-            remove_hook_from_module(self.module)
-
-    def __exit__(self, *error: object) -> None:
-        if self.hook is not None:
-            from accelerate.hooks import add_hook_to_module
-
-            add_hook_to_module(self.module, self.hook)
+    remove_hook_from_module(module)
+    module.__dict__.pop("forward", None)  # the old class's forward, which accelerate leaves bound to the instance
+    module.__class__ = new
+    add_hook_to_module(module, hook)

@@ -13,7 +13,7 @@ from torch import nn
 
 from deadband.allocation import Thresholds
 from deadband.criterion import check_criterion, scale_of
-from deadband.linear import ALL_ROWS, GRADIENTS, DenseLinear, SparseSite, make_dense_, make_sparse_
+from deadband.linear import ALL_ROWS, GRADIENTS, DenseLinear, SparseSite, change_class_, make_dense_, make_sparse_
 from deadband.sites import Patterns, find_sites, is_site, matrix_of, weight_bytes
 
 VERSION = 1
@@ -135,7 +135,7 @@ def sparsify_(
     for module in left.values():
         make_dense_(module)
     if config.output_layer is not None:
-        model.get_submodule(config.output_layer).__class__ = DenseLinear
+        change_class_(model.get_submodule(config.output_layer), DenseLinear)
     _remember(model, config)
     return model
 
@@ -157,7 +157,7 @@ def densify_(model: nn.Module) -> nn.Module:
         make_dense_(module)
     for module in model.modules():
         if type(module) is DenseLinear:
-            module.__class__ = nn.Linear
+            change_class_(module, nn.Linear)
     _remember(model, None)
     return model
 
