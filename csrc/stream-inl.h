@@ -4,7 +4,7 @@
 constexpr int64_t kTile = 8192;
 // Inputs added up before the sums go to the totals. Sums in one long chain lose accuracy with its length; this is as
 // accurate as the many lanes of a dot product, for 1 % of the time.
-constexpr int64_t kChain = 256;
+constexpr int64_t kChain = 64;
 // Weight rows that are added in one pass over the sums.
 constexpr int kDepth = 4;
 // A thread is worth waking for this many bytes of weights.

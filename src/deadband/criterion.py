@@ -30,7 +30,8 @@ def scale_of(criterion: str, matrix: Tensor) -> Tensor | None:
     """
     if check_criterion(criterion) == "magnitude":
         return None
-    return torch.linalg.vector_norm(matrix.detach(), dim=0, dtype=torch.float32)
+    wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(matrix.detach(), dim=0, dtype=wide).float()
 
 
 def score(x: Tensor, scale: Tensor | None = None) -> Tensor:

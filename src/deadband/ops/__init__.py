@@ -44,7 +44,7 @@ def sparse_linear_reference(
     counts: Tensor | None,
 ) -> Tensor:
     """What the operator means, in plain torch; the module's docstring explains the arguments."""
-    rows = x.numel() // max(x.shape[-1], 1)
+    rows = x.shape[:-1].numel()
     if rows <= sparse_rows:
         keep = keep_mask(x, threshold, scale)
         if counts is not None:

@@ -39,7 +39,7 @@ def sparse_linear(
 ) -> Tensor:
     """The operator on CPU tensors; its arguments are explained in `deadband.ops`."""
     out_features, in_features = weight.shape
-    rows = x.numel() // in_features if in_features else 0
+    rows = x.numel() // in_features if in_features else x.shape[:-1].numel()
     if rows > sparse_rows:
         return dense_linear(x, weight, bias)
     dtype = _KERNEL_DTYPES.get(x.dtype)
@@ -73,7 +73,7 @@ def sparse_linear(
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The operator on CPU tensors, on the better of the kernels' product and torch's."""
     out_features, in_features = weight.shape
-    rows = x.numel() // in_features if in_features else 0
+    rows = x.numel() // in_features if in_features else x.shape[:-1].numel()
     dtype = _KERNEL_DTYPES.get(x.dtype)
     out_stride, in_stride = weight.stride()
     layout = INPUT_MAJOR if out_stride == 1 else OUTPUT_MAJOR
