@@ -33,6 +33,8 @@ class SparseConv1D(SparseSite, Conv1D):
         """The stored weight as [out_features, in_features]."""
         return weight.t()
 
+    __repr__ = nn.Module.__repr__  # Conv1D's own would hide the threshold
+
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}, {super().extra_repr().lstrip(', ')}"
 

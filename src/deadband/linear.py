@@ -53,6 +53,16 @@ class SparseSite(nn.Module):
             return F.linear(x, weight, bias)
         return sparse_linear(x, weight, bias, threshold, norm, self.sparse_rows, buffers["counts"])
 
+    def settings(self) -> dict[str, Any]:
+        """Everything that `make_sparse_` sets, for `restore`."""
+        names = ("threshold", "column_norm", "counts", "sparse_rows", "gradient")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, settings: dict[str, Any]) -> None:
+        """Undo a `make_sparse_` on a layer that was sparse before."""
+        for name, value in settings.items():
+            setattr(self, name, value)
+
     def _apply(self, fn: Any, recurse: bool = True) -> SparseSite:
         exact = {name: getattr(self, name) for name in ("threshold", "column_norm")}
         super()._apply(fn, recurse)

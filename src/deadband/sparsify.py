@@ -121,15 +121,15 @@ def sparsify_(
     modules = {name: model.get_submodule(name) for name in chosen}
     norms = {name: scale_of(config.criterion, matrix_of(module)) for name, module in modules.items()}
     left = {name: module for name, module in sparse_sites(model).items() if name not in chosen}
-    fresh: list[nn.Module] = []
+    settings = {module: module.settings() for module in modules.values() if isinstance(module, SparseSite)}
     try:
         for name, module in modules.items():
-            if not isinstance(module, SparseSite):
-                fresh.append(module)
             make_sparse_(module, chosen[name], norms[name], gradient=gradient, count=count)
     except BaseException:
-        for module in fresh:
-            if isinstance(module, SparseSite):
+        for module in modules.values():
+            if module in settings:
+                module.restore(settings[module])
+            elif isinstance(module, SparseSite):
                 make_dense_(module)
         raise
     for module in left.values():
@@ -229,6 +229,8 @@ class SparsityReport:
 def sparsity(model: nn.Module, *, reset: bool = False) -> SparsityReport:
     """The sparsity achieved by the tokens that took the sparse path since the model was made sparse (or last reset).
 
+    Dense prefill and training are not counted.
+
     Args:
         model: a sparse model.
         reset: start the counters again after reading.
@@ -237,7 +239,7 @@ def sparsity(model: nn.Module, *, reset: bool = False) -> SparsityReport:
         ValueError: the model is not sparse, or was made so with `count=False`.
 
     Example:
-        >>> model = sparsify_(nn.Sequential(nn.Linear(4, 4)), {"0": 1.0})
+        >>> model = sparsify_(nn.Sequential(nn.Linear(4, 4)).eval(), {"0": 1.0})
         >>> with torch.no_grad():
         ...     _ = model(torch.tensor([[0.0, 0.5, 1.5, 2.5]]))
         >>> sparsity(model).total

@@ -1,0 +1,86 @@
+import re
+
+import pytest
+from conftest import mlp, sparse_model, tiny_model
+from torch import nn
+
+from deadband.sites import find_blocks, find_sites, matrix_of, weight_bytes
+
+
+def test_blocks_are_the_outermost_repeated_modules():
+    assert list(find_blocks(tiny_model("llama"))) == ["model.layers.0", "model.layers.1"]
+    assert list(find_blocks(tiny_model("gpt2"))) == ["transformer.h.0", "transformer.h.1"]
+    assert find_blocks(mlp()) == {}
+    block = lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))  # noqa: E731
+    stacked = nn.Sequential(nn.Linear(3, 4), nn.Sequential(block(), block()), nn.Linear(4, 2))
+    assert list(find_blocks(stacked)) == ["1.0", "1.1"]
+    assert list(find_sites(stacked)) == ["1.0.0", "1.0.2", "1.1.0", "1.1.2"]
+
+
+def test_default_sites_leave_out_head_embeddings_and_routers():
+    names = list(find_sites(tiny_model("qwen2_moe")))
+    assert "lm_head" not in names
+    assert not any(re.search(r"(gate|router)$", name) for name in names)
+    assert sum(name.endswith("gate_proj") for name in names) == 2
+    assert list(find_sites(mlp())) == ["0", "2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        ("model.layers.0.mlp.down_proj", 1),
+        ("down_proj", 2),
+        ("mlp.down_proj", 2),
+        ("*.self_attn.[qk]_proj", 4),
+        ("re:.*layers\\.1\\..*", 7),
+        (re.compile(r".*(gate|up)_proj"), 4),
+        (["q_proj", "*.mlp.*"], 8),
+        ("lm_head", 1),
+        ({"q_proj", "k_proj"}, 4),
+    ],
+)
+def test_patterns(pattern, count):
+    assert len(find_sites(tiny_model("llama"), include=pattern)) == count
+
+
+def test_exclude():
+    model = tiny_model("llama")
+    assert len(find_sites(model, exclude="down_proj")) == 12
+    assert len(find_sites(model, include="*.mlp.*", exclude=["*.0.*"])) == 3
+    with pytest.raises(ValueError, match="no site is left"):
+        find_sites(model, include="down_proj", exclude="*.mlp.*")
+
+
+def test_patterns_that_match_nothing_or_are_nonsense():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"include='down_prj' matches no linear layer.*down_proj"):
+        find_sites(model, include="down_prj")
+    with pytest.raises(ValueError, match="exclude='nothing'"):
+        find_sites(model, exclude=["q_proj", "nothing"])
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        find_sites(model, include="model.norm")
+    with pytest.raises(ValueError, match="not a valid regular expression"):
+        find_sites(model, include="re:(")
+    with pytest.raises(TypeError, match="got int"):
+        find_sites(model, include=[3])
+    with pytest.raises(ValueError, match="has no layer that can be made sparse"):
+        find_sites(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()))
+
+
+def test_subclasses_of_linear_are_left_alone():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert list(find_sites(nn.Sequential(Scaled(4, 4), nn.Linear(4, 4)))) == ["1"]
+    attention = nn.TransformerEncoderLayer(8, 2)  # its out_proj's forward is never called
+    assert set(find_sites(attention)) == {"linear1", "linear2"}
+
+
+def test_matrix_and_bytes_of_every_storage():
+    for name in ("llama", "gpt2"):
+        for model in (tiny_model(name), sparse_model(name)):
+            block = next(iter(find_blocks(model).values()))
+            module = block.mlp.down_proj if name == "llama" else block.mlp.c_proj
+            assert matrix_of(module).shape == (64, 112)
+            assert weight_bytes(module) == 64 * 112 * 4

@@ -1,0 +1,359 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import mlp, sparse_model, tiny_batches, tiny_model
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torch.nn import functional as F
+
+import deadband
+from deadband.linear import ALL_ROWS, DECODE_ROWS, DenseLinear, SparseLinear
+from deadband.sparsify import SparsityConfig, sparse_sites, sparsify_
+
+X = torch.randn(3, 16, generator=torch.Generator().manual_seed(3))
+
+
+def masked_mlp(model, x, thresholds):
+    """The sparse MLP written out: what sparsify_ has to compute."""
+    for index in (0, 2, 4):
+        x = torch.where(x.abs() > thresholds.get(str(index), -1.0), x, 0)
+        x = F.linear(x, model[index].weight, model[index].bias)
+        x = x.relu() if index != 4 else x
+    return x
+
+
+def state_of(model):
+    return {key: (id(value), value.clone(), value.stride()) for key, value in model.state_dict(keep_vars=True).items()}
+
+
+def same_state(model, before):
+    now = model.state_dict(keep_vars=True)
+    return now.keys() == before.keys() and all(
+        id(now[key]) == identity and torch.equal(now[key], value) and now[key].stride() == stride
+        for key, (identity, value, stride) in before.items()
+    )
+
+
+def test_plain_mapping_and_names():
+    model, thresholds = mlp(), {"0": 0.6, "4": 0.2}
+    expected = masked_mlp(model, X, thresholds)
+    assert sparsify_(model, thresholds) is model
+    assert [type(module) for module in model] == [SparseLinear, nn.ReLU, nn.Linear, nn.ReLU, SparseLinear]
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), expected)
+    assert {*model.state_dict()} == {*mlp().state_dict(), "0.threshold", "4.threshold"}
+    llama = sparsify_(tiny_model("llama"), {"layers.0.mlp.down_proj": 0.12})
+    assert list(sparse_sites(llama)) == ["model.layers.0.mlp.down_proj"]
+
+
+def test_prefill_is_dense_and_sparse_when_forced():
+    model = mlp()
+    thresholds = {"0": 0.8, "2": 0.3, "4": 0.3}
+    x = torch.randn(DECODE_ROWS + 1, 16)
+    with torch.no_grad():
+        dense, sparse = model(x), masked_mlp(model, x, thresholds)
+        sparsify_(model, thresholds)
+        torch.testing.assert_close(model(x), dense)
+        torch.testing.assert_close(model(x[:DECODE_ROWS]), sparse[:DECODE_ROWS])
+        with deadband.sparse_prefill(model):
+            torch.testing.assert_close(model(x), sparse)
+            assert model[0].sparse_rows == ALL_ROWS
+        with deadband.dense(model):
+            torch.testing.assert_close(model(x[:1]), dense[:1])
+        torch.testing.assert_close(model(x), dense)
+    with pytest.raises(KeyError), deadband.sparse_prefill(model):
+        raise KeyError
+    assert model[0].sparse_rows == DECODE_ROWS
+
+
+def test_parameters_keep_identity_and_there_is_one_copy():
+    model = mlp()
+    parameters = dict(model.named_parameters())
+    sparsify_(model, exact=True)
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+    assert sum(value.nbytes for value in model.parameters()) == sum(value.nbytes for value in mlp().parameters())
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert len(storages) == len(parameters)
+    assert model[2].weight.t().is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_densify_is_bit_for_bit(dtype):
+    model = mlp(dtype)
+    before, modules = state_of(model), list(model.modules())
+    deadband.densify_(sparsify_(model, {"0": 0.5, "4": 0.1}))
+    assert same_state(model, before)
+    assert [id(module) for module in model.modules()] == [id(module) for module in modules]
+    assert all("threshold" not in module.__dict__ and not module._buffers for module in model.modules())
+    with pytest.raises(ValueError, match="no layer of this Sequential is sparse"):
+        deadband.densify_(model)
+
+
+def test_exact_is_lossless_on_a_relu_model_and_skips():
+    model = mlp()
+    with torch.no_grad():
+        dense = model(X[:1])
+        sparsify_(model, exact=True)
+        torch.testing.assert_close(model(X[:1]), dense, rtol=1e-6, atol=1e-6)
+    report = deadband.sparsity(model)
+    assert report.sites["0"] == 0.0
+    assert report.sites["2"] > 0.2
+    assert report.sites["4"] > 0.2
+
+
+def test_exact_on_opt_needs_no_calibration_and_keeps_every_token():
+    model, ids = tiny_model("opt"), tiny_batches(1)[0]["input_ids"][:1]
+    expected = model.generate(ids, max_new_tokens=10, do_sample=False)
+    deadband.sparsify_(model, exact=True)
+    assert torch.equal(model.generate(ids, max_new_tokens=10, do_sample=False), expected)
+    sites = deadband.sparsity(model).sites
+    assert all(value > 0.2 for name, value in sites.items() if name.endswith("fc2"))
+
+
+def test_achieved_sparsity_is_counted():
+    model = sparsify_(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).eval(), {"0": 1.0, "1": 0.0})
+    with torch.no_grad():
+        model(torch.tensor([[0.0, 0.5, 1.0, 1.5]]))
+        model(torch.zeros(9, 4))  # prefill: dense, not counted
+    report = deadband.sparsity(model, reset=True)
+    assert report.sites == {"0": 0.75, "1": 0.0}
+    assert report.total == pytest.approx(0.75 * 32 / 48)
+    assert float(report) == report.total
+    assert report.entries == 12
+    assert "75.0%" in str(report)
+    assert deadband.sparsity(model).entries == 0
+    assert deadband.sparsity(model).total != deadband.sparsity(model).total  # NaN: nothing ran
+    silent = sparsify_(mlp(), exact=True, count=False)
+    assert all(module.counts is None for module in sparse_sites(silent).values())
+    with pytest.raises(ValueError, match="count=True"):
+        deadband.sparsity(silent)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"thresholds": {"7": 0.1}}, "site '7' is not a linear layer of the model, which has for example"),
+        ({"thresholds": {"1": 0.1}}, "site '1' is ReLU, expected nn.Linear"),
+        ({"thresholds": {"0": -0.1}}, "threshold -0.1 has to be finite and not negative"),
+        ({"thresholds": {"0": float("nan")}}, "threshold nan"),
+        ({"thresholds": {"0": float("inf")}}, "threshold inf"),
+        ({"thresholds": {}}, "thresholds is empty"),
+        ({}, "pass either thresholds"),
+        ({"thresholds": {"0": 0.1}, "exact": True}, "pass either thresholds"),
+        ({"thresholds": {"0": 0.1}, "include": "0"}, "thresholds name their sites themselves"),
+        ({"thresholds": {"0": 0.1}, "criterion": "size"}, "criterion 'size' is not known"),
+        ({"thresholds": {"0": 0.1}, "gradient": "none"}, "gradient='none' is not known"),
+        ({"exact": True, "include": "nothing"}, "matches no linear layer"),
+    ],
+)
+def test_bad_arguments_leave_the_model_as_it_was(arguments, message):
+    model = mlp()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        sparsify_(model, **arguments)
+    assert same_state(model, before)
+    assert not sparse_sites(model)
+
+
+def test_ambiguous_names_are_refused():
+    with pytest.raises(ValueError, match="'mlp.down_proj' ends several names"):
+        sparsify_(tiny_model("llama"), {"mlp.down_proj": 0.1})
+
+
+def test_a_failure_midway_leaves_the_model_as_it_was(monkeypatch):
+    model = mlp()
+    before = state_of(model)
+    import deadband.linear
+
+    lay_out_, calls = deadband.linear.lay_out_, []
+
+    def failing(module):
+        calls.append(module)
+        if len(calls) == 3:
+            raise MemoryError("no memory left")
+        lay_out_(module)
+
+    monkeypatch.setattr(deadband.linear, "lay_out_", failing)
+    with pytest.raises(MemoryError):
+        sparsify_(model, exact=True)
+    assert same_state(model, before)
+    assert [type(module) for module in model] == [type(module) for module in mlp()]
+
+
+def test_a_failure_while_changing_a_sparse_model_keeps_its_thresholds(monkeypatch):
+    model = sparsify_(mlp(), {"0": 0.5, "2": 0.25})
+    before = state_of(model)
+    import deadband.sparsify
+
+    make_sparse_, calls = deadband.sparsify.make_sparse_, []
+
+    def failing(module, *arguments, **options):
+        calls.append(module)
+        if len(calls) == 2:
+            raise MemoryError("no memory left")
+        return make_sparse_(module, *arguments, **options)
+
+    monkeypatch.setattr(deadband.sparsify, "make_sparse_", failing)
+    with pytest.raises(MemoryError):
+        sparsify_(model, {"0": 0.1, "2": 0.1, "4": 0.1})
+    assert same_state(model, before)
+
+
+def test_sparsifying_again_replaces_what_was():
+    model = sparsify_(mlp(), {"0": 0.5, "2": 0.25})
+    sparsify_(model, {"2": 0.75, "4": 0.1})
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.is_contiguous()
+    assert {name: round(module.threshold.item(), 6) for name, module in sparse_sites(model).items()} == {
+        "2": 0.75,
+        "4": 0.1,
+    }
+
+
+def test_calibration_of_another_model_is_refused():
+    thresholds = deadband.calibrate(tiny_model("llama"), tiny_batches(), progress=False).allocate(0.4)
+    with pytest.raises(ValueError, match="for another model: this Sequential has no site 'model.layers.0"):
+        sparsify_(mlp(), thresholds)
+    other = mlp()
+    other[0] = nn.Linear(16, 41)
+    thresholds = deadband.calibrate(mlp(), [X], progress=False).allocate(0.4)
+    with pytest.raises(ValueError, match=r"site '0' is \(41, 16\) here, the calibration saw \(40, 16\)"):
+        sparsify_(other, thresholds)
+    with pytest.raises(ValueError, match="are for criterion 'magnitude'"):
+        sparsify_(mlp(), thresholds, criterion="weighted_magnitude")
+
+
+def test_weighted_magnitude():
+    model = mlp()
+    norms = model[0].weight.detach().norm(dim=0)
+    x = X[:1]
+    expected = masked_mlp(model, torch.where(x.abs() * norms > 0.7, x, 0), {})
+    sparsify_(model, {"0": 0.7}, criterion="weighted_magnitude")
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    assert "0.column_norm" in model.state_dict()
+    with torch.no_grad():
+        torch.testing.assert_close(model.bfloat16()(x.bfloat16()).float(), expected, rtol=0.05, atol=0.05)
+    assert model[0].column_norm.dtype == torch.float32
+
+
+@pytest.mark.parametrize("gradient", ["exact", "straight_through"])
+def test_training(gradient):
+    model = sparsify_(mlp(), {"0": 0.7}, gradient=gradient).train()
+    x = torch.randn(9, 16, requires_grad=True)
+    masked = torch.where(x.abs() > 0.7, x, 0)
+    expected = masked_mlp(model, masked, {})
+    actual = model(x)  # nine rows: all of them masked while training
+    torch.testing.assert_close(actual, expected)
+    wanted_weight, wanted_masked = torch.autograd.grad(expected.square().sum(), [model[0].weight, masked])
+    weight, entry = torch.autograd.grad(actual.square().sum(), [model[0].weight, x])
+    torch.testing.assert_close(weight, wanted_weight)
+    if gradient == "exact":
+        wanted_masked = torch.where(x.abs() > 0.7, wanted_masked, 0)
+    torch.testing.assert_close(entry, wanted_masked)
+
+
+def test_gradients_in_eval_mode_follow_the_rows():
+    model = sparsify_(mlp(), {"0": 0.7})
+    for rows, sparse in ((DECODE_ROWS, True), (DECODE_ROWS + 1, False)):
+        x = torch.randn(rows, 16, requires_grad=True)
+        with torch.no_grad():
+            expected = model(x)
+        actual = model(x)
+        torch.testing.assert_close(actual, expected)
+        (gradient,) = torch.autograd.grad(actual.sum(), x)
+        assert bool((gradient[x.abs() <= 0.7] == 0).all()) is sparse
+
+
+def test_an_optimizer_made_before_still_trains_the_model():
+    model = mlp().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsify_(model, {"0": 0.1, "2": 0.1})
+    before = model(X).square().sum()
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(X).square().sum().backward()
+        optimizer.step()
+    assert model(X).square().sum() < before
+
+
+def test_casting_keeps_thresholds_exact():
+    model = sparsify_(mlp(), {"0": 0.1})
+    for change in (lambda: model.bfloat16(), lambda: model.half(), lambda: model.to(torch.float64), lambda: model.float()):
+        change()
+        assert model[0].threshold.dtype == torch.float32
+        assert model[0].threshold.item() == torch.tensor(0.1).item()
+        assert model[0].weight.t().is_contiguous()
+
+
+def test_copies_pickles_and_state_dicts():
+    model = sparsify_(mlp(), {"0": 0.6, "2": 0.2})
+    with torch.no_grad():
+        expected = model(X)
+        copied = copy.deepcopy(model)
+        pickled = pickle.loads(pickle.dumps(model))
+        buffer = io.BytesIO()
+        torch.save(model.state_dict(), buffer)
+        buffer.seek(0)
+        other = sparsify_(mlp(), {"0": 0.0, "2": 0.0})
+        nn.init.zeros_(other[0].weight)
+        other.load_state_dict(torch.load(buffer, weights_only=True))
+        assigned = sparsify_(mlp(), {"0": 0.0, "2": 0.0})
+        plain = {key: value.contiguous() for key, value in model.state_dict().items()}
+        assigned.load_state_dict(plain, assign=True)
+        for each in (copied, pickled, other, assigned):
+            assert torch.equal(each(X), expected)
+            assert each[0].weight.t().is_contiguous()
+    copied[0].counts.zero_()
+    assert deadband.sparsity(model).entries > 0
+
+
+def test_safetensors_of_a_plain_module(tmp_path):
+    model = sparsify_(mlp(), {"0": 0.6, "2": 0.2})
+    save_model(model, tmp_path / "model.safetensors")
+    other = sparsify_(mlp(), {"0": 0.0, "2": 0.0})
+    load_model(other, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(other(X), model(X))
+
+
+def test_hooks_and_shared_modules_survive():
+    shared = nn.Linear(16, 16)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    seen = []
+    shared.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    sparsify_(model, {"0": 0.1})
+    with torch.no_grad():
+        model(X)
+    assert model[0] is model[2] is shared
+    assert seen == [SparseLinear, SparseLinear]
+    sparsify_(deadband.densify_(model), {"2": 0.1})  # the other name of the same layer
+    assert type(shared) is SparseLinear
+
+
+def test_output_layer_of_a_tied_model():
+    model = sparse_model("llama")
+    assert type(model.lm_head) is DenseLinear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    plain = deadband.sparsify_(tiny_model("llama"), exact=True, output_layer=False)
+    assert type(plain.lm_head) is nn.Linear
+    as_site = deadband.sparsify_(tiny_model("mistral"), {"lm_head": 0.1})
+    assert type(as_site.lm_head) is SparseLinear
+
+
+def test_config_is_checked():
+    with pytest.raises(ValueError, match="sparsity 1.5 is out of range"):
+        SparsityConfig(sites=("a",), sparsity=1.5)
+    with pytest.raises(TypeError):
+        SparsityConfig(("a",))
+    config = SparsityConfig(sites=["a"], sparsity=0.4)
+    assert SparsityConfig(**config.to_dict()) == config
+
+
+def test_printing():
+    model = sparsify_(mlp(), {"0": 0.25}, criterion="weighted_magnitude")
+    assert "SparseLinear(in_features=16, out_features=40, bias=True, threshold=0.25, weighted_magnitude)" in repr(model)
+    assert "SparseConv1D(nf=192, nx=64, threshold=" in repr(sparse_model("gpt2"))
