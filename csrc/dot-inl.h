@@ -51,7 +51,7 @@ int dot_rows(const T* x, int64_t x_stride, int64_t in, const T* weight, int64_t 
       const T* p = x + r * x_stride + i;
       store_pair(xs + r * stride + i, i + kBlock <= in ? load_pair(p) : load_pair_part(p, in - i));
     }
-  threads = (int)min_of(threads, 1 + in * out * (int64_t)sizeof(T) / kBytesPerThread);
+  threads = threads_for(in * out * (int64_t)sizeof(T), kBytesPerThread, threads);
   parallel(threads, [&](int part, int parts) {
     Range mine = share(out, 16, part, parts);
     float result[kDots * R];

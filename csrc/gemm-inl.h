@@ -1,9 +1,9 @@
 // y = x . W with W stored [in, out] and many rows of x (prefill): a blocked product with packed operands.
 //
 // The operands are packed in steps of one 32-bit lane: one float32 input, or two bfloat16 inputs side by side where
-// this instruction set multiplies such pairs. Elsewhere bfloat16 becomes float32 in packing, and that is no loss
-// everywhere: on Emerald Rapids vdpbf16ps starts every other cycle but float32 multiply-adds twice a cycle, so that 256
-// tokens take 0.6 of the time of a product with vdpbf16ps. dispatch.cpp knows which CPUs it suits.
+// this instruction set multiplies such pairs. Elsewhere bfloat16 becomes float32 in packing. That can be the faster
+// way: on Emerald Rapids vdpbf16ps starts every other cycle but float32 multiply-adds twice a cycle, and 256 tokens
+// take half the time that they take with vdpbf16ps. dispatch.cpp knows which CPUs it suits.
 
 // Rows of x whose sums fit the registers, next to a block of weights: with 2 vectors a row, 28 of AVX-512's 32.
 #if defined(__AVX512F__)
@@ -112,9 +112,9 @@ void multiply_rows(int64_t rows, const float* x, const float* weight, int64_t st
   multiply_tile<T, M>(x, weight, steps, target);
 }
 
-// To [block of outputs][steps][kBlock], with zeros beyond the last input and output. Four steps side by side, with the
-// next four fetched meanwhile: one alone reached 9 GB/s where this reaches 12. Fetching the next panel during the
-// multiplication instead did not pay: the product then waits for the memory.
+// To [block of outputs][steps][kBlock], with zeros beyond the last input and output. Four steps side by side, the next
+// four fetched meanwhile: one at a time, unfetched, took 15 % longer at 5 rows. Fetching the next panel during the
+// multiplication instead took 20 % longer with bfloat16: the product waits for the memory then.
 template <class T>
 void pack_panel(const T* weight, int64_t weight_stride, int64_t inputs, int64_t outputs, float* packed) {
   constexpr int kInputs = Step<T>::kInputs, kGroup = 4 * kInputs;
@@ -212,7 +212,7 @@ int gemm_typed(const T* x, int64_t rows, int64_t x_stride, int64_t in, const T* 
   int64_t steps = (in + Step<T>::kInputs - 1) / Step<T>::kInputs;
   float* packed_x = (float*)workspace(kSharedSlot, min_of(rows, kPanelRows) * steps * sizeof(float));
   if (!packed_x) return DEADBAND_NO_MEMORY;
-  threads = (int)min_of(threads, 1 + rows * in * out / kOperationsPerThread);
+  threads = threads_for(rows * in * out, kOperationsPerThread, threads);
   int error = 0;
   for (int64_t r = 0; r < rows; r += kPanelRows) {
     int64_t count = min_of(kPanelRows, rows - r);

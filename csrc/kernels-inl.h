@@ -15,13 +15,12 @@
 namespace deadband {
 namespace {
 
-#include "vector-inl.h"
-//
-#include "stream-inl.h"
-//
+#include "vector-inl.h"  // first: the others use it
+
 #include "dot-inl.h"
 #include "gemm-inl.h"
 #include "observe-inl.h"
+#include "stream-inl.h"
 
 }  // namespace
 

@@ -50,8 +50,9 @@ DEADBAND_API int deadband_dense_linear(int dtype, int layout, const void* x, int
                                        void* y, int threads);
 
 // One pass of statistics over x [rows, cols]; everything is added to what the buffers hold.
-// histogram: int64[32768], indexed by the upper half of the score's float32 pattern, without the sign: (bits &
-// 0x7fffffff) >> 16. sum, sum_of_squares: double[cols], of x and x * x, over finite entries only.
+// histogram: int64[32768], indexed by the upper half of the score's float32 pattern: (bits & 0x7fffffff) >> 16. The
+// bins from 0x7f80 on count infinity and NaN. sum, sum_of_squares: double[cols], of x and x * x, over finite entries
+// only.
 DEADBAND_API int deadband_observe(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t cols,
                                   const float* scale, int64_t* histogram, double* sum, double* sum_of_squares,
                                   int threads);

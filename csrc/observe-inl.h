@@ -45,7 +45,7 @@ template <class T>
 int observe_typed(const T* x, int64_t rows, int64_t x_stride, int64_t cols, const float* scale, int64_t* histogram,
                   double* sum, double* sum_of_squares, int threads) {
   // Threads share out the columns, so that every sum runs in the order of the rows, whatever their number.
-  threads = (int)min_of(min_of(threads, 1 + rows * cols / kEntriesPerThread), 1 + cols / 64);
+  threads = threads_for(rows * cols, kEntriesPerThread, threads_for(cols, 64, threads));
   int64_t* others = nullptr;
   if (threads > 1) {
     others = (int64_t*)workspace(kSharedSlot, (threads - 1) * kBins * sizeof(int64_t));
@@ -74,7 +74,7 @@ int observe(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t co
 }
 
 // Touches every byte; the result only keeps the loads alive. Several streams at once, each fetched a kilobyte ahead:
-// one plain stream reached two thirds of this, and prefetching past the caches (NTA) half.
+// one plain stream reached 60 % of this, and prefetching past the caches (NTA) half.
 uint64_t read(const void* data, int64_t bytes, int threads) {
   constexpr int kStreams = 8, kAhead = 1024;
   uint64_t result = 0;

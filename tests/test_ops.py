@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from deadband.criterion import keep_mask, scale_of
 from deadband.ops import dense_linear, kernels, sparse_linear, sparse_linear_reference
-from deadband.ops.cpu import KERNEL_ROWS
+from deadband.ops.cpu import SPARSE_ROWS
 from deadband.ops.observe import BINS, FIRST_NONFINITE, observe, observe_reference
 
 ISAS = kernels.available_isas() or [None]
@@ -149,7 +149,7 @@ def test_large_layers_with_several_threads(isa, dtype, shape):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", range(1, KERNEL_ROWS + 2))
+@pytest.mark.parametrize("rows", range(1, SPARSE_ROWS + 2))
 def test_an_entry_at_the_threshold_is_skipped(isa, dtype, rows):
     x = torch.tensor([0.5, -0.5, 0.50390625, -0.25, 0.0, -0.0]).to(dtype).repeat(rows, 1)
     weight = torch.eye(6, dtype=dtype)

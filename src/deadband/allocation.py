@@ -25,6 +25,7 @@ METHODS = ("uniform", "greedy")
 VERSION = 1
 _MOST_OF_A_SITE = 0.99  # greedy empties no site altogether
 _SITE_STEP = 0.1  # the largest step of one site's sparsity in greedy, see _greedy_path
+_SLACK = 0.7  # how much lower than when last tried a candidate's figure may be
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,27 +237,25 @@ def _greedy_path(
 
     A step skips a fraction `step` of the block's bytes, so a site whose weight is small moves far: in a model with
     grouped-query attention, 5 % of a block is more than a whole key projection. No step therefore moves a site by more
-    than 0.1; where that bound makes steps of different bytes, harm is compared per byte. Harm of a site's next step
-    only grows while others give, so a harm computed earlier is a lower bound, and most candidates need no second look.
+    than 0.1; as that makes steps of different bytes, what is compared is the growth of the squared error per byte.
+    A candidate is tried again only while its last figure, taken a few steps ago, lies near the best of this step.
     """
     total = sum(calibration.sites[name].weight_bytes for name in sites)
     part = {name: calibration.sites[name].weight_bytes / total for name in sites}
     current = dict.fromkeys(sites, 0.0)
-    thresholds = dict.fromkeys(sites, 0.0)
     dense = [_first_tensor(block(*args, **kwargs)) for args, kwargs in calls]
 
-    def harm(sparsities: Mapping[str, float]) -> float:
-        thresholds.update({name: calibration.sites[name].threshold(value) for name, value in sparsities.items()})
+    def squared_error(sparsities: Mapping[str, float]) -> float:
+        thresholds = {name: calibration.sites[name].threshold(value) for name, value in sparsities.items()}
         difference = 0.0
         with masking(sites, thresholds, scales):
             for (args, kwargs), before in zip(calls, dense, strict=True):
                 after = _first_tensor(block(*args, **kwargs))
                 difference += float((after - before).float().square().sum(dtype=torch.float64))
-        return difference**0.5
+        return difference
 
-    reached, path = 0.0, [(0.0, dict(current))]
-    known: dict[str, float] = {}  # lower bounds of harm per byte of each site's next step
-    here = 0.0
+    reached, error, path = 0.0, 0.0, [(0.0, dict(current))]
+    last = dict.fromkeys(sites, 0.0)  # growth per byte of each site's next step, when it was last tried
     while reached < budget - 1e-9:
         moves = {
             name: min(step / part[name], _SITE_STEP, _MOST_OF_A_SITE - current[name], (budget - reached) / part[name])
@@ -265,16 +264,16 @@ def _greedy_path(
         }
         if not moves:
             break
-        fresh: dict[str, float] = {}
-        while True:
-            name = min(moves, key=lambda name: known.get(name, -1.0))
-            if name in fresh:
+        tried: dict[str, float] = {}
+        for name in sorted(moves, key=last.__getitem__):
+            if tried and _SLACK * last[name] > min(last[each] for each in tried):
                 break
-            fresh[name] = harm({**current, name: current[name] + moves[name]})
-            known[name] = (fresh[name] - here) / (moves[name] * part[name])
+            tried[name] = squared_error({**current, name: current[name] + moves[name]})
+            last[name] = (tried[name] - error) / (moves[name] * part[name])
+        name = min(tried, key=last.__getitem__)
         current[name] += moves[name]
         reached += moves[name] * part[name]
-        here = fresh[name]
+        error = tried[name]
         path.append((reached, dict(current)))
     return path
 

@@ -9,11 +9,22 @@ from torch.nn import functional as F
 from deadband.criterion import keep_mask
 from deadband.ops import kernels
 
-KERNEL_ROWS = 4  # what the kernels that stream the weight take at most
+SPARSE_ROWS = 8  # what the kernel that skips takes at most
+DOT_ROWS = 4  # and the one for a weight in torch's own layout
 INPUT_MAJOR, OUTPUT_MAJOR = 0, 1  # [in, out] as SparseLinear lays it out; [out, in] as torch does
 
-# Rows up to which the kernels' product on a [in, out] weight beats torch's, which repacks such a weight on each call.
-_OWN_ROWS = {torch.float32: 128, torch.bfloat16: 128}
+
+def own_rows(dtype: torch.dtype) -> int:
+    """Rows up to which our product on a [in, out] weight beats torch's on the same storage (benchmarks/prefill.py).
+
+    torch repacks such a bfloat16 weight on every call, at any number of rows; with AVX2 alone it has no fast path for it
+    at all. In float32 it multiplies by it as it lies, as fast as we do from about 32 rows on. Without AVX2 our blocked
+    product is slow.
+    """
+    if kernels.isa() == "baseline":
+        return DOT_ROWS
+    return 1 << 62 if dtype == torch.bfloat16 else 32
+
 
 _KERNEL_DTYPES = {torch.float32: kernels.DTYPES[torch.float32], torch.bfloat16: kernels.DTYPES[torch.bfloat16]}
 _get_num_threads = torch.get_num_threads
@@ -44,7 +55,7 @@ def sparse_linear(
         return dense_linear(x, weight, bias)
     dtype = _KERNEL_DTYPES.get(x.dtype)
     out_stride, in_stride = weight.stride()
-    if rows > KERNEL_ROWS or dtype is None or out_stride != 1 or not _uniform(x, weight, bias):
+    if rows > SPARSE_ROWS or dtype is None or out_stride != 1 or not _uniform(x, weight, bias):
         keep = keep_mask(x, threshold, scale)
         if counts is not None:
             counts += torch.stack([(~keep).sum(), torch.tensor(x.numel())])
@@ -77,7 +88,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = _KERNEL_DTYPES.get(x.dtype)
     out_stride, in_stride = weight.stride()
     layout = INPUT_MAJOR if out_stride == 1 else OUTPUT_MAJOR
-    most = _OWN_ROWS[x.dtype] if dtype is not None and layout == INPUT_MAJOR else KERNEL_ROWS
+    most = own_rows(x.dtype) if dtype is not None and layout == INPUT_MAJOR else DOT_ROWS
     if dtype is None or rows > most or min(out_stride, in_stride) != 1 or not _uniform(x, weight, bias):
         return F.linear(x, weight, bias).contiguous()
     x = x.contiguous()
@@ -101,10 +112,11 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _uniform(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernels can take these operands; where not, torch either can or says why not."""
+    dtype = x.dtype
     return (
-        x.dtype == weight.dtype
+        dtype is weight.dtype
         and x.shape[-1] == weight.shape[1]
-        and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
+        and (bias is None or (bias.dtype is dtype and bias.is_contiguous()))
     )
 
 

@@ -56,9 +56,12 @@ library = _load()
 """The loaded library, or None: then everything runs on the torch references."""
 
 
+_isa = library.deadband_isa().decode() if library else None
+
+
 def isa() -> str | None:
     """The instruction set in use: `baseline`, `x86-64-v3`, `x86-64-v4`, `x86-64-v4-bf16`, `aarch64`; None without kernels."""
-    return library.deadband_isa().decode() if library else None
+    return _isa
 
 
 def available_isas() -> list[str]:
@@ -74,6 +77,8 @@ def set_isa(name: str) -> None:
     """
     if library is None or library.deadband_set_isa(name.encode()) != 0:
         raise ValueError(f"instruction set {name!r} is not available here; expected one of {available_isas()}")
+    global _isa
+    _isa = name
 
 
 def advise_huge_pages(tensor: torch.Tensor) -> None:
