@@ -17,7 +17,7 @@ check: .venv/ready
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py --data "$(DATA)"
 
 # torch first and pinned: otherwise pip may take a CUDA build of several gigabytes.
 .venv/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)

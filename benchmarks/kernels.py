@@ -27,18 +27,20 @@ def measure(dtype: torch.dtype, in_features: int, out_features: int, sparsity: f
     x = torch.randn(1, in_features).to(dtype)
     threshold = torch.quantile(x.float().abs(), sparsity)
     dense, sparse, usual = itertools.cycle(ours), itertools.cycle(ours[1:] + ours[:1]), itertools.cycle(torchs)
+    read = itertools.cycle(torchs[1:] + torchs[:1])
     candidates = {
         "torch": lambda: F.linear(x, next(usual)),
         "dense": lambda: dense_linear(x, next(dense), None),
         "sparse": lambda: sparse_linear(x, next(sparse), None, threshold, None, 4, None),
+        "read": lambda: kernels.read(next(read)),
     }
     for count in counts:
         with threads(count), torch.inference_mode():
-            bandwidth = kernels.read_bandwidth()
             times = interleave(candidates, rounds=rounds, what=f"{in_features}x{out_features}")
-            bandwidth = max(bandwidth, kernels.read_bandwidth())
         seconds = {name: median(values) for name, values in times.items()}
-        needed = in_features * out_features * dtype.itemsize * (x.float().abs() > threshold).double().mean().item()
+        whole = in_features * out_features * dtype.itemsize
+        bandwidth = whole / seconds["read"]  # of reading one weight of the pool, in the same rounds
+        needed = whole * (x.float().abs() > threshold).double().mean().item()
         yield {
             "dtype": str(dtype).removeprefix("torch."),
             "shape": [in_features, out_features],

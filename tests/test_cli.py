@@ -1,0 +1,202 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from deadband import cli
+
+TEXT = "the deadband is the range of input that a control system treats as zero. " * 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with a tokenizer of single characters, in a folder whose name has a space."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("with space")
+    vocabulary = {"<unk>": 0} | {character: index + 1 for index, character in enumerate(sorted(set(TEXT)))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path / "dense")
+    tiny_model("llama").save_pretrained(path / "dense")
+    (path / "text.txt").write_text(TEXT)
+    (path / "empty.txt").write_text("")
+    return path
+
+
+@pytest.fixture
+def deadband(monkeypatch, capsys, folder):
+    """Call the command line in this process; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(folder)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["deadband", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+SMALL = ("--tokens", 256, "--window", 32)
+
+
+@pytest.fixture
+def calibrated(deadband, folder):
+    path = folder / "calibration.safetensors"
+    if not path.exists():
+        assert deadband("calibrate", "dense", "--data", "text.txt", "-o", path, *SMALL)[0] == 0
+    return path
+
+
+@pytest.fixture
+def sparse(deadband, folder, calibrated):
+    path = folder / "sparse"
+    if not path.exists():
+        code, out, _ = deadband(
+            "sparsify", "dense", calibrated, "--sparsity", 0.4, "--data", "text.txt", "-o", path, *SMALL
+        )
+        assert code == 0
+        assert "40% of the weight bytes over 14 sites, uniform, magnitude, corrected" in out
+    return path
+
+
+def test_the_whole_flow(deadband, sparse):
+    code, out, _ = deadband("generate", sparse, "the deadband", "--max-new-tokens", 5)
+    assert code == 0
+    assert out.startswith("t h e" if " h " in out else "the deadband")
+    code, out, _ = deadband("eval", sparse, "--data", "text.txt", *SMALL, "--json")
+    figures = json.loads(out)
+    assert figures["sparsity"] == pytest.approx(0.4, abs=0.02)
+    assert figures["kl"] > 0
+    assert figures["tokens"] == 8 * 31
+    code, out, _ = deadband("bench", sparse, "--tokens", 3, "--json")
+    figures = json.loads(out)
+    assert set(figures["models"]) == {"dense", "sparse"}
+    assert figures["models"]["sparse"]["bytes_per_token"] < figures["models"]["dense"]["bytes_per_token"]
+    assert code == 0
+
+
+def test_json_of_every_command(deadband, folder, calibrated):
+    _, out, _ = deadband("calibrate", "dense", "--data", "text.txt", "-o", "again.safetensors", "--json", *SMALL)
+    assert len(json.loads(out)["sites"]) == 14
+    arguments = ("sparsify", "dense", calibrated, "--sparsity", 0.25, "-o", "plain", "--json")
+    figures = json.loads(deadband(*arguments)[1])
+    assert (figures["corrected"], len(figures["thresholds"])) == (False, 14)
+    assert json.loads(deadband("info", "--json")[1])["torch"] == torch.__version__
+    assert json.loads(deadband("generate", "plain", "a", "--max-new-tokens", 3, "--json")[1])["new_tokens"] == 3
+
+
+def test_greedy_and_sites(deadband, folder, calibrated):
+    code, out, _ = deadband(
+        "calibrate", "dense", "--data", "text.txt", "-o", "mlp.safetensors", "--include", "*.mlp.*", *SMALL
+    )
+    assert code == 0
+    assert "Calibration of 6 sites" in out
+    code, out, _ = deadband(
+        "sparsify", "dense", "mlp.safetensors", "--sparsity", 0.3, "--method", "greedy", "--data", "text.txt",
+        "-o", "greedy", *SMALL,
+    )  # fmt: skip
+    assert code == 0
+    assert "over 6 sites, greedy" in out
+
+
+BAD = {
+    "no such model": ("eval", "./missing", "--data", "text.txt"),
+    "no such model on the hub": ("eval", "missing-model", "--data", "text.txt"),
+    "no text": ("eval", "dense", "--data", "missing.txt"),
+    "empty text": ("calibrate", "dense", "--data", "empty.txt", "-o", "x"),
+    "short text": ("eval", "dense", "--data", "text.txt", "--window", 100000),
+    "sparsity": ("sparsify", "dense", "calibration.safetensors", "--sparsity", 1.5, "-o", "x"),
+    "method": ("sparsify", "dense", "calibration.safetensors", "--sparsity", 0.5, "--method", "best", "-o", "x"),
+    "greedy without data": ("sparsify", "dense", "calibration.safetensors", "--sparsity", 0.5, "--method", "greedy", "-o", "x"),
+    "not a calibration": ("sparsify", "dense", "text.txt", "--sparsity", 0.5, "-o", "x"),
+    "no calibration": ("sparsify", "dense", "missing", "--sparsity", 0.5, "-o", "x"),
+    "other model": ("sparsify", "other", "calibration.safetensors", "--sparsity", 0.5, "-o", "x"),
+    "output exists": ("calibrate", "dense", "--data", "text.txt", "-o", "dense"),
+    "output nowhere": ("calibrate", "dense", "--data", "text.txt", "-o", "missing/x"),
+    "pattern": ("calibrate", "dense", "--data", "text.txt", "-o", "x", "--include", "nothing"),
+    "criterion": ("calibrate", "dense", "--data", "text.txt", "-o", "x", "--criterion", "size"),
+    "dtype": ("eval", "dense", "--data", "text.txt", "--dtype", "int3"),
+    "empty prompt": ("generate", "dense", ""),
+    "demo into a folder of something else": ("demo", "-o", "dense"),
+    "missing argument": ("eval",),
+    "unknown option": ("info", "--nonsense"),
+    "not a number": ("bench", "dense", "--tokens", "many"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_clear_line_and_exit_code_2(deadband, folder, calibrated, what):
+    if what == "other model" and not (folder / "other").exists():
+        from shutil import copytree
+
+        copytree(folder / "dense", folder / "other")
+        tiny_model("gpt2").save_pretrained(folder / "other")
+    before = sorted(os.listdir(folder))
+    code, out, err = deadband(*BAD[what])
+    assert code == 2
+    assert "Traceback" not in out + err
+    if not err.startswith("Usage:"):
+        assert err.startswith("deadband: error: ")
+        assert len(err.strip().splitlines()) == 1
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_an_unwritable_folder_is_an_error_before_the_work(deadband, folder, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    code, _, err = deadband("calibrate", "dense", "--data", "text.txt", "-o", "x")
+    assert code == 2
+    assert "cannot be written" in err
+
+
+def test_a_full_disk_leaves_nothing(deadband, folder, calibrated, monkeypatch):
+    from deadband import calibration
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device", "x")
+
+    monkeypatch.setattr(calibration, "save_file", full)
+    code, _, err = deadband("calibrate", "dense", "--data", "text.txt", "-o", "x", *SMALL)
+    assert code == 2
+    assert "No space left on device" in err
+    assert not [name for name in os.listdir(folder) if name.startswith((".x", "x"))]
+
+
+def test_overwriting(deadband, folder, calibrated):
+    (folder / "taken").write_text("precious")
+    arguments = ("calibrate", "dense", "--data", "text.txt", "-o", "taken", *SMALL)
+    assert deadband(*arguments)[0] == 2
+    assert (folder / "taken").read_text() == "precious"
+    assert deadband(*arguments, "--overwrite")[0] == 0
+
+
+def test_info_without_kernels_says_so():
+    environment = {**os.environ, "DEADBAND_KERNELS": "0"}
+    command = [sys.executable, "-m", "deadband.cli", "info"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "not built: no C++ compiler was found" in result.stdout
+
+
+def test_ctrl_c_says_so_and_leaves_nothing(folder):
+    command = [sys.executable, "-m", "deadband.cli", "calibrate", "dense", "--data", "text.txt", "-o", "stopped"]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    time.sleep(1.5)  # somewhere in the imports
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert not [name for name in os.listdir(folder) if "stopped" in name]
