@@ -34,7 +34,9 @@ def llama_1b():
         if parameter.dim() == 1:
             torch.nn.init.ones_(parameter)
             continue
-        block = torch.randn(1 << 20, dtype=torch.bfloat16) * 0.02  # repeated: drawing 1.2 billion numbers takes a minute
+        block = (
+            torch.randn(1 << 20, dtype=torch.bfloat16) * 0.02
+        )  # repeated: drawing 1.2 billion numbers takes a minute
         parameter.data.view(-1).copy_(block.repeat(parameter.numel() // len(block) + 1)[: parameter.numel()])
     model.tie_weights()
     rotary = model.model.rotary_emb
@@ -74,7 +76,8 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--models", nargs="+", choices=["smollm2", "llama-1b"], default=["smollm2", "llama-1b"])
     options = made.parse_args()
-    print(f"{'model':14}{'threads':>8}  {'decoder':18}{'sparsity':>9}{'tokens/s':>10}{'/transformers':>15}{'MB/token':>10}"
+    print(f"{'model':14}{'threads':>8}  {'decoder':18}{'sparsity':>9}{'tokens/s':>10}{'/transformers':>15}"
+          f"{'MB/token':>10}"
           f"{'of read bandwidth':>19}")  # fmt: skip
     rows = []
     for name in options.models:
@@ -91,7 +94,8 @@ def main() -> None:
         for row in measure(*arguments, options.threads):
             rows.append(row)
             print(f"{row['model']:14}{row['threads']:8}  {row['decoder']:18}{row['sparsity']:9.1%}"
-                  f"{row['tokens_per_second']:10.1f}{row['against_transformers']:14.2f}x{row['bytes_per_token'] / 1e6:10.0f}"
+                  f"{row['tokens_per_second']:10.1f}{row['against_transformers']:14.2f}x"
+                  f"{row['bytes_per_token'] / 1e6:10.0f}"
                   f"{row['of_bandwidth']:19.0%}", flush=True)  # fmt: skip
         del arguments
     save("decode", rows)

@@ -71,7 +71,8 @@ def main() -> None:
                 us = row["microseconds"]
                 print(f"{row['dtype']:9}{shape[0]:>7}x{shape[1]:<5}{sparsity:9.2f}{row['threads']:8}{us['torch']:10.0f}"
                       f"{us['dense']:10.0f}{us['sparse']:10.0f}{row['against_torch']:7.2f}x{row['against_own_dense']:7.2f}x"
-                      f"{row['needed_bytes_per_second'] / 1e9:7.1f}{row['of_bandwidth']:19.0%}", flush=True)  # fmt: skip
+                      f"{row['needed_bytes_per_second'] / 1e9:7.1f}{row['of_bandwidth']:19.0%}",
+                      flush=True)  # fmt: skip
     save("kernels", rows)
 
 

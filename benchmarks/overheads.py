@@ -77,7 +77,9 @@ def main() -> None:
     rows.append(import_cost(7 * options.rounds))
     rows += [calibration_cost(5 * options.rounds, count) for count in options.threads]
     for row in rows:
-        print("   ".join(f"{key} {value:.3f}" if isinstance(value, float) else str(value) for key, value in row.items()))
+        print(
+            "   ".join(f"{key} {value:.3f}" if isinstance(value, float) else str(value) for key, value in row.items())
+        )
     save("overheads", rows)
 
 

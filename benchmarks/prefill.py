@@ -42,7 +42,9 @@ def main() -> None:
                 with threads(count), torch.inference_mode():
                     times = interleave(candidates, rounds=(30 if tokens < 64 else 12) * options.rounds, what=str(shape))
                 ratios[tokens] = median(times["ours"]) / median(times["torch"])
-            rows.append({"dtype": str(dtype).removeprefix("torch."), "shape": shape, "threads": count, "ratios": ratios})
+            rows.append(
+                {"dtype": str(dtype).removeprefix("torch."), "shape": shape, "threads": count, "ratios": ratios}
+            )
             print(f"{rows[-1]['dtype']:9}{shape[0]:>7}x{shape[1]:<5}{count:8}"
                   + "".join(f"{ratio:10.2f}x" for ratio in ratios.values()), flush=True)  # fmt: skip
     save("prefill", rows)

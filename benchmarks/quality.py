@@ -1,7 +1,7 @@
 """KL to the dense model of `greedy` against `uniform`, SmolLM2-135M, every token sparse.
 
 Calibrated on Python's documentation; judged on the text given by --data (wikitext-2's validation part for the published
-figures) or else on the other half of the documentation. In float32, so that the figures show the method and no rounding.
+figures) or else on the other half of the documentation. In float32: the figures show the method and no rounding.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from common import parser, save
 
 import deadband
+from deadband.allocation import allocate
 from deadband.evaluation import dense_logits, evaluate
 from deadband.models import load_model, load_tokenizer, smollm2
 from deadband.text import python_documentation, read_text, token_windows
@@ -38,11 +39,13 @@ def main() -> None:
     allocated = {}
     for method in ("uniform", "greedy"):
         start = time.perf_counter()
-        allocated[method] = calibration.allocate(BUDGETS, method, model=model, batches=batches)
+        allocated[method] = allocate(calibration, BUDGETS, method, model=model, batches=batches)
         seconds[method] = time.perf_counter() - start
     reference = dense_logits(model, windows)
     print(f"calibrated on pydoc, judged on {judged_on}, {len(windows)} windows of 512 tokens")
-    print(f"{'method':9}{'asked':>7}{'achieved':>10}{'perplexity':>12}{'dense':>9}{'KL':>9}{'/uniform':>10}{'top-1':>8}")
+    print(
+        f"{'method':9}{'asked':>7}{'achieved':>10}{'perplexity':>12}{'dense':>9}{'KL':>9}{'/uniform':>10}{'top-1':>8}"
+    )
     rows, uniform = [], {}
     for method, thresholds in allocated.items():
         for each in thresholds:

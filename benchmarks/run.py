@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other: `make bench`, or `make bench DATA=wikitext.txt` to judge quality on that text."""
+"""Every benchmark, one after the other: `make bench`, or `make bench DATA=FILE` to judge quality on FILE."""
 
 from __future__ import annotations
 

@@ -3,6 +3,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#if defined(__linux__) && !defined(MADV_COLLAPSE)
+#define MADV_COLLAPSE 25  // Linux 6.1; the C library here may be older than the kernel that runs
+#endif
 #include <time.h>
 #include <unistd.h>
 
@@ -168,7 +171,17 @@ int deadband_advise_huge(void* data, int64_t bytes) {
   uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
   uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1);
   uintptr_t end = ((uintptr_t)data + (bytes > 0 ? (uintptr_t)bytes : 0)) & ~(page - 1);
-  if (data && begin < end) return madvise((void*)begin, end - begin, MADV_HUGEPAGE) == 0;
+  if (data && begin < end) {
+    int taken = madvise((void*)begin, end - begin, MADV_HUGEPAGE) == 0;
+#ifdef MADV_COLLAPSE
+    // Memory that malloc hands out again has its small pages already; newer Linux joins those on request.
+    const uintptr_t huge = 2 << 20;
+    begin = (begin + huge - 1) & ~(huge - 1);
+    end &= ~(huge - 1);
+    if (taken && begin < end) madvise((void*)begin, end - begin, MADV_COLLAPSE);
+#endif
+    return taken;
+  }
 #endif
   return 0;
 }

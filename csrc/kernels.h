@@ -60,8 +60,8 @@ DEADBAND_API int deadband_observe(int dtype, const void* x, int64_t rows, int64_
 // Bytes per second of reading the buffer once. Meaningful for buffers much larger than the caches.
 DEADBAND_API double deadband_read_bandwidth(const void* data, int64_t bytes, int threads);
 
-// Asks for huge pages behind the whole pages inside the buffer, best before they are first written. Returns 1 if the
-// system took the advice, 0 if it could not help.
+// Asks for huge pages behind the whole pages inside the buffer, written to or not; what it holds stays. Returns 1 if
+// the system took the advice, 0 if it could not help.
 DEADBAND_API int deadband_advise_huge(void* data, int64_t bytes);
 
 // The instruction set in use, those that this CPU can run (comma-separated), and the choice of another:

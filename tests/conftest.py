@@ -80,7 +80,9 @@ def tiny_batches(count: int = 4, rows: int = 2, length: int = 24, seed: int = 1)
     return [{"input_ids": torch.randint(3, VOCABULARY, (rows, length), generator=generator)} for _ in range(count)]
 
 
-def sparse_model(name: str = "llama", dtype: torch.dtype = torch.float32, sparsity: float = 0.4, **options) -> nn.Module:
+def sparse_model(
+    name: str = "llama", dtype: torch.dtype = torch.float32, sparsity: float = 0.4, **options
+) -> nn.Module:
     model = tiny_model(name, dtype)
     calibration = deadband.calibrate(model, tiny_batches(), progress=False, **options)
     return deadband.sparsify_(model, calibration.allocate(sparsity))

@@ -5,7 +5,7 @@ from conftest import mlp, sparse_model, tiny_batches, tiny_model
 from torch import nn
 
 import deadband
-from deadband.allocation import Thresholds, _greedy_path, masking
+from deadband.allocation import Thresholds, _greedy_path, allocate, masking
 from deadband.sites import find_sites, weight_bytes
 from deadband.sparsify import sparse_sites
 
@@ -108,11 +108,13 @@ def test_several_budgets_are_those_of_single_ones():
     model, batches = tiny_model("llama"), tiny_batches()
     calibration = deadband.calibrate(model, batches, progress=False)
     passes = {"model": model, "batches": batches, "progress": False}
-    several = calibration.allocate([0.2, 0.45], "greedy", **passes)
+    several = allocate(calibration, [0.2, 0.45], "greedy", **passes)
     single = calibration.allocate(0.45, "greedy", **passes)
     assert [each.sparsity for each in several] == [0.2, 0.45]
     assert np.allclose(list(several[1].site_sparsity.values()), list(single.site_sparsity.values()), atol=0.1)
-    assert all(a <= b + 1e-9 for a, b in zip(several[0].site_sparsity.values(), several[1].site_sparsity.values(), strict=True))
+    assert all(
+        a <= b + 1e-9 for a, b in zip(several[0].site_sparsity.values(), several[1].site_sparsity.values(), strict=True)
+    )
 
 
 def test_zero_budget_and_natural_zeros():
@@ -138,7 +140,7 @@ def test_bad_calls():
         calibration.allocate(0.4, "greedy")
     with pytest.raises(ValueError, match="go together"):
         calibration.allocate(0.4, model=mlp())
-    with pytest.raises(ValueError, match="for another model"):
+    with pytest.raises(ValueError, match="of another model"):
         calibration.allocate(0.4, model=tiny_model("llama"), batches=tiny_batches())
     model = sparse_model()
     with pytest.raises(ValueError, match="sparse already; densify_ it"):

@@ -222,7 +222,11 @@ def test_save_and_load(tmp_path, criterion):
         other = loaded.sites[name]
         assert np.array_equal(site.histogram, other.histogram)
         assert np.array_equal(site.sum, other.sum)
-        assert (site.nonfinite, site.discrete, site.weight_bytes) == (other.nonfinite, other.discrete, other.weight_bytes)
+        assert (site.nonfinite, site.discrete, site.weight_bytes) == (
+            other.nonfinite,
+            other.discrete,
+            other.weight_bytes,
+        )
     assert str(loaded) == str(calibration)
     assert [child.name for child in path.parent.iterdir()] == ["c.safetensors"]
 

@@ -121,7 +121,9 @@ BAD = {
     "short text": ("eval", "dense", "--data", "text.txt", "--window", 100000),
     "sparsity": ("sparsify", "dense", "calibration.safetensors", "--sparsity", 1.5, "-o", "x"),
     "method": ("sparsify", "dense", "calibration.safetensors", "--sparsity", 0.5, "--method", "best", "-o", "x"),
-    "greedy without data": ("sparsify", "dense", "calibration.safetensors", "--sparsity", 0.5, "--method", "greedy", "-o", "x"),
+    "greedy without data": (
+        "sparsify", "dense", "calibration.safetensors", "--sparsity", 0.5, "--method", "greedy", "-o", "x",
+    ),
     "not a calibration": ("sparsify", "dense", "text.txt", "--sparsity", 0.5, "-o", "x"),
     "no calibration": ("sparsify", "dense", "missing", "--sparsity", 0.5, "-o", "x"),
     "other model": ("sparsify", "other", "calibration.safetensors", "--sparsity", 0.5, "-o", "x"),
@@ -156,7 +158,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(deadband, folder, calibrate
 
 
 def test_an_unwritable_folder_is_an_error_before_the_work(deadband, folder, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root can write everywhere
     code, _, err = deadband("calibrate", "dense", "--data", "text.txt", "-o", "x")
     assert code == 2
     assert "cannot be written" in err

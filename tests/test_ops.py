@@ -70,7 +70,7 @@ def error_against_float64(y, x, weight, bias):
 
 
 def allowed_error(x, weight, bias):
-    """Twice that of torch's own dense kernel on the same numbers, or of a few float32 roundings where torch is lucky."""
+    """Twice that of torch's own dense kernel on the same numbers, or of a few roundings where torch is lucky."""
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     torchs = error_against_float64(F.linear(x, weight.contiguous(), bias), x, weight, bias)
     if not exact.numel():

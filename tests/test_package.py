@@ -16,12 +16,15 @@ def test_importing_deadband_imports_neither_torch_nor_transformers():
 
 
 def test_the_command_line_imports_them_only_inside_commands():
-    code = "import sys, deadband.cli; print([n for n in ('torch', 'transformers', 'numpy', 'rich') if n in sys.modules])"
+    code = (
+        "import sys, deadband.cli; print([n for n in ('torch', 'transformers', 'numpy', 'rich') if n in sys.modules])"
+    )
     assert python(code) == "[]"
 
 
 def test_public_names_exist_and_are_documented():
-    code = "import deadband; print([n for n in deadband.__all__ if not getattr(deadband, n).__doc__ or n not in dir(deadband)])"
+    missing = "[n for n in deadband.__all__ if not getattr(deadband, n).__doc__ or n not in dir(deadband)]"
+    code = f"import deadband; print({missing})"
     assert python(code) == "[]"
 
 

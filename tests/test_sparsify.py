@@ -215,12 +215,12 @@ def test_sparsifying_again_replaces_what_was():
 
 def test_calibration_of_another_model_is_refused():
     thresholds = deadband.calibrate(tiny_model("llama"), tiny_batches(), progress=False).allocate(0.4)
-    with pytest.raises(ValueError, match="for another model: this Sequential has no site 'model.layers.0"):
+    with pytest.raises(ValueError, match="of another model: this Sequential has no site 'model.layers.0"):
         sparsify_(mlp(), thresholds)
     other = mlp()
     other[0] = nn.Linear(16, 41)
     thresholds = deadband.calibrate(mlp(), [X], progress=False).allocate(0.4)
-    with pytest.raises(ValueError, match=r"site '0' is \(41, 16\) here, the calibration saw \(40, 16\)"):
+    with pytest.raises(ValueError, match=r"site '0' is \(41, 16\) here and was \(40, 16\) there"):
         sparsify_(other, thresholds)
     with pytest.raises(ValueError, match="are for criterion 'magnitude'"):
         sparsify_(mlp(), thresholds, criterion="weighted_magnitude")
@@ -282,7 +282,12 @@ def test_an_optimizer_made_before_still_trains_the_model():
 
 def test_casting_keeps_thresholds_exact():
     model = sparsify_(mlp(), {"0": 0.1})
-    for change in (lambda: model.bfloat16(), lambda: model.half(), lambda: model.to(torch.float64), lambda: model.float()):
+    for change in (
+        lambda: model.bfloat16(),
+        lambda: model.half(),
+        lambda: model.to(torch.float64),
+        lambda: model.float(),
+    ):
         change()
         assert model[0].threshold.dtype == torch.float32
         assert model[0].threshold.item() == torch.tensor(0.1).item()
@@ -342,6 +347,9 @@ def test_output_layer_of_a_tied_model():
     assert type(plain.lm_head) is nn.Linear
     as_site = deadband.sparsify_(tiny_model("mistral"), {"lm_head": 0.1})
     assert type(as_site.lm_head) is SparseLinear
+    again = deadband.sparsify_(model, {"lm_head": 0.1})
+    assert type(again.lm_head) is SparseLinear
+    assert type(deadband.densify_(again).lm_head) is nn.Linear
 
 
 def test_config_is_checked():

@@ -38,7 +38,7 @@ _HOME = {
     "sparsify_": "sparsify",
     "sparsity": "sparsify",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -68,19 +69,6 @@ class Thresholds(Mapping[str, float]):
         head = f"{self.sparsity:.0%} of the weight bytes over {len(self)} sites, {self.method}, {self.criterion}{pass_}"
         return "\n".join([head] + [f"{self.site_sparsity[name]:7.1%} {self[name]:9.4g}  {name}" for name in self])
 
-    def check_fits(self, model: nn.Module) -> None:
-        """Raise a ValueError if these thresholds were made for another model."""
-        modules = dict(model.named_modules())
-        for name, shape in self.shapes.items():
-            module = modules.get(name)
-            if module is None or not is_site(module):
-                raise ValueError(f"the thresholds are for another model: this {type(model).__name__} has no site {name!r}")
-            if tuple(matrix_of(module).shape) != tuple(shape):
-                raise ValueError(
-                    f"the thresholds are for another model: site {name!r} is {tuple(matrix_of(module).shape)} here, "
-                    f"the calibration saw {tuple(shape)} ([out_features, in_features])"
-                )
-
     def save(self, path: str | os.PathLike) -> None:
         """Write a JSON file."""
         write_json(path, {"version": VERSION, **dataclasses.asdict(self)})
@@ -100,71 +88,69 @@ class Thresholds(Mapping[str, float]):
 
 def allocate(
     calibration: Calibration,
-    sparsity: float | Sequence[float],
+    budgets: Sequence[float],
     method: str = "uniform",
     *,
     model: nn.Module | None = None,
     batches: Iterable[Any] | None = None,
     step: float = 0.05,
-    tokens: int = 2048,
+    tokens: int = 512,
     progress: bool = True,
-) -> Any:
-    """Share a budget out over the sites: `Calibration.allocate`.
-
-    Activations shrink once earlier sites are sparse, so that thresholds taken from dense activations skip more than
-    asked. With `model` and `batches`, one more pass, with the sparse model, corrects that (to within 1 % of the budget).
-
-    Args:
-        calibration: statistics of the sites.
-        sparsity: fraction of the sites' weight bytes to skip, 0 up to but not 1. Several budgets give a list of
-            results, for the price of about one where the method is `greedy`.
-        method: `uniform`: the same sparsity everywhere. `greedy`: TEAL's Algorithm 1 (Liu et al. 2024, arXiv
-            2408.14690, section 4.3): in each block, step by step, the site whose next step harms the block's output
-            least gives; all blocks give the same. Needs `model` and `batches`.
-        model: the dense model that was calibrated. Nothing in it changes.
-        batches: calibration data, as for `calibrate`; a sequence rather than an iterator.
-        step: greedy's step, as a fraction of the block's weight bytes.
-        tokens: greedy compares block outputs on so many tokens (in whole batches).
-        progress: show progress bars on a terminal.
-
-    Returns:
-        `Thresholds`, or a list of them.
-
-    Raises:
-        ValueError: a sparsity out of range, an unknown method, a model that the calibration does not fit or that is
-            sparse, `greedy` without a model, or only one of `model` and `batches`.
-    """
+) -> list[Thresholds]:
+    """`Calibration.allocate`, which explains the arguments, for several budgets; greedy does not cost more for them."""
     from deadband.linear import SparseSite
     from deadband.sparsify import check_sparsity
 
-    budgets = [check_sparsity(value) for value in (sparsity if isinstance(sparsity, Sequence) else [sparsity])]
+    budgets = [check_sparsity(budget) for budget in budgets]
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not known; expected one of {', '.join(map(repr, METHODS))}")
     if (model is None) != (batches is None):
         raise ValueError("model= and batches= go together: pass both or neither")
-    if method == "greedy" and model is None:
-        raise ValueError("method 'greedy' compares outputs of the model's blocks: pass model= and batches= as to calibrate")
     shapes = {name: (site.out_features, site.in_features) for name, site in calibration.sites.items()}
-    plain: dict[str, Any] = {"criterion": check_criterion(calibration.criterion), "method": method, "shapes": shapes}
     shares = [dict.fromkeys(calibration.sites, budget) for budget in budgets]
-    if model is not None:
-        Thresholds(sites={}, sparsity=0.0, site_sparsity={}, shapes=shapes).check_fits(model)
+    if model is not None and batches is not None:
+        check_shapes(model, shapes)
         if any(isinstance(module, SparseSite) for module in model.modules()):
             raise ValueError("the model is sparse already; densify_ it, then allocate on the dense model")
-        assert batches is not None
         batches = list(batches)
         if method == "greedy":
             shares = _greedy(calibration, budgets, model, batches, step, tokens, progress)
+    elif method == "greedy":
+        raise ValueError("method 'greedy' compares outputs of the model's blocks: pass model= and batches= as well")
     results = []
     for budget, share in zip(budgets, shares, strict=True):
         sites = {name: site.threshold(share[name]) for name, site in calibration.sites.items()}
-        if model is not None and budget > 0:
+        if model is not None and batches is not None and budget > 0:
             from deadband.calibration import observe_model
 
             seen = observe_model(model, batches, list(sites), calibration.criterion, sites, "correct", progress)
             sites = {name: seen.sites[name].threshold(share[name]) for name in sites}
-        results.append(Thresholds(sites=sites, sparsity=budget, site_sparsity=share, corrected=model is not None, **plain))
-    return results if isinstance(sparsity, Sequence) else results[0]
+        results.append(
+            Thresholds(
+                sites=sites,
+                sparsity=budget,
+                site_sparsity=share,
+                shapes=shapes,
+                criterion=check_criterion(calibration.criterion),
+                method=method,
+                corrected=model is not None,
+            )
+        )
+    return results
+
+
+def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise a ValueError unless `model` has these sites, of these shapes: a calibration of another model."""
+    modules = dict(model.named_modules())
+    for name, shape in shapes.items():
+        module = modules.get(name)
+        if module is None or not is_site(module):
+            raise ValueError(f"the calibration is of another model: this {type(model).__name__} has no site {name!r}")
+        if tuple(matrix_of(module).shape) != tuple(shape):
+            raise ValueError(
+                f"the calibration is of another model: site {name!r} is {tuple(matrix_of(module).shape)} here and was "
+                f"{tuple(shape)} there ([out_features, in_features])"
+            )
 
 
 def _greedy(
@@ -280,7 +266,7 @@ def _greedy_path(
 
 def _along(path: list[tuple[float, dict[str, float]]], budget: float) -> dict[str, float]:
     """The configuration at `budget`: between two steps of a path, the part of the step that reaches it."""
-    for (low, before), (high, after) in zip(path, path[1:], strict=False):
+    for (low, before), (high, after) in itertools.pairwise(path):
         if budget <= high:
             share = (budget - low) / (high - low)
             return {name: before[name] + share * (after[name] - before[name]) for name in before}
@@ -291,7 +277,7 @@ def _along(path: list[tuple[float, dict[str, float]]], budget: float) -> dict[st
 def masking(
     sites: Mapping[str, nn.Module], thresholds: Mapping[str, float], scales: Mapping[str, Tensor | None]
 ) -> Iterator[None]:
-    """Inside the block, the input of each dense site is masked, by a hook: the sparse model without changing a layer."""
+    """Inside the block, hooks mask the input of each site: the sparse model, without changing a layer."""
     handles = []
 
     def hook(name: str) -> Any:

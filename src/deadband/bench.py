@@ -93,7 +93,9 @@ def bytes_per_token(model: nn.Module) -> int:
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            share = 1 - skipped[name] if name in sites and skipped[name] == skipped[name] and parameter.dim() > 1 else 1.0
+            share = (
+                1 - skipped[name] if name in sites and skipped[name] == skipped[name] and parameter.dim() > 1 else 1.0
+            )
             read += share * (weight_bytes(module) if parameter.dim() > 1 and name in sites else parameter.nbytes)
     return int(read)
 

@@ -85,7 +85,7 @@ class SiteStatistics:
         """The fraction of entries with a score at or below `threshold`."""
         if not self.entries or threshold < 0:
             return 0.0
-        position = min(np.searchsorted(_EDGES, threshold, side="right") - 1, FIRST_NONFINITE - 1)
+        position = min(int(np.searchsorted(_EDGES, threshold, side="right")) - 1, FIRST_NONFINITE - 1)
         below = int(self.histogram[:position].sum())
         width = _EDGES[position + 1] - _EDGES[position]
         # bin 0 holds exact zeros and what is smaller than any normal number: all of it is at or below zero
@@ -93,7 +93,7 @@ class SiteStatistics:
         return float(below + share * self.histogram[position]) / self.entries
 
     def threshold(self, sparsity: float) -> float:
-        """The threshold that skips `sparsity` of the entries, as nearly as the data allow; 0 if zeros alone are more."""
+        """The threshold that skips `sparsity` of the entries, as nearly as the data allow; 0 if zeros are more."""
         if not self.entries or sparsity <= 0:
             return 0.0
         target = sparsity * self.entries
@@ -147,13 +147,38 @@ class Calibration:
         *,
         model: nn.Module | None = None,
         batches: Iterable[Any] | None = None,
+        step: float = 0.05,
+        tokens: int = 512,
         progress: bool = True,
-        **options: Any,
     ) -> Thresholds:
-        """Share a sparsity budget out over the sites; see `deadband.allocation.allocate` for all arguments."""
+        """Share a sparsity budget out over the sites.
+
+        Activations shrink once earlier sites are sparse, so that thresholds taken from dense activations skip more
+        than asked. With `model` and `batches`, one more pass, with the sparse model, corrects that: what is achieved
+        on such data is then within 1 % of the budget.
+
+        Args:
+            sparsity: fraction of the sites' weight bytes to skip, from 0 up to but not 1.
+            method: `uniform`: the same sparsity everywhere. `greedy`: TEAL's Algorithm 1 (Liu et al. 2024, arXiv
+                2408.14690): in each block, step by step, the site whose next step harms the block's output least
+                gives; all blocks give the same. Needs `model` and `batches`.
+            model: the dense model that was calibrated. Nothing in it changes.
+            batches: calibration data, as for `calibrate`.
+            step: greedy's step, as a fraction of the block's weight bytes.
+            tokens: greedy compares block outputs on the first batches, until they hold so many tokens.
+            progress: show progress bars on a terminal.
+
+        Returns:
+            `Thresholds`, for `deadband.sparsify_`.
+
+        Raises:
+            ValueError: a sparsity out of range, an unknown method, a model that the calibration does not fit or that
+                is sparse, `greedy` without a model, or only one of `model` and `batches`.
+        """
         from deadband.allocation import allocate
 
-        return allocate(self, sparsity, method, model=model, batches=batches, progress=progress, **options)
+        options: dict[str, Any] = {"step": step, "tokens": tokens, "progress": progress}
+        return allocate(self, [sparsity], method, model=model, batches=batches, **options)[0]
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file; histograms are cut to the bins in use."""
@@ -227,7 +252,9 @@ class Calibration:
         axes = figure.subplots()
         for sparsity in (0.25, 0.4, 0.5, 0.75):
             axes.plot([site.threshold(sparsity) for site in self.sites.values()], ".-", lw=0.5, label=f"{sparsity:.0%}")
-        axes.set(yscale="symlog" if not _all_positive(axes) else "log", xlabel="site", ylabel=f"threshold ({self.criterion})")
+        axes.set(
+            yscale="symlog" if not _all_positive(axes) else "log", xlabel="site", ylabel=f"threshold ({self.criterion})"
+        )
         axes.legend(title="sparsity")
         if path is not None:
             with replacing(path) as temporary:
@@ -251,8 +278,8 @@ def calibrate(
     """Run data through a model and record what the input of each site looks like.
 
     One pass, in eval mode and without gradients; nothing in the model changes. Memory does not depend on the number of
-    tokens. Padding is not counted where a batch has an `attention_mask` [batch, tokens] and the site's input begins with
-    that shape (or with its product); inside mixtures of experts, which regroup tokens, it is.
+    tokens. Padding is not counted where a batch has an `attention_mask` [batch, tokens] and the site's input begins
+    with that shape (or with its product); inside mixtures of experts, which regroup tokens, it is.
 
     Args:
         model: any module, on any device.
@@ -272,7 +299,9 @@ def calibrate(
         >>> list(calibrate(model, [torch.randn(8, 4)], progress=False).sites)
         ['0', '2']
     """
-    return observe_model(model, batches, list(find_sites(model, include, exclude)), criterion, None, "calibrate", progress)
+    return observe_model(
+        model, batches, list(find_sites(model, include, exclude)), criterion, None, "calibrate", progress
+    )
 
 
 def observe_model(
@@ -300,7 +329,9 @@ def observe_model(
         raise ValueError("batches is empty; expected at least one batch to calibrate on")
     for name, site in sites.items():
         if not site.entries:
-            why = f"saw {site.nonfinite} NaN or infinite entries and no number" if site.nonfinite else "was never reached"
+            why = (
+                f"saw {site.nonfinite} NaN or infinite entries and no number" if site.nonfinite else "was never reached"
+            )
             raise ValueError(f"site {name!r} {why}; leave it out with exclude=, or calibrate on data that reaches it")
     return Calibration(sites, criterion)
 
@@ -321,8 +352,8 @@ class _Observer:
 
     def begin(self, batch: Any) -> None:
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        usable = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
-        self.keep, self.last = (mask.bool() if usable else None), None
+        self.keep = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None
+        self.last = None
 
     @contextlib.contextmanager
     def watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:

@@ -18,6 +18,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+INTERRUPTED = 130
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, or a name on the hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Data = Annotated[Path, typer.Option("--data", metavar="FILE", help="A UTF-8 text file.")]
@@ -94,7 +96,11 @@ def sparsify(
     thresholds = statistics.allocate(sparsity, method, **passes)
     sparsify_(network, thresholds)
     save_model(network, tokenizer, output)
-    note = "" if thresholds.corrected else "\nthresholds are from dense activations; --data corrects them on the sparse model"
+    note = (
+        ""
+        if thresholds.corrected
+        else "\nthresholds are from dense activations; --data corrects them on the sparse model"
+    )
     figures = {
         "output": str(output),
         "sparsity": sparsity,
@@ -168,7 +174,8 @@ def bench(
     lines = [f"{'':10} {'tokens/s':>9} {'MB/token':>9} {'GB/s':>6}"]
     for name, row in figures["models"].items():
         lines.append(
-            f"{name:10} {row['tokens_per_second']:9.1f} {row['bytes_per_token'] / 1e6:9.1f} {row['bandwidth'] / 1e9:6.1f}"
+            f"{name:10} {row['tokens_per_second']:9.1f} {row['bytes_per_token'] / 1e6:9.1f} "
+            f"{row['bandwidth'] / 1e9:6.1f}"
         )
     lines.append(f"memory reads {figures['read_bandwidth'] / 1e9:.1f} GB/s; {describe(figures['machine'])}")
     show(figures, "\n".join(lines), as_json)
@@ -249,8 +256,8 @@ def check_output(path: Path, overwrite: bool) -> None:
 def describe(machine: dict[str, Any]) -> str:
     """One line about the machine."""
     return (
-        f"{machine['processor']}, {machine['threads']} threads, kernels {machine['kernels']}, torch {machine['torch']}, "
-        f"transformers {machine['transformers']}"
+        f"{machine['processor']}, {machine['threads']} threads, kernels {machine['kernels']}, "
+        f"torch {machine['torch']}, transformers {machine['transformers']}"
     )
 
 
@@ -268,9 +275,10 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2; Ctrl-C is 130."""
     try:
         app()
-    except KeyboardInterrupt:
-        print("deadband: interrupted; nothing was left half written", file=sys.stderr)
-        raise SystemExit(130) from None
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # how typer ends on Ctrl-C, without a word
+            print("deadband: interrupted; nothing was left half written", file=sys.stderr)
+        raise
     except Exception as error:
         if not isinstance(error, (ValueError, TypeError, OSError)) and type(error).__name__ != "SafetensorError":
             raise

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deadband.allocation import Thresholds
+from deadband.allocation import Thresholds, allocate
 from deadband.bench import decode_seconds, decoding_figures, machine
 from deadband.calibration import calibrate
 from deadband.evaluation import dense_logits, evaluate
@@ -42,7 +42,9 @@ def run(output: Path, *, quiet: bool = False) -> dict[str, Any]:
         ValueError: `output` exists and holds something else than an earlier demo, or the model's package is missing.
     """
     if output.exists() and not (output / FIGURES).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{str(output)!r} exists and is not the folder of an earlier demo; choose another with --output")
+        raise ValueError(
+            f"{str(output)!r} exists and is not the folder of an earlier demo; choose another with --output"
+        )
     if not output.parent.is_dir():
         raise ValueError(f"the folder {str(output.parent)!r} does not exist; make it first")
     with replacing(output) as folder:
@@ -67,7 +69,7 @@ def _run(folder: Path, output: Path, say: Any) -> dict[str, Any]:
     say(f"calibrating on {len(batches) * WINDOW:,} tokens, judging on {len(windows) * WINDOW:,} others")
     calibration = calibrate(model, batches)
     half = batches[: len(batches) // 2]
-    budgets = calibration.allocate(SPARSITIES, "greedy", model=model, batches=half, tokens=GREEDY_TOKENS)
+    budgets = allocate(calibration, SPARSITIES, "greedy", model=model, batches=half, tokens=GREEDY_TOKENS)
 
     reference = dense_logits(model, windows)
     evaluations = [evaluate(model, windows, reference=reference)]
@@ -124,34 +126,41 @@ def table(figures: dict[str, Any]) -> str:
     dense = figures["rows"][0]["tokens_per_second"]
     for row in figures["rows"]:
         lines.append(
-            f"{row['model']:>6} {row['sparsity']:9.1%} {row['perplexity']:11.3f} {row['kl']:8.4f} {row['agreement']:7.1%} "
-            f"{row['tokens_per_second']:9.1f} {row['tokens_per_second'] / dense:5.2f}x {row['bytes_per_token'] / 1e6:9.1f} "
-            f"{row['bandwidth'] / 1e9:6.1f}"
+            f"{row['model']:>6} {row['sparsity']:9.1%} {row['perplexity']:11.3f} {row['kl']:8.4f} "
+            f"{row['agreement']:7.1%} {row['tokens_per_second']:9.1f} {row['tokens_per_second'] / dense:5.2f}x "
+            f"{row['bytes_per_token'] / 1e6:9.1f} {row['bandwidth'] / 1e9:6.1f}"
         )
     about = figures["machine"]
     lines.append(f"dense: transformers as it is, {figures['dtype']}. Quality with every token sparse.")
     lines.append(
-        f"This machine reads {figures['read_bandwidth'] / 1e9:.1f} GB/s: {about['processor']}, {about['threads']} threads, "
-        f"kernels {about['kernels']}, torch {about['torch']}, transformers {about['transformers']}."
+        f"This machine reads {figures['read_bandwidth'] / 1e9:.1f} GB/s: {about['processor']}, "
+        f"{about['threads']} threads, kernels {about['kernels']}, torch {about['torch']}, "
+        f"transformers {about['transformers']}."
     )
     return "\n".join(lines)
 
 
 def plot(figures: dict[str, Any], folder: Path) -> None:
-    """Speed and quality against sparsity, as demo.svg and demo.png."""
+    """Perplexity against decoding speed, a point for each budget, as demo.svg and demo.png."""
     from matplotlib.figure import Figure
 
     rows = figures["rows"]
-    x = [row["sparsity"] * 100 for row in rows]
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    speed, quality = figure.subplots(1, 2)
-    speed.plot(x, [row["tokens_per_second"] for row in rows], "o-", color="tab:blue")
-    speed.set(xlabel="weight bytes skipped (%)", ylabel="decoded tokens per second", ylim=(0, None))
-    quality.plot(x, [row["perplexity"] for row in rows], "o-", color="tab:red", label="perplexity")
-    quality.set(xlabel="weight bytes skipped (%)", ylabel="perplexity", ylim=(0, None))
-    divergence = quality.twinx()
-    divergence.plot(x, [row["kl"] for row in rows], "s--", color="tab:gray", label="KL to the dense model")
-    divergence.set(ylabel="KL to the dense model (nats)", ylim=(0, None))
-    figure.suptitle(f"{figures['model']}, {figures['dtype']}, {figures['machine']['threads']} threads", fontsize=10)
+    dense, sparse = rows[0], rows[1:]
+    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(dense["perplexity"], color="tab:gray", lw=0.8, ls="--")
+    axes.plot(
+        dense["tokens_per_second"], dense["perplexity"], "s", color="tab:gray", label="dense, transformers as it is"
+    )
+    speeds = [row["tokens_per_second"] for row in sparse]
+    axes.plot(speeds, [row["perplexity"] for row in sparse], "o-", color="tab:blue", label="sparse, deadband")
+    for row in sparse:
+        text = f"{row['sparsity']:.0%} skipped\nKL {row['kl']:.2f}"
+        where = (row["tokens_per_second"], row["perplexity"])
+        axes.annotate(text, where, xytext=(-8, 6), textcoords="offset points", ha="right", fontsize=9)
+    axes.set(xlabel="decoded tokens per second (more is better)", ylabel="perplexity (less is better)")
+    axes.set(xlim=(0, max(speeds) * 1.08), ylim=(0, max(row["perplexity"] for row in rows) * 1.15))
+    axes.legend(loc="lower left")
+    axes.set_title(f"{figures['model']}, {figures['dtype']}, {figures['machine']['threads']} threads", fontsize=10)
     for suffix in ("svg", "png"):
         figure.savefig(folder / f"demo.{suffix}", dpi=150)

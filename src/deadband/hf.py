@@ -16,7 +16,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from deadband.linear import SPARSE_CLASSES, DenseLinear, SparseSite, change_class_, lay_out_, make_sparse_
+from deadband.linear import (
+    SPARSE_CLASSES,
+    SparseSite,
+    lay_out_,
+    make_sparse_,
+    use_dense_product_,
+)
 from deadband.sites import matrix_of
 from deadband.sparsify import SparsityConfig, sparse_sites
 
@@ -36,6 +42,7 @@ class SparseConv1D(SparseSite, Conv1D):
     __repr__ = nn.Module.__repr__  # Conv1D's own would hide the threshold
 
     def extra_repr(self) -> str:
+        """What print(model) shows."""
         return f"nf={self.nf}, nx={self.nx}, {super().extra_repr().lstrip(', ')}"
 
 
@@ -48,7 +55,7 @@ class DeadbandConfig(QuantizationConfigMixin):
 
     def __init__(self, **fields: Any) -> None:
         fields.pop("quant_method", None)
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers takes names it does not know
         self.sparsity_config = SparsityConfig(**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,14 +76,16 @@ class DeadbandQuantizer(HfQuantizer):
             try:
                 module = model.get_submodule(name)
             except AttributeError:
-                raise ValueError(f"config.json names site {name!r}, which {type(model).__name__} does not have") from None
+                raise ValueError(
+                    f"config.json names site {name!r}, which {type(model).__name__} does not have"
+                ) from None
             norm = None
             if config.criterion == "weighted_magnitude":
                 norm = torch.empty(matrix_of(module).shape[1], dtype=torch.float32, device="meta")
             # -1 keeps everything: a threshold that the checkpoint lacks is told apart from one that is zero
             make_sparse_(module, -1.0, norm, gradient=config.gradient)
         if config.output_layer is not None:
-            change_class_(model.get_submodule(config.output_layer), DenseLinear)
+            use_dense_product_(model.get_submodule(config.output_layer))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, module in sparse_sites(model).items():
@@ -87,7 +96,9 @@ class DeadbandQuantizer(HfQuantizer):
                         f"the checkpoint has no {name}.{buffer}; it was not written by deadband, or is incomplete. "
                         "Calibrate and sparsify the dense model again"
                     )
-            module.register_buffer("counts", torch.zeros(2, dtype=torch.int64, device=module.weight.device), persistent=False)
+            module.register_buffer(
+                "counts", torch.zeros(2, dtype=torch.int64, device=module.weight.device), persistent=False
+            )
             lay_out_(module)
 
     def is_serializable(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from deadband.criterion import keep_mask
 from deadband.ops import dense_linear, sparse_linear
+from deadband.ops.kernels import advise_huge_pages
 
 DECODE_ROWS = 4
 """Inputs of up to so many rows (tokens) count as decoding and skip. Beyond, nearly every weight is needed by some row:
@@ -28,8 +29,8 @@ class SparseSite(nn.Module):
     """
 
     dense_class: type[nn.Module]
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any  # nn.Parameter, as the dense class declares it
+    bias: Any
     threshold: Tensor  # [] float32
     column_norm: Tensor | None  # [in_features] float32, for weighted_magnitude
     counts: Tensor | None  # [2] int64: entries skipped, entries seen
@@ -42,8 +43,10 @@ class SparseSite(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = W · (x where kept, else 0) + bias; every row while training, else inputs of at most `sparse_rows` rows."""
-        parameters, buffers = self._parameters, self._buffers  # attribute access to them goes through __getattr__: 1 us
+        """y = W · (x where kept, else 0) + bias: while training always, else for at most `sparse_rows` rows."""
+        parameters, buffers = cast(
+            Any, (self._parameters, self._buffers)
+        )  # attribute access to them goes through __getattr__: 1 us
         weight, bias = self.matrix_view(parameters["weight"]), parameters["bias"]
         threshold, norm = buffers["threshold"], buffers["column_norm"]
         if self.training or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
@@ -77,6 +80,7 @@ class SparseSite(nn.Module):
         lay_out_(self)  # load_state_dict(assign=True) brings the strides of the checkpoint
 
     def extra_repr(self) -> str:
+        """What print(model) shows."""
         threshold = "meta" if self.threshold.is_meta else f"{self.threshold.item():.4g}"
         weighted = ", weighted_magnitude" if self.column_norm is not None else ""
         return f"{super().extra_repr()}, threshold={threshold}{weighted}"
@@ -98,10 +102,6 @@ class SparseLinear(SparseSite, nn.Linear):
     dense_class = nn.Linear
 
 
-SPARSE_CLASSES: dict[type[nn.Module], type[SparseSite]] = {nn.Linear: SparseLinear}
-"""The sparse twin of each dense class. `deadband.hf` adds transformers' Conv1D."""
-
-
 class DenseLinear(nn.Linear):
     """`nn.Linear` that decodes on deadband's dense product, which reads weights faster than torch's; skips nothing.
 
@@ -114,6 +114,10 @@ class DenseLinear(nn.Linear):
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return F.linear(x, self.weight, self.bias)
         return dense_linear(x, self.weight, self.bias)
+
+
+SPARSE_CLASSES: dict[type[nn.Module], type[SparseSite]] = {nn.Linear: SparseLinear, DenseLinear: SparseLinear}
+"""The sparse twin of each dense class. `deadband.hf` adds transformers' Conv1D."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -165,6 +169,12 @@ def make_dense_(module: SparseSite) -> nn.Module:
     return module
 
 
+def use_dense_product_(module: nn.Module) -> None:
+    """Turn an nn.Linear into a DenseLinear, in place."""
+    change_class_(module, DenseLinear)
+    advise_huge_pages(cast(Tensor, module.weight.data))
+
+
 def lay_out_(module: SparseSite) -> None:
     """Store the weights of one input side by side, [in, out], keeping the parameter's identity, shape and values.
 
@@ -175,6 +185,7 @@ def lay_out_(module: SparseSite) -> None:
     if matrix.is_meta or matrix.t().is_contiguous():
         return
     stored = torch.empty_strided(matrix.shape, (1, matrix.shape[0]), dtype=matrix.dtype, device=matrix.device)
+    advise_huge_pages(stored)
     stored.copy_(matrix)
     module.weight.data = module.matrix_view(stored)
 

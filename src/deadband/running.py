@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def run(model: nn.Module, batch: Any, **extra: Any) -> Any:
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
-    extra = {name: value for name, value in extra.items() if name in _forward_parameters(type(model))}
+    extra = {name: value for name, value in extra.items() if name in _forward_parameters(cast(Hashable, type(model)))}
     if isinstance(batch, Mapping):
         return model(**{**extra, **{name: moved(value) for name, value in batch.items()}})
     if isinstance(batch, (tuple, list)):
@@ -46,7 +46,7 @@ def run(model: nn.Module, batch: Any, **extra: Any) -> Any:
 
 
 @functools.cache
-def _forward_parameters(model_class: type[nn.Module]) -> frozenset[str]:
+def _forward_parameters(model_class: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 

@@ -6,12 +6,13 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable
+from typing import TypeAlias, cast
 
 from torch import Tensor, nn
 
 from deadband.linear import SPARSE_CLASSES, SparseSite
 
-Patterns = "str | re.Pattern | Iterable[str | re.Pattern]"
+Patterns: TypeAlias = str | re.Pattern | Iterable[str | re.Pattern]
 
 # Linear layers that choose a path instead of carrying a signal: skipping entries of their input saves nothing
 # (a handful of outputs) and changes which expert runs.
@@ -21,14 +22,12 @@ _ROUTER = re.compile(r"(.*_)?(gate|router|switch)(_layer)?", re.IGNORECASE)
 def matrix_of(module: nn.Module) -> Tensor:
     """The weight of a site as a [out_features, in_features] view, however the module stores it."""
     sparse_class = type(module) if isinstance(module, SparseSite) else SPARSE_CLASSES[type(module)]
-    return sparse_class.matrix_view(module.weight)
+    return sparse_class.matrix_view(cast(Tensor, module.weight))
 
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of a site's weight: what skipping all of its input would save."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.numel() * weight.element_size()
+    return cast(Tensor, module.weight).nbytes
 
 
 def is_site(module: nn.Module) -> bool:
@@ -61,7 +60,9 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return blocks
 
 
-def find_sites(model: nn.Module, include: Patterns | None = None, exclude: Patterns | None = None) -> dict[str, nn.Module]:
+def find_sites(
+    model: nn.Module, include: Patterns | None = None, exclude: Patterns | None = None
+) -> dict[str, nn.Module]:
     """The sites of a model by fully qualified name, in the order of the model.
 
     Without `include`, these are the linear layers inside repeated blocks (all linear layers if there are no such

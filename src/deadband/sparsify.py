@@ -8,12 +8,20 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from deadband.allocation import Thresholds
+from deadband.allocation import Thresholds, check_shapes
 from deadband.criterion import check_criterion, scale_of
-from deadband.linear import ALL_ROWS, GRADIENTS, DenseLinear, SparseSite, change_class_, make_dense_, make_sparse_
+from deadband.linear import (
+    ALL_ROWS,
+    GRADIENTS,
+    DenseLinear,
+    SparseSite,
+    change_class_,
+    make_dense_,
+    make_sparse_,
+    use_dense_product_,
+)
 from deadband.sites import Patterns, find_sites, is_site, matrix_of, weight_bytes
 
 VERSION = 1
@@ -68,8 +76,9 @@ def sparsify_(
 ) -> nn.Module:
     """Make linear layers of `model` skip input entries inside their deadband, in place.
 
-    Decoding (inputs of at most 4 rows) skips; prefill runs dense, see `sparse_prefill`. The weights are laid out so that
-    what belongs to one input lies side by side; there is still one copy of them. On any error the model is as before.
+    Decoding (inputs of at most 4 rows) skips; prefill runs dense, see `sparse_prefill`. The weights are laid out so
+    that what belongs to one input lies side by side; there is still one copy of them. On any error the model is as
+    before.
 
     Args:
         model: any module. Layers that are sparse already get the new thresholds, or become dense if they get none.
@@ -106,7 +115,7 @@ def sparsify_(
         raise ValueError("include= and exclude= choose sites for exact=True; thresholds name their sites themselves")
     allocated = thresholds if isinstance(thresholds, Thresholds) else None
     if allocated is not None:
-        allocated.check_fits(model)
+        check_shapes(model, allocated.shapes)
         if criterion not in (None, allocated.criterion):
             raise ValueError(f"the thresholds are for criterion {allocated.criterion!r}, got criterion={criterion!r}")
         criterion = allocated.criterion
@@ -132,10 +141,11 @@ def sparsify_(
             elif isinstance(module, SparseSite):
                 make_dense_(module)
         raise
-    for module in left.values():
-        make_dense_(module)
+    for each in left.values():
+        make_dense_(each)
+    _use_torchs_product_(model)
     if config.output_layer is not None:
-        change_class_(model.get_submodule(config.output_layer), DenseLinear)
+        use_dense_product_(model.get_submodule(config.output_layer))
     _remember(model, config)
     return model
 
@@ -153,13 +163,17 @@ def densify_(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no layer of the model is sparse.
     """
-    for module in _require_sparse(model).values():
-        make_dense_(module)
+    for site in _require_sparse(model).values():
+        make_dense_(site)
+    _use_torchs_product_(model)
+    _remember(model, None)
+    return model
+
+
+def _use_torchs_product_(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is DenseLinear:
             change_class_(module, nn.Linear)
-    _remember(model, None)
-    return model
 
 
 def find_output_layer(model: nn.Module, sites: Collection[str]) -> str | None:
@@ -212,7 +226,7 @@ def _sparse_rows(model: nn.Module, rows: int) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class SparsityReport:
-    """What was really skipped: `sites` maps names to fractions (NaN where nothing ran); `total` weighs by weight bytes."""
+    """What was skipped: a fraction for each of `sites` (NaN where nothing ran); `total` weighs them by weight bytes."""
 
     sites: dict[str, float]
     total: float

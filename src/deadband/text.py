@@ -64,7 +64,9 @@ def token_windows(tokenizer: Any, text: str, *, tokens: int, window: int) -> lis
             break
     count = min(len(ids) // window, max(tokens // window, 1))
     if count == 0:
-        raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {window}; give more text or a smaller window")
+        raise ValueError(
+            f"the text has {len(ids)} tokens, fewer than one window of {window}; give more text or a smaller window"
+        )
     rows = torch.tensor(ids[: count * window]).view(count, 1, window)
     return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
 

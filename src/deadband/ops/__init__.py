@@ -1,20 +1,20 @@
 """The operators: schema, fake and torch reference of each. A backend (`ops/cpu.py`) only adds registrations.
 
-    deadband::sparse_linear(x, weight, bias, threshold, scale, sparse_rows, counts) -> y
+deadband::sparse_linear(x, weight, bias, threshold, scale, sparse_rows, counts) -> y
 
-        x          [..., in_features]
-        weight     [out_features, in_features]; fast when laid out with the weights of one input side by side,
-                   that is with strides (1, out_features)
-        bias       [out_features] or None
-        threshold  [] float32: an entry is kept unless its score is at or below it; negative keeps everything
-        scale      [in_features] float32 or None: what |x| is multiplied by to give the score
-        sparse_rows  inputs of at most so many rows skip (0: never); with more rows the product is dense
-        counts     [2] int64 or None: entries skipped and entries seen by the sparse path are added to it
-        y          [..., out_features], contiguous, in the dtype of x
+    x          [..., in_features]
+    weight     [out_features, in_features]; fast when laid out with the weights of one input side by side,
+               that is with strides (1, out_features)
+    bias       [out_features] or None
+    threshold  [] float32: an entry is kept unless its score is at or below it; negative keeps everything
+    scale      [in_features] float32 or None: what |x| is multiplied by to give the score
+    sparse_rows  inputs of at most so many rows skip (0: never); with more rows the product is dense
+    counts     [2] int64 or None: entries skipped and entries seen by the sparse path are added to it
+    y          [..., out_features], contiguous, in the dtype of x
 
-    deadband::dense_linear(x, weight, bias) -> y
+deadband::dense_linear(x, weight, bias) -> y
 
-        the same product with nothing skipped, for layers that decode faster on the kernels than on torch
+    the same product with nothing skipped, for layers that decode faster on the kernels than on torch
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def _sparse_linear_fake(x, weight, bias, threshold, scale, sparse_rows, counts):
 
 @torch.library.register_fake("deadband::dense_linear", lib=_library)
 def _dense_linear_fake(x, weight, bias):
-    torch._check(weight.dim() == 2, lambda: f"weight has {weight.dim()} dimensions, expected [out_features, in_features]")
+    torch._check(
+        weight.dim() == 2, lambda: f"weight has {weight.dim()} dimensions, expected [out_features, in_features]"
+    )
     torch._check(x.dim() >= 1, lambda: "x has no dimension, expected [..., in_features]")
     torch._check(
         x.shape[-1] == weight.shape[1],

@@ -17,9 +17,9 @@ INPUT_MAJOR, OUTPUT_MAJOR = 0, 1  # [in, out] as SparseLinear lays it out; [out,
 def own_rows(dtype: torch.dtype) -> int:
     """Rows up to which our product on a [in, out] weight beats torch's on the same storage (benchmarks/prefill.py).
 
-    torch repacks such a bfloat16 weight on every call, at any number of rows; with AVX2 alone it has no fast path for it
-    at all. In float32 it multiplies by it as it lies, as fast as we do from about 32 rows on. Without AVX2 our blocked
-    product is slow.
+    torch repacks such a bfloat16 weight on every call, at any number of rows; with AVX2 alone it has no fast path for
+    it at all. In float32 it multiplies by it as it lies, as fast as we do from about 32 rows on. Without AVX2 our
+    blocked product is slow.
     """
     if kernels.isa() == "baseline":
         return DOT_ROWS
