@@ -1,5 +1,9 @@
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +51,49 @@ def test_examples_in_docstrings_run(module, tmp_path, monkeypatch):
 
     result = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
+
+
+def build_wheel(folder, environment):
+    repository = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder]
+    options = ["-C", f"build-dir={folder / 'build'}", str(repository)]
+    result = subprocess.run([*command, *options], capture_output=True, text=True, env={**os.environ, **environment})
+    assert result.returncode == 0, result.stderr[-2000:]
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_package_still_installs_and_runs(tmp_path):
+    wheel = build_wheel(tmp_path, {"CXX": "/bin/false", "CC": "/bin/false"})
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(tmp_path / "site")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); "
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'Redirecting' not in type(f).__name__]; "  # an editable install
+        "import deadband, torch; "
+        "from deadband.ops import kernels; assert kernels.library is None and 'site' in deadband.__file__; "
+        "model = deadband.sparsify_(torch.nn.Sequential(torch.nn.Linear(4, 4)).eval(), {'0': 1.0}); "
+        "torch.set_grad_enabled(False); model(torch.tensor([[0.5, 2.0, 3.0, 4.0]])); "
+        "print(deadband.sparsity(model).total)"
+    )
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "0.25", result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_wheel_serves_every_python_version(tmp_path):
+    wheel = build_wheel(tmp_path, {})
+    assert "-py3-none-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        assert [name for name in archive.namelist() if name.endswith(".so")] == ["deadband/lib/libdeadband_kernels.so"]
+
+
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="needs a cross compiler")
+def test_the_kernels_compile_for_aarch64(tmp_path):
+    sources = Path(__file__).parent.parent / "csrc"
+    for name in ("kernels_baseline.cpp", "dispatch.cpp"):
+        command = ["aarch64-linux-gnu-g++", "-std=c++17", "-O3", "-fopenmp", "-c", str(sources / name)]
+        subprocess.run([*command, "-o", str(tmp_path / "out.o")], check=True)
