@@ -104,6 +104,27 @@ def test_greedy_spares_the_site_that_hurts():
     assert thresholds.site_sparsity["1"] > 0.7 > 0.1 > thresholds.site_sparsity["0"]
 
 
+def test_blocks_that_change_their_input_in_place():
+    class Block(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.inplace = nn.Linear(12, 12), nn.Linear(12, 12), inplace
+
+        def forward(self, x):
+            y = self.b(torch.tanh(self.a(x)))
+            return x.add_(y) if self.inplace else x + y
+
+    shares = []
+    for inplace in (False, True):
+        model = nn.Sequential(*[Block(inplace) for _ in range(2)]).eval()
+        batches = [torch.randn(64, 12, generator=torch.Generator().manual_seed(1))]
+        calibration = deadband.calibrate(model, [batches[0].clone()], progress=False)
+        passes = {"model": model, "batches": [batches[0].clone()], "progress": False}
+        shares.append(list(calibration.allocate(0.4, "greedy", **passes).site_sparsity.values())[:2])
+    assert shares[0] == pytest.approx(shares[1])
+
+
 def test_several_budgets_are_those_of_single_ones():
     model, batches = tiny_model("llama"), tiny_batches()
     calibration = deadband.calibrate(model, batches, progress=False)
@@ -138,6 +159,9 @@ def test_bad_calls():
         calibration.allocate(0.4, "best")
     with pytest.raises(ValueError, match="pass model= and batches="):
         calibration.allocate(0.4, "greedy")
+    for options in ({"step": 0}, {"step": -1}, {"tokens": 0}):
+        with pytest.raises(ValueError, match="expected a step above 0"):
+            calibration.allocate(0.4, **options)
     with pytest.raises(ValueError, match="go together"):
         calibration.allocate(0.4, model=mlp())
     with pytest.raises(ValueError, match="of another model"):

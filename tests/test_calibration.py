@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from conftest import CONFIGS, mlp, tiny_batches, tiny_model
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from deadband.ops.observe import FIRST_NONFINITE, observe
 
 def statistics(x: torch.Tensor) -> SiteStatistics:
     site = SiteStatistics.empty(nn.Linear(x.shape[1], 3))
-    histogram, site.sum, site.sum_of_squares = observe(x)
+    histogram, site.rows, site.sum, site.sum_of_squares = observe(x)
     site.histogram, site.discrete = histogram[:FIRST_NONFINITE], x.dtype == torch.bfloat16
     return site
 
@@ -137,6 +138,27 @@ def test_padding_is_not_counted():
         np.testing.assert_allclose(padded.sites[name].sum, ragged.sites[name].sum, rtol=1e-4, atol=1e-3)
 
 
+def test_padding_of_an_encoder_is_not_the_decoders():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=50, d_model=16, d_ff=24, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    ids, mask = torch.randint(1, 50, (2, 8)), torch.ones(2, 8, dtype=torch.long)
+    mask[:, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    sites = calibrate(model, [batch], progress=False).sites
+    assert sites["encoder.block.0.layer.0.SelfAttention.q"].entries == 8 * 16
+    assert sites["decoder.block.0.layer.0.SelfAttention.q"].entries == 16 * 16
+
+
+def test_batches_with_labels():
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in tiny_batches(2)]
+    model = tiny_model("llama")
+    with_labels = calibrate(model, batches, progress=False)
+    with_labels.allocate(0.3, "greedy", model=model, batches=batches, progress=False)
+    assert with_labels.sites.keys() == calibrate(model, tiny_batches(2), progress=False).sites.keys()
+
+
 def test_keyword_inputs_several_calls_and_positional_batches():
     class Twice(nn.Module):
         def __init__(self):
@@ -178,6 +200,8 @@ def test_nonfinite_entries_are_reported_and_not_counted(dtype):
     site = calibrate(model, [x], progress=False).sites["0"]
     assert (site.nonfinite, site.entries) == (3, 5)
     assert site.sum.tolist() == [1.0, 1.0, 2.0, 4.0]
+    assert site.mean.tolist() == [1.0, 1.0, 2.0, 2.0]  # of what was finite in each channel
+    assert site.variance.tolist() == [0.0, 0.0, 0.0, 1.0]
 
 
 def test_half_precision_sums_do_not_stall_or_overflow():
@@ -236,6 +260,13 @@ def test_loading_something_else_is_refused(tmp_path):
 
     with pytest.raises(FileNotFoundError, match="nothing"):
         Calibration.load(tmp_path / "nothing")
+    good = calibrate(mlp(), [torch.randn(4, 16)], progress=False)
+    good.save(tmp_path / "good")
+    with safetensors.safe_open(tmp_path / "good", "np") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys() if key != "2.sum"}  # noqa: SIM118
+        safetensors.numpy.save_file(tensors, tmp_path / "damaged", metadata=file.metadata())
+    with pytest.raises(ValueError, match="damaged calibration"):
+        Calibration.load(tmp_path / "damaged")
     (tmp_path / "text").write_text("hello")
     with pytest.raises(ValueError, match="not a calibration"):
         Calibration.load(tmp_path / "text")

@@ -35,6 +35,29 @@ def test_a_folder_is_replaced_only_when_complete(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_a_folder_is_never_lost(tmp_path, monkeypatch, error):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "precious").write_text("precious")
+    replace = os.replace
+
+    def failing(source, target):
+        if str(target) == str(path) and "replaced" not in str(source):
+            raise error
+        replace(source, target)
+
+    if error is None:  # the block wrote nothing
+        with pytest.raises(FileNotFoundError, match="nothing was written"), replacing(path):
+            pass
+    else:
+        monkeypatch.setattr(os, "replace", failing)
+        with pytest.raises(error), replacing(path) as temporary:
+            temporary.mkdir()
+    assert os.listdir(path) == ["precious"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
 def test_json_has_no_nan(tmp_path):
     write_json(tmp_path / "x.json", {"a": [float("nan"), 1.5, {"b": float("inf")}], 3: (1, None)})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.5, {"b": None}], "3": [1, None]}

@@ -7,7 +7,7 @@ import torch
 from conftest import CONFIGS, VOCABULARY, sparse_model, tiny_batches, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import deadband
 from deadband.linear import DenseLinear, SparseSite
@@ -124,6 +124,27 @@ def test_device_map_and_dispatched_models(tmp_path):
     deadband.sparsify_(hooked, {name: module.threshold.item() for name, module in sparse_sites(model).items()})
     assert torch.equal(generate(hooked, ids), expected)
     assert deadband.sparsity(hooked).entries > 0
+
+
+def test_offloaded_layers_are_refused(tmp_path):
+    pytest.importorskip("accelerate")
+    sparse_model().save_pretrained(tmp_path / "out")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    with pytest.raises(ValueError, match=r"model.layers.1.* is offloaded by device_map"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map=places, offload_folder=tmp_path / "disk")
+
+
+def test_base_model_and_model_with_a_head_load_each_other(tmp_path):
+    model = sparse_model()
+    model.save_pretrained(tmp_path / "out")
+    base = AutoModel.from_pretrained(tmp_path / "out").eval()
+    assert len(sparse_sites(base)) == 14
+    batch = tiny_batches(1)[0]
+    with torch.no_grad(), deadband.sparse_prefill(base), deadband.sparse_prefill(model):
+        assert torch.equal(base(**batch).last_hidden_state, model.model(**batch).last_hidden_state)
+    base.save_pretrained(tmp_path / "base")
+    assert len(sparse_sites(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))) == 14
 
 
 @pytest.mark.slow

@@ -257,6 +257,22 @@ def test_operands_that_do_not_fit_raise():
         sparse_linear(x.bfloat16(), weight, bias, threshold, None, 4, None)
     with pytest.raises(RuntimeError):
         sparse_linear(x, weight, bias.bfloat16(), threshold, None, 4, None)
+    weight = weight.t().contiguous().t()
+    with pytest.raises(RuntimeError):
+        sparse_linear(x, weight, bias[:3], threshold, None, 4, None)
+    with pytest.raises(RuntimeError):
+        sparse_linear(x, weight, bias, torch.zeros(3), None, 4, None)
+    with pytest.raises(RuntimeError):
+        sparse_linear(x, weight, bias, threshold, torch.ones(3), 4, None)
+    with pytest.raises(RuntimeError):
+        sparse_linear(x, weight, bias, threshold, None, 4, torch.zeros(2))
+
+
+def test_thresholds_and_scales_of_other_dtypes_mean_the_same():
+    x, weight, bias, scale = operands(2, 30, 20, torch.float32, weighted=True)
+    expected = sparse_linear(x, weight, bias, torch.tensor(1.0), scale, 4, None)
+    actual = sparse_linear(x, weight, bias, torch.tensor(1.0, dtype=torch.float64), scale.double(), 4, None)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -294,12 +310,13 @@ def test_observe_matches_the_reference(isa, dtype, weighted):
     x[3, 5], x[7, 7], x[8, 8], x[9, 9], x[1, :9] = math.nan, math.inf, -math.inf, -0.0, 0.0
     scale = torch.rand(77) + 0.1 if weighted else None
     with instruction_set(isa):
-        histogram, total, squares = observe(x, scale)
+        histogram, rows, total, squares = observe(x, scale)
     expected = observe_reference(x, scale)
     assert np.array_equal(histogram, expected[0])
     assert histogram[FIRST_NONFINITE:].sum() == 3 + (x.isinf().sum().item() - 2)
-    np.testing.assert_allclose(total, expected[1], rtol=1e-6, atol=1e-6 * np.abs(expected[1]).max())
-    np.testing.assert_allclose(squares, expected[2], rtol=1e-6)
+    assert np.array_equal(rows, x.isfinite().sum(0).numpy())
+    np.testing.assert_allclose(total, expected[2], rtol=1e-6, atol=1e-6 * np.abs(expected[2]).max())
+    np.testing.assert_allclose(squares, expected[3], rtol=1e-6)
     assert histogram.sum() == x.numel()
     assert len(histogram) == BINS
 

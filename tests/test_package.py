@@ -71,7 +71,8 @@ def test_without_a_compiler_the_package_still_installs_and_runs(tmp_path):
         archive.extractall(tmp_path / "site")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); "
-        "sys.meta_path[:] = [f for f in sys.meta_path if 'Redirecting' not in type(f).__name__]; "  # an editable install
+        # an editable install would come first
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'Redirecting' not in type(f).__name__]; "
         "import deadband, torch; "
         "from deadband.ops import kernels; assert kernels.library is None and 'site' in deadband.__file__; "
         "model = deadband.sparsify_(torch.nn.Sequential(torch.nn.Linear(4, 4)).eval(), {'0': 1.0}); "

@@ -74,7 +74,32 @@ def test_subclasses_of_linear_are_left_alone():
 
     assert list(find_sites(nn.Sequential(Scaled(4, 4), nn.Linear(4, 4)))) == ["1"]
     attention = nn.TransformerEncoderLayer(8, 2)  # its out_proj's forward is never called
-    assert set(find_sites(attention)) == {"linear1", "linear2"}
+    with pytest.raises(ValueError, match="has no layer that can be made sparse"):
+        find_sites(attention)  # in eval mode, torch reads the weights of linear1 and linear2 without calling them
+    decoder = nn.TransformerDecoderLayer(8, 2)
+    assert set(find_sites(decoder)) == {"linear1", "linear2"}
+
+
+def test_pruned_and_normed_weights_are_left_alone():
+    from torch.nn.utils import prune
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    assert list(find_sites(model)) == ["1"]
+
+
+def test_routers_and_adapters_wherever_they_are():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.ModuleDict({"classifier": nn.Linear(4, 2)})
+            self.fc = nn.Linear(4, 4)
+            self.lora_A = nn.ModuleDict({"default": nn.Linear(4, 1)})
+
+    assert list(find_sites(nn.ModuleDict({"h": nn.ModuleList([Block(), Block()]), "head": nn.Linear(4, 4)}))) == [
+        "h.0.fc",
+        "h.1.fc",
+    ]
 
 
 def test_matrix_and_bytes_of_every_storage():

@@ -226,6 +226,67 @@ def test_calibration_of_another_model_is_refused():
         sparsify_(mlp(), thresholds, criterion="weighted_magnitude")
 
 
+def test_a_model_of_the_same_shapes_but_other_weights_is_refused():
+    thresholds = deadband.calibrate(tiny_model("llama"), tiny_batches(), progress=False).allocate(0.4)
+    with pytest.raises(ValueError, match="has other weights here"):
+        sparsify_(tiny_model("llama", seed=1), thresholds)
+    sparsify_(tiny_model("llama").bfloat16(), thresholds)  # the same model, rounded
+
+
+def test_failing_to_tell_transformers_undoes_everything(monkeypatch):
+    from deadband import hf
+
+    def failing(model, config):
+        raise MemoryError
+
+    model = sparsify_(tiny_model("llama"), {"layers.0.mlp.up_proj": 0.5})
+    before = state_of(model)
+    monkeypatch.setattr(hf, "set_quantization_config", failing)
+    with pytest.raises(MemoryError):
+        sparsify_(model, {"layers.1.mlp.up_proj": 0.5})
+    assert same_state(model, before)
+    assert list(sparse_sites(model)) == ["model.layers.0.mlp.up_proj"]
+
+
+def test_modules_that_only_look_like_transformers_ones():
+    model = mlp()
+    model.config, model.save_pretrained = {}, None
+    assert sparse_sites(sparsify_(model, {"0": 0.1}))
+
+
+def test_layers_on_the_meta_device_are_refused():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="site '0' is on the meta device or offloaded"):
+        sparsify_(model, exact=True)
+
+
+def test_autocast():
+    model = sparsify_(mlp(), {"0": 0.6, "2": 0.2})
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        actual = model(X)
+    with torch.no_grad():
+        torch.testing.assert_close(actual.float(), model(X), rtol=0.1, atol=0.1)
+
+
+def test_tokens_are_counted_with_gradients_on_too():
+    model = sparsify_(mlp(), {"0": 0.6})
+    with deadband.sparse_prefill(model):
+        model(torch.randn(9, 16))
+    assert deadband.sparsity(model).entries == 9 * 16
+
+
+def test_export_without_no_grad_and_with_dynamic_rows():
+    model = sparsify_(mlp(), {"0": 0.6, "2": 0.2})
+    rows = torch.export.Dim("rows", min=1, max=64)
+    program = torch.export.export(model, (torch.randn(3, 16),), dynamic_shapes=({0: rows},))
+    assert sum("sparse_linear" in str(node.target) for node in program.graph.nodes) == 2
+    for count in (1, 4, 9):
+        x = torch.randn(count, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(x), model(x))
+
+
 def test_weighted_magnitude():
     model = mlp()
     norms = model[0].weight.detach().norm(dim=0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deadband.criterion import check_criterion, keep_mask, scale_of
 from deadband.files import write_json
 from deadband.running import evaluating, progress_bar, run
-from deadband.sites import find_blocks, is_site, matrix_of
+from deadband.sites import find_blocks, is_site, matrix_of, weight_sample
 
 if TYPE_CHECKING:
     from deadband.calibration import Calibration
@@ -39,7 +39,8 @@ class Thresholds(Mapping[str, float]):
         site_sparsity: the share of it that each site was given.
         criterion, method: how scores are taken, and how the budget was shared out.
         corrected: whether thresholds come from activations of the sparse model.
-        shapes: [out_features, in_features] of each site, to tell a model that these do not belong to.
+        shapes: [out_features, in_features] of each site, and
+        samples: some of its weights, to tell a model that these do not belong to.
 
     Example:
         >>> thresholds = Thresholds(sites={"fc": 0.5}, sparsity=0.4, site_sparsity={"fc": 0.4}, shapes={"fc": (2, 4)})
@@ -51,6 +52,7 @@ class Thresholds(Mapping[str, float]):
     sparsity: float
     site_sparsity: dict[str, float]
     shapes: dict[str, tuple[int, int]]
+    samples: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     criterion: str = "magnitude"
     method: str = "uniform"
     corrected: bool = False
@@ -80,7 +82,8 @@ class Thresholds(Mapping[str, float]):
             about = json.loads(Path(path).read_text(encoding="utf-8"))
             if about.pop("version") != VERSION:
                 raise ValueError("another version")
-            about["shapes"] = {name: tuple(shape) for name, shape in about["shapes"].items()}
+            for key in ("shapes", "samples"):
+                about[key] = {name: tuple(values) for name, values in about[key].items()}
             return cls(**about)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{os.fspath(path)!r} is not a file of thresholds of version {VERSION}: {error}") from None
@@ -101,15 +104,18 @@ def allocate(
     from deadband.linear import SparseSite
     from deadband.sparsify import check_sparsity
 
+    if not (0 < step <= 1 and tokens > 0):
+        raise ValueError(f"step={step} and tokens={tokens}; expected a step above 0 and up to 1, and some tokens")
     budgets = [check_sparsity(budget) for budget in budgets]
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not known; expected one of {', '.join(map(repr, METHODS))}")
     if (model is None) != (batches is None):
         raise ValueError("model= and batches= go together: pass both or neither")
     shapes = {name: (site.out_features, site.in_features) for name, site in calibration.sites.items()}
+    samples = {name: site.sample for name, site in calibration.sites.items()}
     shares = [dict.fromkeys(calibration.sites, budget) for budget in budgets]
     if model is not None and batches is not None:
-        check_shapes(model, shapes)
+        check_model(model, shapes, samples)
         if any(isinstance(module, SparseSite) for module in model.modules()):
             raise ValueError("the model is sparse already; densify_ it, then allocate on the dense model")
         batches = list(batches)
@@ -131,6 +137,7 @@ def allocate(
                 sparsity=budget,
                 site_sparsity=share,
                 shapes=shapes,
+                samples=samples,
                 criterion=check_criterion(calibration.criterion),
                 method=method,
                 corrected=model is not None,
@@ -139,8 +146,13 @@ def allocate(
     return results
 
 
-def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raise a ValueError unless `model` has these sites, of these shapes: a calibration of another model."""
+def check_model(
+    model: nn.Module, shapes: Mapping[str, tuple[int, int]], samples: Mapping[str, tuple[float, ...]]
+) -> None:
+    """Raise a ValueError unless `model` has these sites, of these shapes and with about these weights.
+
+    Weights may differ by rounding to another dtype or by a little training, not more.
+    """
     modules = dict(model.named_modules())
     for name, shape in shapes.items():
         module = modules.get(name)
@@ -151,6 +163,9 @@ def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> Non
                 f"the calibration is of another model: site {name!r} is {tuple(matrix_of(module).shape)} here and was "
                 f"{tuple(shape)} there ([out_features, in_features])"
             )
+        here, there = torch.tensor(weight_sample(module)), torch.tensor(samples.get(name, ()))
+        if len(here) == len(there) and bool((here - there).norm() > 0.1 * there.norm()):
+            raise ValueError(f"the calibration is of another model: site {name!r} has other weights here")
 
 
 def _greedy(
@@ -190,12 +205,12 @@ def _block_inputs(
     seen = 0
 
     def recorder(name: str) -> Any:
-        return lambda module, args, kwargs: calls[name].append((args, kwargs))
+        return lambda module, args, kwargs: calls[name].append(_cloned(args, kwargs))
 
     handles = [m.register_forward_pre_hook(recorder(name), with_kwargs=True) for name, m in blocks.items()]
     try:
         for batch in batches:
-            run(model, batch, use_cache=False, logits_to_keep=1)
+            run(model, batch, use_cache=False, **({} if "" in blocks else {"logits_to_keep": 1}))
             first = next(iter(calls.values()))[-1:]
             seen += sum(_rows(value) for args, kwargs in first for value in (*args, *kwargs.values())[:1])
             if seen >= tokens:
@@ -204,6 +219,15 @@ def _block_inputs(
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _cloned(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A block's arguments, safe from a block that changes its input in place."""
+
+    def clone(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return tuple(map(clone, args)), {name: clone(value) for name, value in kwargs.items()}
 
 
 def _rows(value: Any) -> int:
@@ -229,14 +253,19 @@ def _greedy_path(
     total = sum(calibration.sites[name].weight_bytes for name in sites)
     part = {name: calibration.sites[name].weight_bytes / total for name in sites}
     current = dict.fromkeys(sites, 0.0)
-    dense = [_first_tensor(block(*args, **kwargs)) for args, kwargs in calls]
+
+    def outputs() -> Iterator[Tensor]:
+        for call in calls:
+            args, kwargs = _cloned(*call)
+            yield _first_tensor(block(*args, **kwargs))
+
+    dense = list(outputs())
 
     def squared_error(sparsities: Mapping[str, float]) -> float:
         thresholds = {name: calibration.sites[name].threshold(value) for name, value in sparsities.items()}
         difference = 0.0
         with masking(sites, thresholds, scales):
-            for (args, kwargs), before in zip(calls, dense, strict=True):
-                after = _first_tensor(block(*args, **kwargs))
+            for before, after in zip(dense, outputs(), strict=True):
                 difference += float((after - before).float().square().sum(dtype=torch.float64))
         return difference
 

@@ -80,7 +80,7 @@ def sparsify(
     as_json: Json = False,
 ) -> None:
     """Make a model sparse and save it."""
-    check_output(output, overwrite)
+    check_output(output, overwrite, folder=True)
     text = read(data) if data is not None else None
     from deadband.calibration import Calibration
     from deadband.models import save_model
@@ -188,12 +188,8 @@ def info(as_json: Json = False) -> None:
     from deadband.ops import kernels
 
     figures = {**machine(), "available": kernels.available_isas()}
-    missing = (
-        "not built: no C++ compiler was found at install, so everything runs on the torch reference, without any gain. "
-        "Install a compiler and then deadband again (pip install --force-reinstall --no-deps deadband)"
-    )
     lines = [f"{name:13} {value}" for name, value in machine().items() if name != "kernels"]
-    lines.append(f"{'kernels':13} {figures['kernels'] or missing}")
+    lines.append(f"{'kernels':13} {figures['kernels'] or kernels.MISSING}")
     if figures["available"]:
         lines.append(f"{'available':13} {', '.join(figures['available'])} (choose with DEADBAND_ISA)")
     show(figures, "\n".join(lines), as_json)
@@ -241,12 +237,17 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def check_output(path: Path, overwrite: bool) -> None:
-    """Find out before the work, not after it, that its result cannot be written."""
+def check_output(path: Path, overwrite: bool, *, folder: bool = False) -> None:
+    """Find out before the work, not after it, that its result cannot be written; never replace something else."""
     import os
 
-    if path.exists() and not overwrite:
+    if (path.exists() or path.is_symlink()) and not overwrite:
         raise ValueError(f"{str(path)!r} exists already; choose another --output or pass --overwrite")
+    if path.exists() or path.is_symlink():
+        alike = (path / "config.json").is_file() and not path.is_symlink() if folder else path.is_file()
+        if not alike:
+            what = "a model's folder" if folder else "a file"
+            raise ValueError(f"{str(path)!r} is not {what}, so it is not overwritten; choose another --output")
     if not path.parent.is_dir():
         raise ValueError(f"the folder {str(path.parent)!r} does not exist; make it first")
     if not os.access(path.parent, os.W_OK):
@@ -282,7 +283,9 @@ def main() -> None:
     except Exception as error:
         if not isinstance(error, (ValueError, TypeError, OSError)) and type(error).__name__ != "SafetensorError":
             raise
-        message = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            message = error.strerror + (f": {error.filename}" if error.filename else "")
         print(f"deadband: error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2) from None
 

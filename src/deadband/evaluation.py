@@ -26,7 +26,7 @@ class Evaluation:
         dense_perplexity: the same for the dense model on the same weights.
         kl: mean KL(dense ‖ sparse) of the next-token distributions, in nats.
         agreement: the fraction of positions where both models' likeliest next token is the same.
-        sparsity: achieved on these tokens, weighted by weight bytes.
+        sparsity: achieved on these tokens, weighted by weight bytes; NaN if the model does not count.
         tokens, windows: how much was judged.
         protocol: which tokens were sparse.
     """
@@ -78,7 +78,8 @@ def evaluate(
     if reference is not None and len(reference) != len(windows):
         raise ValueError(f"reference has {len(reference)} windows, expected {len(windows)}")
     is_sparse = bool(sparse_sites(model))
-    if is_sparse and all(module.counts is not None for module in sparse_sites(model).values()):
+    counts = all(module.counts is not None for module in sparse_sites(model).values())
+    if is_sparse and counts:
         sparsity(model, reset=True)
     totals = torch.zeros(5, dtype=torch.float64)
     with evaluating(model):
@@ -92,7 +93,7 @@ def evaluate(
         dense_perplexity=math.exp(dense_nll / tokens),
         kl=kl / tokens,
         agreement=same / tokens,
-        sparsity=sparsity(model).total if is_sparse else 0.0,
+        sparsity=sparsity(model).total if is_sparse and counts else math.nan if is_sparse else 0.0,
         tokens=int(tokens),
         windows=len(windows),
     )

@@ -31,11 +31,24 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     temporary = holder / path.name
     try:
         yield temporary
-        if path.is_dir() and not path.is_symlink():  # os.replace cannot put one folder over another
-            os.replace(path, holder / "replaced")
-        os.replace(temporary, path)
+        _put(temporary, path, holder / "replaced")
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def _put(temporary: Path, path: Path, aside: Path) -> None:
+    if not path.is_dir() or path.is_symlink():
+        os.replace(temporary, path)
+        return
+    if not temporary.exists():
+        raise FileNotFoundError(f"nothing was written to take the place of {os.fspath(path)!r}")
+    try:
+        os.replace(path, aside)  # one folder cannot be put over another in one step
+        os.replace(temporary, path)
+    except BaseException:
+        if aside.exists() and not path.exists():
+            os.replace(aside, path)
+        raise
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -72,23 +72,30 @@ class DeadbandQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config.sparsity_config
-        for name in config.sites:
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:
-                raise ValueError(
-                    f"config.json names site {name!r}, which {type(model).__name__} does not have"
-                ) from None
+        names = {name for name, _ in model.named_modules()}
+        prefix = f"{model.base_model_prefix}."
+        for written in config.sites:
+            # a model with a head and its base model load each other's checkpoints; their names differ by a prefix
+            spellings = (written, written.removeprefix(prefix), prefix + written)
+            name = next((each for each in spellings if each in names), "")
+            if not name:
+                raise ValueError(f"config.json names site {written!r}, which {type(model).__name__} does not have")
+            module = model.get_submodule(name)
             norm = None
             if config.criterion == "weighted_magnitude":
                 norm = torch.empty(matrix_of(module).shape[1], dtype=torch.float32, device="meta")
             # -1 keeps everything: a threshold that the checkpoint lacks is told apart from one that is zero
             make_sparse_(module, -1.0, norm, gradient=config.gradient)
-        if config.output_layer is not None:
+        if config.output_layer is not None and config.output_layer in names:
             use_dense_product_(model.get_submodule(config.output_layer))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, module in sparse_sites(model).items():
+            if module.weight.is_meta or module.threshold.is_meta:
+                raise ValueError(
+                    f"site {name!r} is offloaded by device_map, and an offloaded layer cannot be sparse; "
+                    "choose a device_map that keeps it on a device, or load the dense model"
+                )
             for buffer in ("threshold", "column_norm"):
                 value = getattr(module, buffer)
                 if value is not None and not getattr(value, "_is_hf_initialized", False):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deadband.criterion import keep_mask
-from deadband.ops import dense_linear, sparse_linear
+from deadband.ops import count_skipped_, dense_linear, sparse_linear
 from deadband.ops.kernels import advise_huge_pages
 
 DECODE_ROWS = 4
@@ -49,9 +49,13 @@ class SparseSite(nn.Module):
         )  # attribute access to them goes through __getattr__: 1 us
         weight, bias = self.matrix_view(parameters["weight"]), parameters["bias"]
         threshold, norm = buffers["threshold"], buffers["column_norm"]
-        if self.training or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-            if self.sparse_rows and (self.training or x.numel() // max(x.shape[-1], 1) <= self.sparse_rows):
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        mixed = x.dtype is not weight.dtype  # autocast: torch's own linear knows what to do, or to say
+        if self.training or mixed or (needs_gradient and not torch.compiler.is_exporting()):
+            if self.sparse_rows and (self.training or x.shape[:-1].numel() <= self.sparse_rows):
                 keep = keep_mask(x.detach(), threshold, norm)
+                if buffers["counts"] is not None and not self.training:
+                    count_skipped_(buffers["counts"], keep)
                 x = _StraightThrough.apply(x, keep) if self.gradient == "straight_through" else _masked(x, keep)
             return F.linear(x, weight, bias)
         return sparse_linear(x, weight, bias, threshold, norm, self.sparse_rows, buffers["counts"])
@@ -111,7 +115,8 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = W · x + bias."""
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if (needs_gradient and not torch.compiler.is_exporting()) or x.dtype is not self.weight.dtype:
             return F.linear(x, self.weight, self.bias)
         return dense_linear(x, self.weight, self.bias)
 
@@ -145,13 +150,14 @@ def make_sparse_(
     count: bool = True,
 ) -> SparseSite:
     """Turn a dense linear layer into its sparse twin, in place, or give a sparse one new settings."""
+    device = cast(Tensor, module.weight).device
+    limit = torch.full((), threshold, dtype=torch.float32, device=device)
+    counts = torch.zeros(2, dtype=torch.int64, device=device) if count else None
     if not isinstance(module, SparseSite):
         change_class_(module, SPARSE_CLASSES[type(module)])
     assert isinstance(module, SparseSite)
-    device = module.weight.device
-    module.register_buffer("threshold", torch.full((), threshold, dtype=torch.float32, device=device))
+    module.register_buffer("threshold", limit)
     module.register_buffer("column_norm", column_norm)
-    counts = torch.zeros(2, dtype=torch.int64, device=device) if count else None
     module.register_buffer("counts", counts, persistent=False)
     module.sparse_rows = DECODE_ROWS
     module.gradient = gradient

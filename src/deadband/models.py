@@ -26,7 +26,7 @@ def load_model(name: str, *, dtype: str = "auto") -> Any:
     _check_exists(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # missing files; other shapes; not a language model
         raise ValueError(f"cannot load model {name!r}: {_first_line(error)}") from error
     return model.eval()
 
@@ -96,4 +96,5 @@ def _check_exists(name: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    line = str(error).strip().split("\n")[0]
+    return line if len(line) <= 300 else line[:300] + " ..."

@@ -37,6 +37,8 @@ def run(model: nn.Module, batch: Any, **extra: Any) -> Any:
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
+    if isinstance(batch, Mapping) and batch.get("labels") is not None:
+        extra.pop("logits_to_keep", None)  # the loss needs them all
     extra = {name: value for name, value in extra.items() if name in _forward_parameters(cast(Hashable, type(model)))}
     if isinstance(batch, Mapping):
         return model(**{**extra, **{name: moved(value) for name, value in batch.items()}})

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 
 from deadband.linear import SPARSE_CLASSES, SparseSite
@@ -17,6 +18,7 @@ Patterns: TypeAlias = str | re.Pattern | Iterable[str | re.Pattern]
 # Linear layers that choose a path instead of carrying a signal: skipping entries of their input saves nothing
 # (a handful of outputs) and changes which expert runs.
 _ROUTER = re.compile(r"(.*_)?(gate|router|switch)(_layer)?", re.IGNORECASE)
+_ADAPTER = re.compile(r"lora_.*")  # a few columns beside the layer that they adapt
 
 
 def matrix_of(module: nn.Module) -> Tensor:
@@ -30,9 +32,21 @@ def weight_bytes(module: nn.Module) -> int:
     return cast(Tensor, module.weight).nbytes
 
 
+def weight_sample(module: nn.Module) -> tuple[float, ...]:
+    """Sixteen weights of a site from all over its matrix: they tell one model from another of the same shapes."""
+    matrix = matrix_of(module).detach()
+    if matrix.is_meta or not matrix.numel():
+        return ()
+    index = torch.linspace(0, matrix.numel() - 1, 16, dtype=torch.float64).long()
+    rows, columns = index // matrix.shape[1], index % matrix.shape[1]
+    return tuple(matrix[rows.to(matrix.device), columns.to(matrix.device)].double().tolist())
+
+
 def is_site(module: nn.Module) -> bool:
     """Whether `module` is of a class that can be made sparse. Subclasses are not: they may compute something else."""
-    return type(module) in SPARSE_CLASSES or isinstance(module, SparseSite)
+    known = type(module) in SPARSE_CLASSES or isinstance(module, SparseSite)
+    # pruning, old-style weight_norm and quantised tensors put something else in the parameter's place
+    return known and type(module._parameters.get("weight")) is nn.Parameter
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -46,9 +60,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
     def visit(name: str, module: nn.Module) -> None:
         children = [child for child in module.children() if not is_site(child) and any(map(is_site, child.modules()))]
-        repeated = isinstance(module, nn.ModuleList) or (
-            isinstance(module, nn.Sequential) and len(children) > 1 and len({type(child) for child in children}) == 1
-        )
+        alike = len(children) > 1 and len({type(child) for child in children}) == 1
+        repeated = isinstance(module, nn.ModuleList) or (isinstance(module, (nn.Sequential, nn.ModuleDict)) and alike)
         for child_name, child in module.named_children():
             child_name = f"{name}.{child_name}" if name else child_name
             if repeated and child in children:
@@ -83,7 +96,7 @@ def find_sites(
         >>> list(find_sites(model)), list(find_sites(model, include="2"))
         (['0', '2'], ['2'])
     """
-    every = {name: module for name, module in model.named_modules() if is_site(module)}
+    every = sites_of(model)
     if not every:
         raise ValueError(
             f"{type(model).__name__} has no layer that can be made sparse; expected nn.Linear "
@@ -95,12 +108,32 @@ def find_sites(
         blocks = find_blocks(model)
         inside = tuple(f"{name}." for name in blocks)
         chosen = {name for name in every if not blocks or name.startswith(inside)}
-        chosen = {name for name in chosen if not _ROUTER.fullmatch(name.rpartition(".")[2])}
+        chosen = {name for name in chosen if not any(_left_out(part) for part in name.split("."))}
     if exclude is not None:
         chosen -= _matching(every, exclude, "exclude")
     if not chosen:
         raise ValueError("no site is left: `exclude` takes away everything that was found or included")
     return {name: module for name, module in every.items() if name in chosen}
+
+
+def _left_out(part: str) -> bool:
+    return _ROUTER.fullmatch(part) is not None or _ADAPTER.fullmatch(part) is not None
+
+
+def sites_of(model: nn.Module, *, every_name: bool = False) -> dict[str, nn.Module]:
+    """All layers that can be made sparse; with `every_name`, a shared one under each of its names.
+
+    The layers inside torch's nn.TransformerEncoderLayer are none: its fast path reads their weights and never calls
+    them.
+    """
+    bypassed = tuple(
+        f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, _FUSED_BLOCK)
+    )
+    modules = model.named_modules(remove_duplicate=not every_name)
+    return {name: module for name, module in modules if is_site(module) and not name.startswith(bypassed)}
+
+
+_FUSED_BLOCK = nn.TransformerEncoderLayer
 
 
 def _matching(names: Iterable[str], patterns: Patterns, argument: str) -> set[str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
-from deadband.allocation import Thresholds, check_shapes
+from deadband.allocation import Thresholds, check_model
 from deadband.criterion import check_criterion, scale_of
 from deadband.linear import (
     ALL_ROWS,
@@ -22,7 +23,7 @@ from deadband.linear import (
     make_sparse_,
     use_dense_product_,
 )
-from deadband.sites import Patterns, find_sites, is_site, matrix_of, weight_bytes
+from deadband.sites import Patterns, find_sites, matrix_of, sites_of, weight_bytes
 
 VERSION = 1
 
@@ -115,7 +116,7 @@ def sparsify_(
         raise ValueError("include= and exclude= choose sites for exact=True; thresholds name their sites themselves")
     allocated = thresholds if isinstance(thresholds, Thresholds) else None
     if allocated is not None:
-        check_shapes(model, allocated.shapes)
+        check_model(model, allocated.shapes, allocated.samples)
         if criterion not in (None, allocated.criterion):
             raise ValueError(f"the thresholds are for criterion {allocated.criterion!r}, got criterion={criterion!r}")
         criterion = allocated.criterion
@@ -128,26 +129,34 @@ def sparsify_(
         output_layer=find_output_layer(model, chosen) if output_layer else None,
     )
     modules = {name: model.get_submodule(name) for name in chosen}
+    for name, module in modules.items():
+        if matrix_of(module).is_meta:
+            raise ValueError(f"site {name!r} is on the meta device or offloaded; load its weight before sparsify_")
     norms = {name: scale_of(config.criterion, matrix_of(module)) for name, module in modules.items()}
     left = {name: module for name, module in sparse_sites(model).items() if name not in chosen}
-    settings = {module: module.settings() for module in modules.values() if isinstance(module, SparseSite)}
+    settings = {module: module.settings() for module in (*modules.values(), *left.values()) if is_sparse(module)}
     try:
         for name, module in modules.items():
             make_sparse_(module, chosen[name], norms[name], gradient=gradient, count=count)
+        for each in left.values():
+            make_dense_(each)
+        _remember(model, config)
     except BaseException:
-        for module in modules.values():
+        for module in (*modules.values(), *left.values()):
             if module in settings:
-                module.restore(settings[module])
+                make_sparse_(module, 0.0).restore(settings[module])
             elif isinstance(module, SparseSite):
                 make_dense_(module)
         raise
-    for each in left.values():
-        make_dense_(each)
     _use_torchs_product_(model)
     if config.output_layer is not None:
         use_dense_product_(model.get_submodule(config.output_layer))
-    _remember(model, config)
     return model
+
+
+def is_sparse(module: nn.Module) -> TypeGuard[SparseSite]:
+    """Whether `module` is a layer that `sparsify_` made."""
+    return isinstance(module, SparseSite)
 
 
 def densify_(model: nn.Module) -> nn.Module:
@@ -278,7 +287,7 @@ def sparsity(model: nn.Module, *, reset: bool = False) -> SparsityReport:
 
 def resolve(model: nn.Module, thresholds: Mapping[str, float]) -> dict[str, float]:
     """`thresholds` by full site names, in the order of the model; a ValueError names the first bad entry."""
-    every = {name: module for name, module in model.named_modules(remove_duplicate=False) if is_site(module)}
+    every = sites_of(model, every_name=True)
     chosen = {}
     for given, threshold in thresholds.items():
         names = [given] if given in every else [name for name in every if name.endswith("." + given)]
@@ -315,7 +324,11 @@ def _require_sparse(model: nn.Module) -> dict[str, SparseSite]:
 
 def _remember(model: nn.Module, config: SparsityConfig | None) -> None:
     """Tell a transformers model what to write into config.json; other modules need nothing."""
-    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+    if "transformers.modeling_utils" not in sys.modules:
+        return  # then it is none
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
         from deadband import hf
 
         hf.set_quantization_config(model, config)

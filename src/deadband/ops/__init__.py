@@ -34,6 +34,11 @@ _library.define(
 _library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
+def count_skipped_(counts: Tensor, keep: Tensor) -> None:
+    """Add a mask's {entries skipped, entries seen} to `counts`, [2] int64."""
+    counts += torch.stack([(~keep).sum(), torch.tensor(keep.numel(), device=keep.device)])
+
+
 def sparse_linear_reference(
     x: Tensor,
     weight: Tensor,
@@ -48,7 +53,7 @@ def sparse_linear_reference(
     if rows <= sparse_rows:
         keep = keep_mask(x, threshold, scale)
         if counts is not None:
-            counts += torch.stack([(~keep).sum(), torch.tensor(x.numel(), device=x.device)])
+            count_skipped_(counts, keep)
         x = torch.where(keep, x, 0)
     return F.linear(x, weight, bias).contiguous()
 

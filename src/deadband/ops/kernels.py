@@ -36,6 +36,12 @@ _SIGNATURES = {
 }
 
 
+MISSING = (
+    "none are built or loaded: no C++ compiler was found at install, or DEADBAND_KERNELS=0 is set. Everything runs on "
+    "torch alone, without any gain. With a compiler, install again: pip install --force-reinstall --no-deps ."
+)
+
+
 def _load() -> ctypes.CDLL | None:
     folder = Path(str(importlib.resources.files("deadband") / "lib"))
     found = sorted(folder.glob("libdeadband_kernels.*")) if folder.is_dir() else []
@@ -47,6 +53,10 @@ def _load() -> ctypes.CDLL | None:
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(kernels, name)
             function.restype, function.argtypes = result, arguments
+        forced = os.environ.get("DEADBAND_ISA")
+        if forced and kernels.deadband_isa().decode() != forced:
+            choices = kernels.deadband_isa_list().decode()
+            warnings.warn(f"DEADBAND_ISA={forced} is not available here, only {choices}; it is ignored", stacklevel=2)
     except (OSError, AttributeError) as error:
         warnings.warn(f"deadband's kernels could not be loaded ({error}); running on torch alone", stacklevel=2)
         return None
