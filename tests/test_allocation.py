@@ -5,7 +5,8 @@ from conftest import mlp, sparse_model, tiny_batches, tiny_model
 from torch import nn
 
 import deadband
-from deadband.allocation import Thresholds, _greedy_path, allocate, masking
+from deadband.allocation import Thresholds, _greedy_path, allocate
+from deadband.observation import masking
 from deadband.sites import find_sites, weight_bytes
 from deadband.sparsify import sparse_sites
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import deadband
-from deadband.calibration import Calibration, SiteStatistics, calibrate
+from deadband.calibration import Calibration, calibrate
 from deadband.linear import SPARSE_CLASSES
+from deadband.observation import SiteStatistics
 from deadband.ops.observe import FIRST_NONFINITE, observe
 
 

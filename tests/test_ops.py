@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from deadband.bench import threads
 from deadband.criterion import keep_mask, scale_of
 from deadband.ops import dense_linear, kernels, sparse_linear, sparse_linear_reference
 from deadband.ops.cpu import SPARSE_ROWS
@@ -35,16 +36,6 @@ def instruction_set(name):
     finally:
         if before is not None:
             kernels.set_isa(before)
-
-
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def operands(rows, inputs, outputs, dtype, *, bias=True, weighted=False, layout="in_out", seed=0):

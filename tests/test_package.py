@@ -39,7 +39,19 @@ def test_unknown_names_are_attribute_errors():
 
 @pytest.mark.parametrize(
     "module",
-    ["allocation", "bench", "calibration", "criterion", "evaluation", "files", "linear", "sites", "sparsify", "text"],
+    [
+        "allocation",
+        "bench",
+        "calibration",
+        "criterion",
+        "evaluation",
+        "files",
+        "linear",
+        "observation",
+        "sites",
+        "sparsify",
+        "text",
+    ],
 )
 def test_examples_in_docstrings_run(module, tmp_path, monkeypatch):
     import doctest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -14,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deadband.criterion import check_criterion, keep_mask, scale_of
+from deadband.criterion import check_criterion, scale_of
 from deadband.files import write_json
+from deadband.linear import SparseSite
+from deadband.observation import masking, observe_model
 from deadband.running import evaluating, progress_bar, run
 from deadband.sites import find_blocks, is_site, matrix_of, weight_sample
 
@@ -101,9 +102,6 @@ def allocate(
     progress: bool = True,
 ) -> list[Thresholds]:
     """`Calibration.allocate`, which explains the arguments, for several budgets; greedy does not cost more for them."""
-    from deadband.linear import SparseSite
-    from deadband.sparsify import check_sparsity
-
     if not (0 < step <= 1 and tokens > 0):
         raise ValueError(f"step={step} and tokens={tokens}; expected a step above 0 and up to 1, and some tokens")
     budgets = [check_sparsity(budget) for budget in budgets]
@@ -127,10 +125,8 @@ def allocate(
     for budget, share in zip(budgets, shares, strict=True):
         sites = {name: site.threshold(share[name]) for name, site in calibration.sites.items()}
         if model is not None and batches is not None and budget > 0:
-            from deadband.calibration import observe_model
-
             seen = observe_model(model, batches, list(sites), calibration.criterion, sites, "correct", progress)
-            sites = {name: seen.sites[name].threshold(share[name]) for name in sites}
+            sites = {name: seen[name].threshold(share[name]) for name in sites}
         results.append(
             Thresholds(
                 sites=sites,
@@ -144,6 +140,13 @@ def allocate(
             )
         )
     return results
+
+
+def check_sparsity(sparsity: float) -> float:
+    """Return a sparsity as a float, or raise a ValueError."""
+    if not 0 <= float(sparsity) < 1:
+        raise ValueError(f"sparsity {sparsity} is out of range; expected the fraction to skip, from 0 up to but not 1")
+    return float(sparsity)
 
 
 def check_model(
@@ -300,37 +303,6 @@ def _along(path: list[tuple[float, dict[str, float]]], budget: float) -> dict[st
             share = (budget - low) / (high - low)
             return {name: before[name] + share * (after[name] - before[name]) for name in before}
     return path[-1][1] if budget > 0 else path[0][1]
-
-
-@contextlib.contextmanager
-def masking(
-    sites: Mapping[str, nn.Module], thresholds: Mapping[str, float], scales: Mapping[str, Tensor | None]
-) -> Iterator[None]:
-    """Inside the block, hooks mask the input of each site: the sparse model, without changing a layer."""
-    handles = []
-
-    def hook(name: str) -> Any:
-        def mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            return masked_arguments(args, kwargs, thresholds[name], scales[name])
-
-        return mask
-
-    try:
-        for name, module in sites.items():
-            if thresholds[name] > 0:
-                handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def masked_arguments(args: tuple, kwargs: dict, threshold: float, scale: Tensor | None) -> tuple[tuple, dict]:
-    """The arguments of a linear layer with the skipped entries of its input set to zero."""
-    if args:
-        return (torch.where(keep_mask(args[0], threshold, scale), args[0], 0), *args[1:]), kwargs
-    name, x = next(iter(kwargs.items()))
-    return args, {**kwargs, name: torch.where(keep_mask(x, threshold, scale), x, 0)}
 
 
 def _first_tensor(output: Any) -> Tensor:

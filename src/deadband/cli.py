@@ -82,9 +82,10 @@ def sparsify(
     """Make a model sparse and save it."""
     check_output(output, overwrite, folder=True)
     text = read(data) if data is not None else None
+    from deadband.allocation import check_sparsity
     from deadband.calibration import Calibration
     from deadband.models import save_model
-    from deadband.sparsify import check_sparsity, sparsify_
+    from deadband.sparsify import sparsify_
     from deadband.text import token_windows
 
     check_sparsity(sparsity)

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from deadband.allocation import Thresholds, check_model
+from deadband.allocation import Thresholds, check_model, check_sparsity
 from deadband.criterion import check_criterion, scale_of
 from deadband.linear import (
     ALL_ROWS,
@@ -306,13 +306,6 @@ def resolve(model: nn.Module, thresholds: Mapping[str, float]) -> dict[str, floa
     if not chosen:
         raise ValueError("thresholds is empty; expected at least one site")
     return {name: chosen[name] for name in every if name in chosen}
-
-
-def check_sparsity(sparsity: float) -> float:
-    """Return a sparsity as a float, or raise a ValueError."""
-    if not 0 <= float(sparsity) < 1:
-        raise ValueError(f"sparsity {sparsity} is out of range; expected the fraction to skip, from 0 up to but not 1")
-    return float(sparsity)
 
 
 def _require_sparse(model: nn.Module) -> dict[str, SparseSite]:
