@@ -22,7 +22,8 @@ from deadband.text import python_documentation, token_windows
 SPARSITIES = (0.25, 0.4, 0.5)
 SAVED = 0.4  # the budget whose model is kept and continues the prompt
 WINDOW = 512
-CALIBRATION_TOKENS, EVALUATION_TOKENS, GREEDY_TOKENS = 8192, 4096, 512
+CALIBRATION_TOKENS, EVALUATION_TOKENS = 8192, 4096
+METHOD = "greedy"
 DECODE_TOKENS = 48
 PROMPT = "The three most important rules for writing clear documentation are"
 FIGURES = "figures.json"
@@ -69,7 +70,7 @@ def _run(folder: Path, output: Path, say: Any) -> dict[str, Any]:
     say(f"calibrating on {len(batches) * WINDOW:,} tokens, judging on {len(windows) * WINDOW:,} others")
     calibration = calibrate(model, batches)
     half = batches[: len(batches) // 2]
-    budgets = allocate(calibration, SPARSITIES, "greedy", model=model, batches=half, tokens=GREEDY_TOKENS)
+    budgets = allocate(calibration, SPARSITIES, METHOD, model=model, batches=half)
 
     reference = dense_logits(model, windows)
     evaluations = [evaluate(model, windows, reference=reference)]
