@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -275,13 +276,19 @@ def show(figures: dict[str, Any], text: str, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2; Ctrl-C is 130."""
+    interrupts = []
+
+    def interrupt(signal_number: int, frame: Any) -> None:
+        interrupts.append(signal_number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         app()
-    except SystemExit as stop:
-        if stop.code == INTERRUPTED:  # how typer ends on Ctrl-C, without a word
+    except BaseException as error:
+        if interrupts:  # remembered, as libraries turn a KeyboardInterrupt during their imports into other errors
             print("deadband: interrupted; nothing was left half written", file=sys.stderr)
-        raise
-    except Exception as error:
+            raise SystemExit(INTERRUPTED) from None
         if not isinstance(error, (ValueError, TypeError, OSError)) and type(error).__name__ != "SafetensorError":
             raise
         message = str(error)
