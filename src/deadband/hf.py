@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -33,11 +33,7 @@ class SparseConv1D(SparseSite, Conv1D):
     """The sparse twin of the Conv1D of GPT-2 and its kin: a linear layer that stores its weight as [in, out]."""
 
     dense_class = Conv1D
-
-    @staticmethod
-    def matrix_view(weight: Tensor) -> Tensor:
-        """The stored weight as [out_features, in_features]."""
-        return weight.t()
+    stored_in_out = True
 
     __repr__ = nn.Module.__repr__  # Conv1D's own would hide the threshold
 

@@ -29,6 +29,7 @@ class SparseSite(nn.Module):
     """
 
     dense_class: type[nn.Module]
+    stored_in_out = False  # whether the parameter itself is [in_features, out_features]
     weight: Any  # nn.Parameter, as the dense class declares it
     bias: Any
     threshold: Tensor  # [] float32
@@ -37,17 +38,19 @@ class SparseSite(nn.Module):
     sparse_rows: int
     gradient: str
 
-    @staticmethod
-    def matrix_view(weight: Tensor) -> Tensor:
+    @classmethod
+    def matrix_view(cls, weight: Tensor) -> Tensor:
         """The stored weight as [out_features, in_features]."""
-        return weight
+        return weight.t() if cls.stored_in_out else weight
 
     def forward(self, x: Tensor) -> Tensor:
         """y = W · (x where kept, else 0) + bias: while training always, else for at most `sparse_rows` rows."""
-        parameters, buffers = cast(
-            Any, (self._parameters, self._buffers)
-        )  # attribute access to them goes through __getattr__: 1 us
-        weight, bias = self.matrix_view(parameters["weight"]), parameters["bias"]
+        # attribute access to parameters and buffers goes through nn.Module.__getattr__, 1 us in all
+        parameters: Any = self._parameters
+        buffers: Any = self._buffers
+        weight, bias = parameters["weight"], parameters["bias"]
+        if self.stored_in_out:
+            weight = weight.t()
         threshold, norm = buffers["threshold"], buffers["column_norm"]
         needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         mixed = x.dtype is not weight.dtype  # autocast: torch's own linear knows what to do, or to say
