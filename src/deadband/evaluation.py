@@ -79,6 +79,7 @@ def evaluate(
         raise ValueError(f"reference has {len(reference)} windows, expected {len(windows)}")
     is_sparse = bool(sparse_sites(model))
     counts = all(module.counts is not None for module in sparse_sites(model).values())
+    achieved = math.nan if is_sparse else 0.0
     if is_sparse and counts:
         sparsity(model, reset=True)
     totals = torch.zeros(5, dtype=torch.float64)
@@ -93,7 +94,7 @@ def evaluate(
         dense_perplexity=math.exp(dense_nll / tokens),
         kl=kl / tokens,
         agreement=same / tokens,
-        sparsity=sparsity(model).total if is_sparse and counts else math.nan if is_sparse else 0.0,
+        sparsity=sparsity(model).total if is_sparse and counts else achieved,
         tokens=int(tokens),
         windows=len(windows),
     )

@@ -126,14 +126,10 @@ def sites_of(model: nn.Module, *, every_name: bool = False) -> dict[str, nn.Modu
     The layers inside torch's nn.TransformerEncoderLayer are none: its fast path reads their weights and never calls
     them.
     """
-    bypassed = tuple(
-        f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, _FUSED_BLOCK)
-    )
+    fused = [name for name, module in model.named_modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    bypassed = tuple(f"{name}." if name else "" for name in fused)
     modules = model.named_modules(remove_duplicate=not every_name)
     return {name: module for name, module in modules if is_site(module) and not name.startswith(bypassed)}
-
-
-_FUSED_BLOCK = nn.TransformerEncoderLayer
 
 
 def _matching(names: Iterable[str], patterns: Patterns, argument: str) -> set[str]:

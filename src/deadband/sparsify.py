@@ -7,7 +7,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import nn
 
@@ -134,7 +134,9 @@ def sparsify_(
             raise ValueError(f"site {name!r} is on the meta device or offloaded; load its weight before sparsify_")
     norms = {name: scale_of(config.criterion, matrix_of(module)) for name, module in modules.items()}
     left = {name: module for name, module in sparse_sites(model).items() if name not in chosen}
-    settings = {module: module.settings() for module in (*modules.values(), *left.values()) if is_sparse(module)}
+    settings = {
+        module: module.settings() for module in (*modules.values(), *left.values()) if isinstance(module, SparseSite)
+    }
     try:
         for name, module in modules.items():
             make_sparse_(module, chosen[name], norms[name], gradient=gradient, count=count)
@@ -142,7 +144,7 @@ def sparsify_(
             make_dense_(each)
         _remember(model, config)
     except BaseException:
-        for module in (*modules.values(), *left.values()):
+        for module in touched:
             if module in settings:
                 make_sparse_(module, 0.0).restore(settings[module])
             elif isinstance(module, SparseSite):
@@ -152,11 +154,6 @@ def sparsify_(
     if config.output_layer is not None:
         use_dense_product_(model.get_submodule(config.output_layer))
     return model
-
-
-def is_sparse(module: nn.Module) -> TypeGuard[SparseSite]:
-    """Whether `module` is a layer that `sparsify_` made."""
-    return isinstance(module, SparseSite)
 
 
 def densify_(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deadband.criterion import keep_mask
-from deadband.ops import kernels
+from deadband.ops import count_skipped_, kernels
 
 SPARSE_ROWS = 8  # what the kernel that skips takes at most
 DOT_ROWS = 4  # and the one for a weight in torch's own layout
@@ -77,7 +77,7 @@ def sparse_linear(
     ):
         keep = keep_mask(x, threshold, scale)
         if counts is not None:
-            counts += torch.stack([(~keep).sum(), torch.tensor(keep.numel())])
+            count_skipped_(counts, keep)
         return dense_linear(torch.where(keep, x, 0), weight, bias)
     x = x.contiguous()
     y = x.new_empty((*shape[:-1], out_features))
