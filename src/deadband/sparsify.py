@@ -134,9 +134,8 @@ def sparsify_(
             raise ValueError(f"site {name!r} is on the meta device or offloaded; load its weight before sparsify_")
     norms = {name: scale_of(config.criterion, matrix_of(module)) for name, module in modules.items()}
     left = {name: module for name, module in sparse_sites(model).items() if name not in chosen}
-    settings = {
-        module: module.settings() for module in (*modules.values(), *left.values()) if isinstance(module, SparseSite)
-    }
+    touched = (*modules.values(), *left.values())
+    settings = {module: module.settings() for module in touched if isinstance(module, SparseSite)}
     try:
         for name, module in modules.items():
             make_sparse_(module, chosen[name], norms[name], gradient=gradient, count=count)
