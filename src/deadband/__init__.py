@@ -15,6 +15,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deadband.activation_sparsifier import ActivationSparsifier
     from deadband.allocation import Thresholds
     from deadband.calibration import Calibration, calibrate
     from deadband.evaluation import Evaluation, evaluate
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "ActivationSparsifier": "activation_sparsifier",
     "Calibration": "calibration",
     "Evaluation": "evaluation",
     "SparseLinear": "linear",

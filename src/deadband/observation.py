@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from deadband.criterion import keep_mask, scale_of
-from deadband.ops.observe import FIRST_NONFINITE, observe
+from deadband.hooks import apply_mask, attach, detach, take_input, with_input
+from deadband.ops.observe import FIRST_NONFINITE, Statistics, observe
 from deadband.running import evaluating, progress_bar, run
 from deadband.sites import matrix_of, weight_bytes, weight_sample
 
@@ -48,7 +49,11 @@ class SiteStatistics:
     @classmethod
     def empty(cls, module: nn.Module) -> SiteStatistics:
         """Statistics of a site before any data."""
-        out_features, in_features = matrix_of(module).shape
+        return cls.of_features(matrix_of(module).shape[1]).of_layer(module)
+
+    @classmethod
+    def of_features(cls, in_features: int) -> SiteStatistics:
+        """Statistics before any data of an input whose layer is not known yet."""
         return cls(
             histogram=np.zeros(FIRST_NONFINITE, np.int64),
             rows=np.zeros(in_features, np.int64),
@@ -56,10 +61,29 @@ class SiteStatistics:
             sum_of_squares=np.zeros(in_features),
             nonfinite=0,
             discrete=True,
-            weight_bytes=weight_bytes(module),
-            out_features=out_features,
-            sample=weight_sample(module),
+            weight_bytes=0,
+            out_features=0,
         )
+
+    def of_layer(self, module: nn.Module) -> SiteStatistics:
+        """The same, as the statistics of the input of `module`."""
+        out_features = matrix_of(module).shape[0]
+        about = {"weight_bytes": weight_bytes(module), "out_features": out_features, "sample": weight_sample(module)}
+        return dataclasses.replace(self, **about)
+
+    def observe(self, x: Tensor, scale: Tensor | None = None) -> None:
+        """Add an input [rows, in_features]; scores are abs(x), times `scale` [in_features] if there is one."""
+        self.add(observe(x, scale), scale is None and x.dtype == torch.bfloat16)
+
+    def add(self, delta: Statistics, discrete: bool) -> None:
+        """Add what `deadband.ops.observe` returned."""
+        histogram, rows, total, squares = delta
+        self.histogram += histogram[:FIRST_NONFINITE]
+        self.nonfinite += int(histogram[FIRST_NONFINITE:].sum())
+        self.rows += rows
+        self.sum += total
+        self.sum_of_squares += squares
+        self.discrete &= discrete
 
     @property
     def in_features(self) -> int:
@@ -192,19 +216,20 @@ class _Observer:
         handles = []
         try:
             for name, module in modules.items():
-                handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+                handles.append(attach(module, self._hook(name)))
             yield
         finally:
             for handle in handles:
-                handle.remove()
+                detach(handle)
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = take_input(name, args, kwargs)
             self._add(name, x)
             if self.thresholds is None:
                 return None
-            return masked_arguments(args, kwargs, self.thresholds[name], self.scales[name])
+            keep = keep_mask(x, self.thresholds[name], self.scales[name])
+            return with_input(args, kwargs, apply_mask(x, keep))
 
         return hook
 
@@ -217,14 +242,7 @@ class _Observer:
             keep = self.decoder_keep if "decoder" in name.split(".") else self.keep
             delta = observe(_unpadded(x, keep), scale)
             self.last = (x, version, delta) if scale is None and version is not None else None
-        histogram, rows, total, squares = delta
-        site = self.sites[name]
-        site.histogram += histogram[:FIRST_NONFINITE]
-        site.nonfinite += int(histogram[FIRST_NONFINITE:].sum())
-        site.rows += rows
-        site.sum += total
-        site.sum_of_squares += squares
-        site.discrete &= scale is None and x.dtype == torch.bfloat16
+        self.sites[name].add(delta, scale is None and x.dtype == torch.bfloat16)
 
 
 def _padding_mask(batch: Any, name: str) -> Tensor | None:
@@ -248,23 +266,16 @@ def masking(
 
     def hook(name: str) -> Any:
         def mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            return masked_arguments(args, kwargs, thresholds[name], scales[name])
+            x = take_input(name, args, kwargs)
+            return with_input(args, kwargs, apply_mask(x, keep_mask(x, thresholds[name], scales[name])))
 
         return mask
 
     try:
         for name, module in sites.items():
             if thresholds[name] > 0:
-                handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
+                handles.append(attach(module, hook(name)))
         yield
     finally:
         for handle in handles:
-            handle.remove()
-
-
-def masked_arguments(args: tuple, kwargs: dict, threshold: float, scale: Tensor | None) -> tuple[tuple, dict]:
-    """The arguments of a linear layer with the skipped entries of its input set to zero."""
-    if args:
-        return (torch.where(keep_mask(args[0], threshold, scale), args[0], 0), *args[1:]), kwargs
-    name, x = next(iter(kwargs.items()))
-    return args, {**kwargs, name: torch.where(keep_mask(x, threshold, scale), x, 0)}
+            detach(handle)

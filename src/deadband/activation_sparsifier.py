@@ -1,0 +1,1028 @@
+"""ActivationSparsifier: torch.ao.pruning's class, repaired: aggregate activations, reduce, mask, and make layers smaller."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from deadband import collectives
+from deadband.accumulation import Accumulator, Selection, as_features
+from deadband.aggregate import Aggregate
+from deadband.hooks import MaskInput, attach, detach, forget_compiled, take_input
+from deadband.ops.watch import issue_ticket, watch
+from deadband.schedule import Schedule
+
+if TYPE_CHECKING:
+    import os
+
+    from deadband.calibration import Calibration
+    from deadband.compaction import CompactionReport
+
+_FUNCTIONS = ("aggregate_fn", "reduce_fn", "mask_fn")
+_WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+
+
+class LayerError(ValueError, KeyError, AssertionError):
+    """A layer that is unknown, or that no input has reached.
+
+    torch's class raises AssertionError, ValueError or KeyError for these; code that catches them goes on to work.
+    """
+
+    __str__ = Exception.__str__  # KeyError's would show the message in quotes
+
+
+class ActivationSparsifier:
+    """Makes static masks for the inputs of layers: mask = mask_fn(reduce_fn(aggregate of all inputs)).
+
+    Takes the place of `torch.ao.pruning._experimental.activation_sparsifier.activation_sparsifier.ActivationSparsifier`:
+    the same constructor, methods, attributes and results.
+
+    Args:
+        model: the module whose layers are registered, one by one, with `register_layer`.
+        aggregate_fn: default for layers: `aggregate_fn(data, x) -> data`, where data starts as zeros like the first x;
+            or one of `deadband.aggregate`.
+        reduce_fn: default for layers: `reduce_fn(data) -> scores`; see `deadband.reduce`.
+        mask_fn: default for layers: `mask_fn(scores, **sparse_config) -> mask`; see `deadband.mask`.
+        features: default for layers: only these features are masked, each on its own (with a function of
+            `deadband.aggregate`: together); distinct whole numbers.
+        feature_dim: the dimension of `features`, and of what `deadband.aggregate` counts as features.
+        compatible: with False, functions of your own start from the first input instead of zeros (so maxima and products
+            come out right) and get float32 where inputs are of half precision.
+        synchronise: under torch.distributed, `step` puts together what all ranks aggregated, so that they make the same
+            mask. It has to be called on all of them then; with False, each rank is on its own.
+        training_only: look only at inputs of layers in training mode.
+        sparse_config: keyword arguments for mask_fn.
+
+    Example:
+        >>> from deadband import aggregate, mask, reduce
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> sparsifier = ActivationSparsifier(model, aggregate.mean_abs, reduce.mean, mask.magnitude, sparsity=0.5)
+        >>> sparsifier.register_layer(model[2])
+        >>> _ = model(torch.randn(16, 4))                   # calibrate: nothing in the output changes
+        >>> sparsifier.step()                               # make the masks
+        >>> sparsifier.squash_mask()                        # apply them from now on
+        >>> int(sparsifier.get_mask("2").sum()), model[2].activation_mask.dtype
+        (4, torch.bool)
+    """
+
+    model: Any
+    defaults: dict[str, Any]
+    data_groups: dict[str, dict[str, Any]]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        aggregate_fn: Callable[..., Any] | None = None,
+        reduce_fn: Callable[..., Any] | None = None,
+        mask_fn: Callable[..., Any] | None = None,
+        features: Any = None,
+        feature_dim: int | None = None,
+        *,
+        compatible: bool = True,
+        synchronise: bool = True,
+        training_only: bool = False,
+        **sparse_config: Any,
+    ) -> None:
+        self.model = model
+        self.defaults = defaultdict()
+        self.defaults["sparse_config"] = sparse_config
+        self.defaults.update(
+            aggregate_fn=aggregate_fn, reduce_fn=reduce_fn, mask_fn=mask_fn, features=features, feature_dim=feature_dim
+        )
+        self.data_groups = defaultdict(dict)
+        self.compatible, self.synchronise, self.training_only = compatible, synchronise, training_only
+        self._state: dict[str, dict[str, Any]] = defaultdict(dict)
+        self._schedule: Schedule | None = None
+        self._example: tuple[tuple, dict] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a copy needs anew."""
+        self._lock = threading.RLock()
+        self._watches: dict[str, _WatchInput] = {}
+        self._masks: dict[str, MaskInput] = {}
+        self._handles: dict[str, RemovableHandle] = {}
+        # hooks that aggregate go with the sparsifier; masks stay, they belong to the model
+        weakref.finalize(self, _remove_all, self._handles).atexit = False
+
+    @property
+    def state(self) -> dict[str, dict[str, Any]]:
+        """Layer name -> {"mask": None, a tensor, or a list of tensors (with features)}."""
+        for name, masking in self._masks.items():
+            masking.pull(self.data_groups[name]["layer"])
+        return self._state
+
+    @state.setter
+    def state(self, value: dict[str, dict[str, Any]]) -> None:
+        self._state = value
+
+    # ------------------------------------------------------------------------------------------------ registering
+
+    def register_layer(
+        self,
+        layer: nn.Module,
+        aggregate_fn: Callable[..., Any] | None = None,
+        reduce_fn: Callable[..., Any] | None = None,
+        mask_fn: Callable[..., Any] | None = None,
+        features: Any = None,
+        feature_dim: int | None = None,
+        **sparse_config: Any,
+    ) -> None:
+        """Watch the input of a layer of the model from now on. Arguments that are None come from the constructor.
+
+        A layer that is registered already is registered anew, with a warning; bad arguments leave it as it was.
+
+        Args:
+            layer: a module of the model, or the model itself.
+            aggregate_fn, reduce_fn, mask_fn, feature_dim: as for the constructor.
+            features: as for the constructor; `"all"` switches a default of the constructor off.
+            sparse_config: keyword arguments for mask_fn, on top of the constructor's.
+
+        Raises:
+            LayerError: the layer is not in the model.
+            AssertionError: a function is missing, or features come without feature_dim.
+            TypeError, ValueError: features are not distinct whole numbers.
+        """
+        name = self._name_of(layer)
+        if name is None:
+            raise LayerError(f"layer not found in the model: this {type(layer).__name__} is no part of it")
+        given = {
+            "aggregate_fn": aggregate_fn, "reduce_fn": reduce_fn, "mask_fn": mask_fn, "features": features,
+            "feature_dim": feature_dim, "layer": layer,
+        }  # fmt: skip
+        config = copy.copy(self.defaults)  # functions stay the objects they are
+        config["features"] = copy.deepcopy(config["features"])
+        config["sparse_config"] = {**copy.deepcopy(self.defaults["sparse_config"]), **sparse_config}
+        config.update((key, value) for key, value in given.items() if value is not None)
+        _check_config(name, config)
+        if name in self.data_groups:
+            warnings.warn(
+                "layer already attached to the sparsifier, deregistering the layer and registering with new config",
+                stacklevel=2,
+            )
+            self.unregister_layer(name)
+        self.data_groups[name] = config
+        self._state[name]["mask"] = None
+        self._watch(name)
+        config["hook_state"] = "aggregate"
+
+    def _watch(self, name: str) -> None:
+        config = self.data_groups[name]
+        self._watches[name] = hook = _WatchInput(self, name, config)
+        config["hook"] = self._handles[name] = attach(config["layer"], hook)
+        if self._example is None and "" not in self._handles and isinstance(self.model, nn.Module):
+            self._handles[""] = self.model.register_forward_pre_hook(_RememberCall(self), with_kwargs=True)
+
+    def unregister_layer(self, name: str | nn.Module) -> None:
+        """Take hook and mask off a layer and forget it.
+
+        Raises:
+            LayerError: it is not registered.
+        """
+        name = self._registered(name)
+        self._take_off(name)
+        self._state.pop(name, None)
+        self.data_groups.pop(name)
+
+    def _take_off(self, name: str) -> None:
+        config = self.data_groups[name]
+        self._watches.pop(name, None)
+        self._handles.pop(name, None)
+        if (handle := config.pop("hook", None)) is not None:
+            detach(handle)
+        if (masking := self._masks.pop(name, None)) is not None:
+            masking.pull(config["layer"])
+            masking.remove_from(config["layer"])
+
+    def _name_of(self, layer: nn.Module) -> str | None:
+        return next((name for name, module in self.model.named_modules() if module is layer), None)
+
+    def _registered(self, name: str | nn.Module) -> str:
+        if isinstance(name, nn.Module):
+            found = self._name_of(name)
+        else:
+            found = _same_layer(name, self.data_groups)
+        if found is None or found not in self.data_groups:
+            what = repr(name) if isinstance(name, str) else f"this {type(name).__name__}"
+            raise LayerError(f"layer with the given name not found: {what}; registered are {_some(self.data_groups)}")
+        return found
+
+    def get_mask(self, name: str | None = None, layer: nn.Module | None = None) -> Any:
+        """The mask of a layer: a tensor, or a list of tensors where it has features. Writes into it take effect.
+
+        Raises:
+            LayerError: the layer is unknown, or no input has reached it.
+        """
+        if name is None and layer is None:
+            raise LayerError("Need at least name or layer obj to retrieve mask")
+        if name is None:
+            assert layer is not None
+            name = self._name_of(layer)
+            if name is None:
+                raise LayerError("layer not found in the specified model")
+        found = _same_layer(name, self._state)
+        if found is None:
+            raise LayerError(
+                f"Error: layer with the given name not found: {name!r}; registered are {_some(self.data_groups)}"
+            )
+        mask = self.state[found].get("mask")
+        if mask is None:
+            raise LayerError(
+                f"Error: shape unknown, call layer() routine at least once to infer mask (no input has reached {name!r})"
+            )
+        return mask
+
+    # --------------------------------------------------------------------------------------------------- stepping
+
+    def step(self) -> None:
+        """Make the mask of every layer from what was aggregated, and start aggregating again.
+
+        With a `schedule`, this also sets the sparsity; between two changes of it, nothing happens.
+
+        Raises:
+            LayerError: no input has reached a layer since the last step; then no mask has changed.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self._schedule is None:
+                self._update_masks()
+                return
+            if self._schedule.over:
+                return
+            if self._schedule.due():
+                level = self._schedule.at(self._schedule.step)
+                before = [dict(config["sparse_config"]) for config in self.data_groups.values()]
+                for config in self.data_groups.values():
+                    config["sparse_config"][self._schedule.argument] = level
+                try:
+                    self._update_masks()
+                except BaseException:
+                    for config, old in zip(self.data_groups.values(), before, strict=True):
+                        config["sparse_config"].clear()
+                        config["sparse_config"].update(old)
+                    raise
+                self._put_in_force()
+            self._schedule.step += 1
+            if self._schedule.over:
+                self.squash_mask()
+
+    def _update_masks(self) -> None:
+        waiting = [name for name, config in self.data_groups.items() if config.get("hook_state") == "aggregate"]
+        if self.data_groups and not waiting:
+            raise LayerError("step() after squash_mask(): no layer is watched any more; register layers again first")
+        agree = self.synchronise and collectives.ranks() > 1
+        everything = {name: self._aggregated(name, agree) for name in waiting}
+        if missing := [name for name, (data, _) in everything.items() if data is None]:
+            raise LayerError(f"step(): no input has reached {_some(missing)} since the last step; run the model first")
+        before = {name: _remember(self._state[name].get("mask")) for name in waiting}
+        try:
+            for name, (data, _) in everything.items():
+                if name not in self.data_groups:
+                    continue  # a function of the user unregistered it
+                if self._state[name].get("mask") is None:  # this rank has seen nothing, others have
+                    self._state[name]["mask"] = _ones_like(data)
+                self.update_mask(name, data, self.data_groups[name])
+                if agree:
+                    self._copy_mask(name, collectives.broadcast_mask(self._state[name]["mask"], self._device(name)))
+        except BaseException as error:
+            for name, mask in before.items():
+                if name in self.data_groups:
+                    self._state[name]["mask"] = _restore(mask)
+            if hasattr(error, "add_note"):
+                error.add_note(f"while making the mask of layer {name!r}; no mask has changed")
+            raise
+        for name in waiting:
+            if name in self.data_groups:
+                self.data_groups[name].pop("data", None)
+                self.data_groups[name].pop("rows", None)
+                self._watches[name].begin()
+                self._watches[name].stepped = True
+
+    def _aggregated(self, name: str, agree: bool) -> tuple[Any, int]:
+        config = self.data_groups[name]
+        data, rows = config.get("data"), config.get("rows", 0)
+        if not agree or not isinstance(data, (Tensor, list, type(None))):
+            return data, rows
+        aggregate_fn = config["aggregate_fn"]
+        if isinstance(aggregate_fn, Aggregate):
+            merge = aggregate_fn.merge
+        else:
+            accumulate = Accumulator(name, aggregate_fn, None, None, self.compatible)
+            merge = lambda a, _, b, __: accumulate.add(a, b)  # noqa: E731
+        return collectives.merge_over_ranks(data, rows, self._device(name), merge)
+
+    def _device(self, name: str) -> torch.device:
+        tensor = next(self.data_groups[name]["layer"].parameters(), None)
+        return tensor.device if tensor is not None else torch.device("cpu")
+
+    def _copy_mask(self, name: str, values: Any) -> None:
+        mask = self._state[name]["mask"]
+        for target, value in zip(mask, values, strict=True) if isinstance(mask, list) else [(mask, values)]:
+            target.data = value
+
+    def update_mask(self, name: str, data: Any, configs: dict[str, Any]) -> None:
+        """Make one layer's mask: `mask_fn(reduce_fn(data), **sparse_config)`, for each feature where it has features.
+
+        `step` calls this for every layer. Override it to make masks in another way.
+
+        Args:
+            name: of the layer.
+            data: what was aggregated: a tensor, or a list of one tensor for each feature.
+            configs: the layer's entry of `data_groups`.
+
+        Raises:
+            TypeError: mask_fn returned something that is not a tensor.
+        """
+        mask = self.get_mask(name)
+        reduce_fn, mask_fn, features = configs["reduce_fn"], configs["mask_fn"], configs["features"]
+
+        def made(part: Tensor) -> Tensor:
+            result = mask_fn(reduce_fn(part), **configs["sparse_config"])
+            if not isinstance(result, Tensor):
+                raise TypeError(f"layer {name!r}: mask_fn returned {type(result).__name__}, expected a tensor")
+            result = result.detach()
+            return result if result.layout is torch.strided else result.to_dense()
+
+        if features is None:
+            mask.data = made(data)
+        elif isinstance(configs["aggregate_fn"], Aggregate):
+            index = torch.tensor(Selection(name, as_features(features), 0).index(data.shape), device=data.device)
+            chosen = made(data[index])
+            mask.data = chosen.new_ones(data.shape).index_copy(0, index, chosen)
+        else:
+            for part, target in zip(data, mask, strict=True):
+                target.data = made(part)
+
+    # --------------------------------------------------------------------------------------------------- applying
+
+    def squash_mask(self, attach_sparsify_hook: bool = True, **kwargs: Any) -> None:
+        """Stop aggregating and mask the layers' inputs from now on. The mask becomes a buffer of the layer.
+
+        Args:
+            attach_sparsify_hook: with False, nothing is masked, also after saving and loading.
+            kwargs: ignored, as in torch's class.
+
+        Raises:
+            LayerError: no input has reached a layer; then nothing has changed.
+        """
+        with self._lock, torch.inference_mode(False):
+            if attach_sparsify_hook:
+                names = list(self.data_groups)
+                if missing := [name for name in names if self._state[name].get("mask") is None]:
+                    raise LayerError(
+                        f"Error: shape unknown, call layer() routine at least once to infer mask (no input has reached "
+                        f"{_some(missing)})"
+                    )
+                made = {name: self._masks.get(name) or self._masking(name) for name in names}
+            for name, config in self.data_groups.items():
+                shape = self._watches[name].shape if name in self._watches else None
+                kept = self._masks.pop(name) if attach_sparsify_hook and name in self._masks else None
+                self._take_off(name)
+                if attach_sparsify_hook:
+                    self._mask(name, made[name], shape if kept is None else None, new=kept is None)
+                config["hook_state"] = "sparsify"
+
+    def _masking(self, name: str) -> MaskInput:
+        config, watching = self.data_groups[name], self._watches.get(name)
+        mask, ready_made = self._state[name]["mask"], isinstance(config["aggregate_fn"], Aggregate)
+        features = index = None
+        if isinstance(mask, list):
+            features = as_features(config["features"])
+            if watching is not None and watching.shape is not None and features:
+                features = Selection(name, features, config["feature_dim"]).index(watching.shape)
+            index = torch.tensor(features, dtype=torch.int64)
+        return MaskInput(
+            name,
+            mask,
+            dim=feature_dimension(config["layer"], config["feature_dim"]) if ready_made else None,
+            features=index,
+            feature_dim=config["feature_dim"] or 0,
+            unset=watching is not None and not watching.stepped,
+        )
+
+    def _mask(self, name: str, masking: MaskInput, shape: torch.Size | None, *, new: bool = True) -> None:
+        config = self.data_groups[name]
+        if new:
+            masking.add_to(config["layer"], shape)
+        self._masks[name] = masking
+        config["hook"] = attach(config["layer"], masking)
+
+    def _put_in_force(self) -> None:
+        """Mask while going on to aggregate: what a schedule does."""
+        for name, watching in self._watches.items():
+            layer = self.data_groups[name]["layer"]
+            if watching.masking is None:
+                watching.masking = self._masks[name] = self._masking(name)
+                watching.masking.add_to(layer, watching.shape)
+                forget_compiled()
+            else:
+                watching.masking.build(layer, watching.shape)
+
+    def schedule(
+        self,
+        sparsity: float | Callable[[int], float],
+        *,
+        steps: int | None = None,
+        initial: float = 0.0,
+        begin: int = 0,
+        every: int = 1,
+        curve: str | Callable[[float], float] = "cubic",
+        argument: str = "sparsity",
+    ) -> None:
+        """Let sparsity grow over training: call `step()` after each training step (or epoch) and nothing else.
+
+        Each `step()` at which sparsity changes makes new masks at the new level; they are in force from then on while
+        aggregation goes on beneath them, so that a feature can come back. After the last change the masks are
+        squashed, and further calls of `step()` do nothing. `state_dict(portable=True)` remembers the step.
+
+        Args:
+            sparsity: the final one; or a function from the step (0, 1, ...) to a sparsity.
+            steps: steps from `initial` to the final sparsity; with a function, None means without end.
+            initial: sparsity at step `begin`.
+            begin: the first step that changes masks.
+            every: steps between two changes.
+            curve: `cubic` (Zhu & Gupta 2017, arXiv 1710.01878), `linear`, or a function from progress to share.
+            argument: the keyword of mask_fn that is set.
+
+        Raises:
+            ValueError: a number out of range.
+
+        Example:
+            >>> from deadband import aggregate, mask, reduce
+            >>> model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
+            >>> sparsifier = ActivationSparsifier(model, aggregate.mean_abs, reduce.mean, mask.magnitude)
+            >>> sparsifier.register_layer(model[2])
+            >>> sparsifier.schedule(0.8, steps=2, curve="linear")
+            >>> kept = []
+            >>> for _ in range(4):
+            ...     _ = model(torch.randn(16, 4))
+            ...     sparsifier.step()
+            ...     kept.append(int(sparsifier.get_mask("2").sum()))
+            >>> kept
+            [10, 6, 2, 2]
+        """
+        done = self._schedule.step if self._schedule is not None else 0
+        self._schedule = Schedule(
+            sparsity=sparsity, steps=steps, initial=initial, begin=begin, every=every, curve=curve, argument=argument,
+            step=done,
+        )  # fmt: skip
+
+    def masks(self) -> dict[str, Tensor]:
+        """The masks as one bool for each feature of a layer's input, [features], for `deadband.sparsify_(masks=...)`.
+
+        A feature counts as kept if it is kept at any position.
+
+        Raises:
+            LayerError: a layer has no mask yet.
+        """
+        return {name: self._feature_mask(name)[0] for name in self.data_groups}
+
+    def _feature_mask(self, name: str) -> tuple[Tensor, bool]:
+        """One bool for each feature, and whether that is all there is to the mask."""
+        config, mask = self.data_groups[name], self.get_mask(name)
+        layer = config["layer"]
+        watching = self._watches.get(name)
+        if watching is not None and not watching.stepped:
+            raise LayerError(f"layer {name!r} has no mask yet; call step() first")
+        dim = feature_dimension(layer, config["feature_dim"])
+        count = input_features(layer)
+        full = mask
+        if isinstance(mask, list):
+            stored = layer._buffers.get(self._masks[name].buffer) if name in self._masks else None
+            if stored is None:
+                shape = watching.shape if watching is not None else None
+                if shape is None:
+                    raise LayerError(f"layer {name!r}: the shape of its input is unknown; run the model once")
+                stored = self._masking(name)._full(shape)
+            full = stored
+        elif isinstance(config["aggregate_fn"], Aggregate):
+            dim = -1
+        if full.dim() == 0:
+            full = full.reshape(1)
+        dim = dim if dim < 0 else dim - full.dim()
+        if full.dim() < -dim:  # broadcasts along the features
+            full = full.reshape((1,) * (-dim - full.dim()) + tuple(full.shape))
+        if full.shape[dim] == 1 and count is not None:
+            full = full.expand([count if i == full.dim() + dim else size for i, size in enumerate(full.shape)])
+        rows = full.movedim(dim, 0).reshape(full.shape[dim], -1)
+        keep = (rows != 0).any(1)
+        return keep, bool((rows == keep[:, None]).all())
+
+    # ------------------------------------------------------------------------------------------- smaller, elsewhere
+
+    def compact_(self, example: Any = None, *, producers: bool = True) -> CompactionReport:
+        """Remove the features that the squashed masks drop for good: weights get smaller, hooks and masks go.
+
+        The columns of the masked layers go; where nothing else reads a feature, so do the rows of the layer that makes
+        it (found through Torch-Pruning: `pip install "deadband[compact]"`). Elsewhere, as on a residual stream, the
+        masked layer gathers the features that it keeps. Outputs stay those of the masked model. Layers that were
+        compacted are no longer registered. Parameters that shrink are new objects: make the optimizer afterwards.
+
+        Args:
+            example: arguments of one call of the model: a tensor, a tuple of positional arguments, or a mapping of
+                keyword arguments. Without, a few rows of the first call after registering are used.
+            producers: with False, layers that make features stay whole, and Torch-Pruning is not needed.
+
+        Returns:
+            A `CompactionReport`: parameters, FLOPs and latency before and after, and what happened to each layer.
+
+        Raises:
+            LayerError: nothing is squashed.
+            ImportError: Torch-Pruning is missing.
+            ValueError: no example is known.
+        """
+        from deadband.compaction import compact_
+
+        squashed = [name for name in self._masks if name not in self._watches]
+        if not squashed:
+            raise LayerError("compact_(): no mask is in force; call squash_mask() first")
+        if example is None:
+            example = self._example
+        elif isinstance(example, Mapping):
+            example = ((), dict(example))
+        else:
+            example = (tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
+        if example is None:
+            raise ValueError("compact_(): no call of the model was seen while layers were registered; pass example=")
+        self.state  # noqa: B018  (brings the masks up to date)
+        features = {name: self._feature_mask(name) for name in squashed}
+        whole = {name: keep for name, (keep, exact) in features.items() if exact}
+        hooks = {name: (self._masks[name], self.data_groups[name]["hook"]) for name in whole}
+        for name, (masking, handle) in hooks.items():
+            detach(handle)
+            masking.remove_from(self.data_groups[name]["layer"])
+        try:
+            report = compact_(self.model, whole, example, producers=producers)
+        except BaseException:
+            for name, (masking, _) in hooks.items():
+                self._mask(name, masking, None)
+            raise
+        left = {name: "its mask differs between positions" for name, (_, exact) in features.items() if not exact}
+        for name in whole:
+            if name in report.left:
+                self._mask(name, hooks[name][0], None)
+            else:
+                self._masks.pop(name)
+                self._state.pop(name)
+                self.data_groups.pop(name)
+        report.left.update(left)
+        return report
+
+    def calibration(self) -> Calibration:
+        """What was seen since the last step by layers that were registered with `aggregate_fn=aggregate.statistics`.
+
+        Returns:
+            A `Calibration`, as `deadband.calibrate` makes, to `allocate` thresholds from.
+
+        Raises:
+            LayerError: no layer was registered so, or no input has reached one.
+        """
+        from deadband.calibration import Calibration
+        from deadband.observation import SiteStatistics
+
+        groups = {name: config for name, config in self.data_groups.items() if _keeps_statistics(config)}
+        if not groups:
+            raise LayerError("no layer is registered with aggregate_fn=deadband.aggregate.statistics")
+        if missing := [name for name, config in groups.items() if "data" not in config]:
+            raise LayerError(f"no input has reached {_some(missing)}; run the model first")
+        sites = {}
+        for name, config in groups.items():
+            site: SiteStatistics = config["data"]
+            sites[name] = SiteStatistics.empty(config["layer"]) + site.of_layer(config["layer"])
+        return Calibration(sites)
+
+    # ------------------------------------------------------------------------------------------ saving and loading
+
+    def state_dict(self, *, portable: bool = False) -> dict[str, Any]:
+        """Everything but the model: masks, configurations, what was aggregated so far.
+
+        Args:
+            portable: False gives what torch's class gives: `state` with masks as sparse COO tensors, `data_groups` and
+                `defaults` with the functions themselves. True gives plain values and tensors only, which
+                `torch.load(weights_only=True)` reads: functions are named, masks are bool.
+
+        Raises:
+            ValueError: with portable, a sparse_config that JSON cannot hold.
+        """
+        if portable:
+            from deadband.sparsifier_state import portable_state
+
+            return portable_state(self)
+        with self._lock:
+            for watching in self._watches.values():
+                watching.release()
+            groups: dict[str, Any] = defaultdict()
+            for name, config in self.data_groups.items():
+                groups[name] = {key: value for key, value in config.items() if key not in ("hook", "layer")}
+                if config.get("hook_state") == "sparsify" and "hook" not in config:
+                    groups[name]["hook_state"] = "None"  # squashed without masking: off after a reload, too
+            result = OrderedDict(state=_converted(self.state, Tensor.to_sparse_coo), data_groups=groups)
+            result["defaults"] = self.defaults  # type: ignore[assignment]
+            result._metadata = {name: self._facts(name) for name in self.data_groups}  # type: ignore[attr-defined]
+            return result
+
+    def _facts(self, name: str) -> dict[str, Any]:
+        """What loading has to know beyond torch's format."""
+        watching, masking = self._watches.get(name), self._masks.get(name)
+        shape = watching.shape if watching is not None else None
+        unset = masking.unset if masking is not None else watching is not None and not watching.stepped
+        layer = self.data_groups[name]["layer"]
+        if shape is None and masking is not None and masking.features is not None:
+            buffer = layer._buffers.get(masking.buffer)
+            shape = buffer.shape if buffer is not None and buffer.dim() else None
+        return {
+            "layer": type(layer).__name__,
+            "features": input_features(layer),
+            "shape": None if shape is None else list(shape),
+            "unset": unset,
+        }
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]] | None = None
+    ) -> None:
+        """Take over a state; what this sparsifier had before is dropped, hooks included. All or nothing.
+
+        Layers are found by name, with or without the prefixes that DDP and torch.compile put in front. Masks go to the
+        device of their layer.
+
+        Args:
+            state_dict: what `state_dict` returned, in either form.
+            functions: for a portable state: the functions to use, by role (`{"mask_fn": f}`) or by the name that was
+                saved. Those of deadband and those that this sparsifier knows are found by themselves.
+
+        Raises:
+            KeyError: an entry is missing.
+            LayerError: a layer is not in the model.
+            ValueError: a layer of another type or size, an unknown function or hook state.
+        """
+        with self._lock, torch.inference_mode(False):
+            from deadband.sparsifier_state import FORMAT, from_portable
+
+            schedule, facts = self._schedule, getattr(state_dict, "_metadata", {})
+            if state_dict.get("format") == FORMAT:
+                state_dict, facts, schedule = from_portable(self, state_dict, functions or {})
+            defaults, given = state_dict["defaults"], state_dict["data_groups"]
+            loaded = _converted(state_dict["state"], Tensor.to_dense)
+            modules = dict(self.model.named_modules())
+            names: dict[str, str] = {}
+            for name, config in given.items():
+                found = _same_layer(name, modules)
+                if found is None:
+                    raise LayerError(f"layer {name} not found in the model")
+                names[name] = found
+                if config.get("hook_state") not in ("aggregate", "sparsify", "None"):
+                    raise ValueError(
+                        f"layer {name!r}: hook_state {config.get('hook_state')!r} is not known; expected 'aggregate', "
+                        "'sparsify' or 'None'"
+                    )
+                _check_layer(name, modules[found], facts.get(name, {}), loaded.get(name, {}).get("mask"))
+            groups: dict[str, dict[str, Any]] = defaultdict(dict)
+            for name, config in given.items():
+                layer = modules[names[name]]
+                kept = {key: value for key, value in config.items() if key not in ("hook", "layer")}
+                groups[names[name]] = {**kept, "layer": layer}
+            state: dict[str, dict[str, Any]] = defaultdict(dict)
+            for name, entry in loaded.items():
+                target = names.get(name, name)
+                device = _device_of(groups[target]["layer"]) if target in groups else None
+                state[target] = {**entry, "mask": _moved(entry.get("mask"), device)}
+            self._replace(defaults, groups, state, {names[name]: each for name, each in facts.items() if name in names})
+            self._schedule = schedule
+            if schedule is not None and not schedule.over and schedule.step > schedule.begin:
+                self._put_in_force()
+
+    def _replace(self, defaults: Any, groups: dict, state: dict, facts: Mapping[str, Any]) -> None:
+        for name in list(self.data_groups):
+            self._take_off(name)
+        self.defaults, self.data_groups, self._state = copy.copy(defaults), groups, state
+        for name, config in groups.items():
+            about = facts.get(name, {})
+            shape = None if about.get("shape") is None else torch.Size(about["shape"])
+            if config["hook_state"] == "aggregate":
+                self._watch(name)
+                self._watches[name].shape = shape
+                self._watches[name].stepped = not about.get("unset", True)
+            elif config["hook_state"] == "sparsify":
+                masking = self._masking(name)
+                masking.unset = about.get("unset", False)
+                if shape is not None and masking.features is not None and len(masking.features):
+                    index = Selection(name, masking.features.tolist(), masking.feature_dim).index(shape)
+                    masking.features = torch.tensor(index)
+                self._mask(name, masking, shape)
+            else:
+                config["hook_state"] = "sparsify"  # what torch's class says of a squashed layer, masked or not
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the portable state as a safetensors file, with everything that is no tensor as JSON in its header."""
+        from deadband.sparsifier_state import save
+
+        save(self, path)
+
+    def load(self, path: str | os.PathLike, functions: Mapping[str, Callable[..., Any]] | None = None) -> None:
+        """Read what `save` wrote; see `load_state_dict`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds something else.
+        """
+        from deadband.sparsifier_state import load
+
+        self.load_state_dict(load(path), functions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            for watching in self._watches.values():
+                watching.release()
+            kept = dict(self.__dict__)
+            for name in ("_lock", "_watches", "_masks", "_handles"):
+                kept.pop(name)
+            kept["data_groups"] = defaultdict(dict)
+            for name, config in self.data_groups.items():
+                kept["data_groups"][name] = {key: value for key, value in config.items() if key != "hook"}
+            kept["_state"] = defaultdict(dict, self.state)
+            kept["_hooked"] = {name: config["hook"].id for name, config in self.data_groups.items() if "hook" in config}
+            kept["_facts_of"] = {name: self._facts(name) for name in self.data_groups}
+            return kept
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        hooked, facts = kept.pop("_hooked"), kept.pop("_facts_of")
+        self.__dict__.update(kept)
+        self._begin()
+        for name, config in self.data_groups.items():
+            layer = config["layer"]
+            hook = layer._forward_pre_hooks.pop(hooked.get(name), None)
+            layer._forward_pre_hooks_with_kwargs.pop(hooked.get(name), None)
+            if isinstance(hook, _WatchInput):
+                hook = hook.masking
+            if isinstance(hook, MaskInput):
+                hook.remove_from(layer)
+            if name not in hooked:
+                config["hook_state"] = "None"
+        in_force = self._schedule is not None and self._schedule.step > self._schedule.begin
+        self._replace(self.defaults, self.data_groups, self._state, facts)
+        if in_force and self._watches:
+            self._put_in_force()
+
+    def __repr__(self) -> str:
+        text = self.__class__.__name__ + " ("
+        for name, config in self.data_groups.items():
+            shown = sorted(key for key in config if key not in ("data", "rows", "hook", *_FUNCTIONS))
+            lines = ["\tData Group", f"\t    name: {name}", *(f"\t    {key}: {config[key]}" for key in shown)]
+            text += "\n" + "\n".join(lines) + "\n"
+        return text + ")"
+
+
+class _WatchInput:
+    """A forward pre-hook that hands a layer's input to the sparsifier and, under a schedule, masks it."""
+
+    def __init__(self, owner: ActivationSparsifier, name: str, config: dict[str, Any]) -> None:
+        self.owner: Any = weakref.ref(owner)
+        self.name = name
+        self.masking: MaskInput | None = None
+        self.shape: torch.Size | None = None  # of the last input
+        self.stepped = False
+        self.ready_made: Aggregate | None = None
+        self.accumulator: Accumulator | None = None
+        if isinstance(config["aggregate_fn"], Aggregate):
+            self.ready_made = config["aggregate_fn"]
+            self.dim = feature_dimension(config["layer"], config["feature_dim"])
+        else:
+            features = None if config["features"] is None else as_features(config["features"])
+            self.accumulator = Accumulator(
+                name, config["aggregate_fn"], features, config["feature_dim"], owner.compatible
+            )
+        self.ticket: Tensor | None = issue_ticket(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model alone is not watched: its inputs are not those of the model that is."""
+        return {"name": self.name, "masking": self.masking, "owner": None, "ticket": None}
+
+    def begin(self) -> None:
+        """Start again after a step."""
+        if self.accumulator is not None:
+            self.accumulator.reset()
+
+    def release(self) -> None:
+        """What was aggregated so far is about to be shared."""
+        if self.accumulator is not None:
+            self.accumulator.release()
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Look at the input."""
+        if self.ticket is not None and not torch.compiler.is_exporting():
+            x = take_input(self.name, args, kwargs)
+            if torch.compiler.is_compiling():
+                watch(x.detach(), self.ticket)
+            else:
+                self.see(x)
+        return self.masking(module, args, kwargs) if self.masking is not None else None
+
+    def see(self, x: Tensor) -> None:
+        """Aggregate one input, unless it is computed again in the backward pass (activation checkpointing)."""
+        owner: ActivationSparsifier | None = self.owner()
+        if owner is None or torch._C._current_graph_task_id() != -1 or torch._C._is_tracing():
+            return
+        with owner._lock:
+            config = owner.data_groups.get(self.name)
+            if config is None or owner._watches.get(self.name) is not self:
+                return
+            if owner.training_only and not config["layer"].training:
+                return
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(False), torch.no_grad():
+                    self._add(owner, config, x)
+            else:
+                self._add(owner, config, x)
+
+    def _add(self, owner: ActivationSparsifier, config: dict[str, Any], x: Tensor) -> None:
+        x = x.detach()
+        if self.ready_made is not None:
+            with torch.no_grad():
+                rows = config.get("rows", 0)
+                new = self.ready_made(config.get("data"), rows, x, self.dim)
+                config["rows"] = rows + x.numel() // max(x.shape[self.dim], 1)
+                ones = torch.ones((), dtype=torch.bool, device=x.device).expand(x.shape[self.dim])
+        else:
+            assert self.accumulator is not None
+            new = self.accumulator.add(config.get("data"), x)
+            ones = None
+        if "data" not in config and self.masking is None:
+            # all ones until the next step; expanded, they take no memory
+            if ones is None and self.accumulator is not None and self.accumulator.selection is not None:
+                chosen = self.accumulator.selection.of(x) if new else x
+                ones = list(_ones_like(chosen).split(1, self.accumulator.feature_dim)) if new else []
+            owner._state[self.name]["mask"] = _ones_like(x) if ones is None else ones
+            self.stepped = False
+        config["data"] = new
+        self.shape = x.shape if not x.is_nested else None
+
+
+class _RememberCall:
+    """A forward pre-hook of the model that keeps a few rows of one call's arguments, for `compact_`, and goes."""
+
+    def __init__(self, owner: ActivationSparsifier) -> None:
+        self.owner: Any = weakref.ref(owner)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": None}
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Keep the arguments, once."""
+        owner = self.owner() if self.owner is not None else None
+        if owner is None or torch.compiler.is_compiling():
+            return
+        if owner._example is None:
+            with torch.inference_mode(False), torch.no_grad():
+                owner._example = _few_rows(args, kwargs)
+        if (handle := owner._handles.pop("", None)) is not None:
+            handle.remove()
+
+
+def _few_rows(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    one_batch = len({tensor.shape[:1] for tensor in tensors}) == 1 and all(tensor.dim() > 1 for tensor in tensors)
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return (value[:2] if one_batch else value).detach().clone()
+        return value
+
+    plain = (Tensor, bool, int, float, str, type(None))
+    return tuple(map(kept, args)), {name: kept(value) for name, value in kwargs.items() if isinstance(value, plain)}
+
+
+def feature_dimension(layer: nn.Module, given: int | None = None) -> int:
+    """Where the features of a layer's input lie: `given`, or the channels of a convolution, or the last dimension."""
+    if given is not None:
+        return given
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return -len(layer.kernel_size) - 1
+    if isinstance(layer, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+        return -3
+    if isinstance(layer, (nn.BatchNorm3d, nn.InstanceNorm3d)):
+        return -4
+    if isinstance(layer, (nn.BatchNorm1d, nn.GroupNorm)):
+        return 1
+    return -1
+
+
+def input_features(layer: nn.Module) -> int | None:
+    """How many features the input of a layer has, where the layer says so."""
+    for name in ("in_features", "in_channels", "num_features", "input_size", "embed_dim", "nx"):
+        if isinstance(value := getattr(layer, name, None), int):
+            return value
+    return None
+
+
+def _check_config(name: str, config: dict[str, Any]) -> None:
+    if isinstance(config["features"], str):
+        if config["features"] != "all":
+            raise TypeError(f"layer {name!r}: features={config['features']!r}; expected whole numbers, or 'all'")
+        config["features"] = None
+    for role in _FUNCTIONS:
+        if not callable(config[role]):
+            if role in ("reduce_fn", "mask_fn") and _keeps_statistics(config):
+                continue
+            raise AssertionError(f"{config[role]} must be callable: {role} of layer {name!r}")
+    if config["features"] is None:
+        return
+    if config["feature_dim"] is None and not isinstance(config["aggregate_fn"], Aggregate):
+        raise AssertionError(f"need feature dim to select features: layer {name!r} has features but no feature_dim")
+    try:
+        features = as_features(config["features"])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer {name!r}: {error}") from None
+    if not isinstance(config["features"], (list, tuple, range, Tensor)):
+        config["features"] = features
+
+
+def _check_layer(name: str, layer: nn.Module, facts: Mapping[str, Any], mask: Any) -> None:
+    now = {"layer": type(layer).__name__, "features": input_features(layer)}
+    for key, value in now.items():
+        if key in facts and facts[key] != value:
+            raise ValueError(
+                f"layer {name!r} is a {now['layer']} of {now['features']} input features; the state was saved for a "
+                f"{facts['layer']} of {facts['features']}"
+            )
+
+
+def _keeps_statistics(config: dict[str, Any]) -> bool:
+    return bool(getattr(config["aggregate_fn"], "keeps_statistics", False))
+
+
+def _same_layer(name: str, names: Mapping[str, Any]) -> str | None:
+    """The one of `names` that means the same layer, whatever wrappers stand in between."""
+    if name in names:
+        return name
+    found = [each for each in names if _bare(each) == _bare(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _converted(states: Mapping[str, Any], convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """A deep copy of the state with every mask in another layout."""
+    result: dict[str, Any] = defaultdict(dict)
+    for name, state in states.items():
+        mask = state["mask"]
+        others = {key: copy.deepcopy(value) for key, value in state.items() if key != "mask"}
+        if isinstance(mask, list):
+            mask = [convert(each.detach()).clone() for each in mask]
+        elif mask is not None:
+            mask = convert(mask.detach()).clone()
+        result[name] = {**others, "mask": mask}
+    return result
+
+
+def _moved(mask: Any, device: torch.device | None) -> Any:
+    if mask is None or device is None:
+        return mask
+    return [each.to(device) for each in mask] if isinstance(mask, list) else mask.to(device)
+
+
+def _device_of(layer: nn.Module) -> torch.device | None:
+    tensor = next(layer.parameters(), None)
+    return None if tensor is None else tensor.device
+
+
+def _ones_like(data: Any) -> Any:
+    if isinstance(data, list):
+        return [_ones_like(each) for each in data]
+    if data.is_nested or not data.dim():
+        return torch.ones_like(data)
+    return data.new_ones(()).expand(data.shape)
+
+
+def _remember(mask: Any) -> Any:
+    return [(each, each.data) for each in mask] if isinstance(mask, list) else (mask, None if mask is None else mask.data)
+
+
+def _restore(remembered: Any) -> Any:
+    if isinstance(remembered, list):
+        for mask, data in remembered:
+            mask.data = data
+        return [mask for mask, _ in remembered]
+    mask, data = remembered
+    if mask is not None:
+        mask.data = data
+    return mask
+
+
+def _remove_all(handles: dict[str, RemovableHandle]) -> None:
+    for handle in handles.values():
+        handle.remove()
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"

@@ -1,0 +1,257 @@
+"""One way to watch what goes into a layer, and to mask it: forward pre-hooks that see every kind of argument."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.hooks import RemovableHandle
+
+BUFFER = "activation_mask"
+"""The name of the buffer that holds a layer's mask; a second mask on the same layer gets a number behind it."""
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+def take_input(name: str, args: tuple, kwargs: dict) -> Tensor:
+    """The tensor that a hook looks at: the first positional argument or, if there is none, the first keyword tensor.
+
+    Raises:
+        TypeError: it is not a dense tensor.
+    """
+    given: Any = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+    if not isinstance(given, Tensor):
+        what = f"got {type(given).__name__} as its first argument" if args else "was called without a tensor"
+        raise TypeError(f"layer {name!r} {what}; expected a tensor. Register the layer inside it that takes the tensor")
+    if given.layout is not torch.strided and not given.is_nested:
+        raise TypeError(f"layer {name!r} got a {given.layout} tensor; expected a dense one: call .to_dense() before it")
+    return given
+
+
+def with_input(args: tuple, kwargs: dict, x: Tensor) -> tuple[tuple, dict]:
+    """The same arguments with `x` in the place of the tensor that `take_input` found."""
+    if args:
+        return (x, *args[1:]), kwargs
+    name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+    return args, {**kwargs, name: x}
+
+
+def attach(module: nn.Module, hook: Any) -> RemovableHandle:
+    """Put a hook in front of a layer; code that torch.compile made before this is compiled again, to see it."""
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    forget_compiled()
+    return handle
+
+
+def detach(handle: RemovableHandle) -> None:
+    """Take a hook away again."""
+    handle.remove()
+    forget_compiled()
+
+
+def forget_compiled() -> None:
+    """Dynamo does not guard on hooks: a model compiled before would go on without those that come later."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` where kept and zero elsewhere, whatever stood there (NaN and infinity too), in the dtype of `x`.
+
+    Args:
+        x: of any shape and dtype.
+        mask: broadcasts to the shape of x. Bool, or numbers to multiply with.
+
+    Example:
+        >>> apply_mask(torch.tensor([1.0, float("nan")]), torch.tensor([True, False]))
+        tensor([1., 0.])
+    """
+    if x.is_nested:
+        return x * mask
+    if mask.dtype is not torch.bool:
+        return torch.where(mask != 0, (x * mask).to(x.dtype), torch.zeros((), dtype=x.dtype, device=x.device))
+    if not (x.is_floating_point() or x.is_complex()):
+        return x * mask  # integers have no NaN that would survive
+    plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype in _BITS and not torch.compiler.is_compiling()
+    if plain and not (x.requires_grad and torch.is_grad_enabled()) and not _transformed(x):
+        # torch.where takes 3 to 7 times as long as a product on CPUs; an `and` with all ones or zeros takes no longer
+        integer = _BITS[x.dtype]
+        return (x.view(integer) & -mask.to(integer)).view(x.dtype)
+    return torch.where(mask, x, 0)
+
+
+def _transformed(x: Tensor) -> bool:
+    """Under vmap, grad or forward-mode AD, which do not see through a change of dtype."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0
+
+
+class MaskInput:
+    """A forward pre-hook that masks a layer's input with a buffer of that layer.
+
+    It needs nothing but the module that it is called with, so a masked model can be moved, saved, copied, compiled and
+    exported on its own. Where a sparsifier stands behind it, writes into the sparsifier's mask are seen here, too.
+
+    Attributes:
+        name: of the layer, for messages.
+        buffer: name of the layer's buffer: bool, unless the mask scales.
+        source: what the buffer is made from: one mask, or a list of masks for `features`.
+        dim: where a one-dimensional mask lies along the input; None: masks broadcast as they are.
+        features: [k] int64, the features of the masks in a list, along `feature_dim`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Tensor | list[Tensor],
+        *,
+        dim: int | None = None,
+        features: Tensor | None = None,
+        feature_dim: int = 0,
+        unset: bool = False,
+    ) -> None:
+        self.name, self.source, self.dim = name, source, dim
+        self.features, self.feature_dim = features, feature_dim
+        self.unset = unset  # no step was made: whatever its shape, the mask keeps everything
+        self.buffer = BUFFER
+        self.seen: Any = None  # the source when the buffer was made
+        self.written: Any = None  # the buffer when it was made
+        self.watched: list[Tensor] = []
+
+    def add_to(self, module: nn.Module, shape: torch.Size | None) -> None:
+        """Register the buffer; without the `shape` of an input, masks of features wait for the first one."""
+        number = 2
+        while hasattr(module, self.buffer):
+            self.buffer, number = f"{BUFFER}_{number}", number + 1
+        module.register_buffer(self.buffer, None)
+        if not isinstance(self.source, list) or shape is not None or self.unset:
+            self.build(module, shape)
+
+    def remove_from(self, module: nn.Module) -> None:
+        """Take the buffer away."""
+        module._buffers.pop(self.buffer, None)
+
+    def build(self, module: nn.Module, shape: torch.Size | None) -> None:
+        """Make the buffer from the source."""
+        before = module._buffers.get(self.buffer)
+        mask = torch.ones((), dtype=torch.bool) if self.unset else _as_bool(self._full(shape))
+        device = self._source_device() if before is None else before.device
+        mask = mask.to(device)
+        module._buffers[self.buffer] = mask.contiguous() if mask.numel() else mask
+        self.seen, self.written = self._state_of_source(), _mark(module._buffers[self.buffer])
+
+    def _source_device(self) -> torch.device:
+        first = self.source[0] if isinstance(self.source, list) and self.source else self.source
+        return first.device if isinstance(first, Tensor) else torch.device("cpu")
+
+    def _full(self, shape: torch.Size | None) -> Tensor:
+        """The source as one mask that broadcasts to inputs of `shape`."""
+        if not isinstance(self.source, list):
+            return self.source.detach()
+        assert shape is not None
+        assert self.features is not None
+        if not self.source:
+            return torch.ones((), dtype=torch.bool)
+        dim = self.feature_dim % len(shape)
+        parts = []
+        for mask in self.source:  # each broadcasts to a slice of the input that has size 1 along dim
+            mask = mask.detach()
+            parts.append(mask.reshape((1,) * (len(shape) - mask.dim()) + tuple(mask.shape)))
+        try:
+            common = torch.broadcast_shapes(*(part.shape for part in parts))
+            if common[dim] != 1:
+                raise RuntimeError("a mask spans several features")
+        except RuntimeError:
+            shapes = sorted({tuple(part.shape) for part in parts})[:3]
+            raise ValueError(
+                f"layer {self.name!r}: masks of shapes {shapes} do not fit slices of an input of shape {tuple(shape)} "
+                f"with one feature along dimension {dim}"
+            ) from None
+        chosen = torch.cat([part.expand(common) for part in parts], dim)
+        full = chosen.new_ones([*common[:dim], shape[dim], *common[dim + 1 :]])
+        return full.index_copy(dim, self.features.to(full.device), chosen)
+
+    def _state_of_source(self) -> Any:
+        if not isinstance(self.source, list):
+            return _mark(self.source)
+        if len({(mask.shape, mask.dtype, mask.device) for mask in self.source}) == 1:
+            # views of one tensor share its version, so that a thousand masks are looked at as one
+            self.source[:] = torch.stack([mask.detach() for mask in self.source]).unbind(0)
+            self.watched = self.source[:1]
+        else:
+            self.watched = list(self.source)
+        return list(self.source), [_mark(mask) for mask in self.watched]
+
+    def _source_changed(self) -> bool:
+        if not isinstance(self.source, list):
+            return _mark(self.source) != self.seen
+        elements, marks = self.seen
+        if len(elements) != len(self.source) or not all(map(operator.is_, elements, self.source)):
+            return True
+        return [_mark(mask) for mask in self.watched] != marks
+
+    def pull(self, module: nn.Module) -> None:
+        """Bring the source up to date after the model was moved or loaded a state dict."""
+        mask = module._buffers.get(self.buffer)
+        if mask is None or self.unset or _mark(mask) == self.written or mask.is_meta:
+            return
+        if isinstance(self.source, list):
+            assert self.features is not None
+            dim = self.feature_dim % mask.dim() if mask.dim() else 0
+            if not mask.dim():
+                return
+            for part, target in zip(mask.index_select(dim, self.features.to(mask.device)).split(1, dim), self.source, strict=True):
+                part = part.reshape(target.shape) if part.numel() == target.numel() else part
+                target.data = part.to(target.dtype).clone()
+        else:
+            self.source.data = mask.to(self.source.dtype).clone()
+        self.seen, self.written = self._state_of_source(), _mark(mask)
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments with the layer's input masked."""
+        x = take_input(self.name, args, kwargs)
+        mask = module._buffers[self.buffer]
+        if torch.compiler.is_compiling():
+            if mask is None:
+                mask = _as_bool(self._full(x.shape)).to(x.device)
+        elif mask is None or self._source_changed():
+            self.unset = self.unset and mask is None
+            self.build(module, x.shape)
+            mask = module._buffers[self.buffer]
+        assert mask is not None
+        if self.dim is not None and mask.dim() == 1:
+            after = x.dim() - self.dim - 1 if self.dim >= 0 else -self.dim - 1
+            mask = mask.view((-1,) + (1,) * after)
+        self._check_shape(x, mask)
+        return with_input(args, kwargs, apply_mask(x, mask))
+
+    def _check_shape(self, x: Tensor, mask: Tensor) -> None:
+        if x.is_nested:
+            return
+        sizes = x.shape[x.dim() - mask.dim() :]
+        if mask.dim() > x.dim() or any(m not in (1, size) for m, size in zip(mask.shape, sizes, strict=True)):
+            raise ValueError(
+                f"layer {self.name!r}: its mask of shape {tuple(mask.shape)} does not fit its input of shape "
+                f"{tuple(x.shape)}. Reduce over the dimensions that change (batch, positions) in reduce_fn, or use one "
+                "of deadband.aggregate's functions, which keep one number for each feature"
+            )
+
+
+def _mark(tensor: Tensor) -> Any:
+    """What changes when a tensor is written to, moved, or given other data."""
+    if tensor.is_inference():
+        return (0, tensor.data_ptr(), id(tensor))
+    return (tensor._version, tensor.data_ptr() if not tensor.is_meta else id(tensor), tensor.shape)
+
+
+def _as_bool(mask: Tensor) -> Tensor:
+    """A mask of zeros and ones as bool; one that scales stays as it is."""
+    mask = mask.detach()
+    if mask.layout is not torch.strided:
+        mask = mask.to_dense()
+    if mask.dtype is torch.bool or mask.is_meta:
+        return mask
+    return mask != 0 if bool(((mask == 0) | (mask == 1)).all()) else mask
