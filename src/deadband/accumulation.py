@@ -34,10 +34,11 @@ class Accumulator:
         self.pointwise = True
         self.block: Tensor | None = None  # all chosen features in one tensor; `parts` are views of it
         self.parts: list[Tensor] = []
+        self.gaps: dict[int, Tensor] = {}  # entries of what was accumulated that no input has had yet
 
     def reset(self) -> None:
         """Forget what was accumulated."""
-        self.calls, self.pointwise, self.block, self.parts = 0, True, None, []
+        self.calls, self.pointwise, self.block, self.parts, self.gaps = 0, True, None, [], {}
 
     def release(self) -> None:
         """Leave the tensors given out so far to whoever has them: they will not change any more."""
@@ -67,7 +68,7 @@ class Accumulator:
                     return self._share(result)
         self.block = None
         rows = chosen.split(1, self.feature_dim)
-        return [self._add_one(None if data is None else data[i], row) for i, row in enumerate(rows)]
+        return [self._add_one(None if data is None else data[i], row, i + 1) for i, row in enumerate(rows)]
 
     def _block(self, data: list[Tensor] | None) -> Tensor | None:
         if data is None:
@@ -89,12 +90,15 @@ class Accumulator:
             self.parts = list(result.split(1, self.feature_dim))
         return self.parts
 
-    def _add_one(self, data: Tensor | None, x: Tensor) -> Tensor:
+    def _add_one(self, data: Tensor | None, x: Tensor, feature: int = 0) -> Tensor:
         if data is None:
             if not self.zero_start:
                 return x.clone()
             data = torch.zeros_like(x)
-        result = self.fn(data, x) if data.shape == x.shape else self._add_other_shape(data, x)
+        if x.is_nested or (data.shape == x.shape and feature not in self.gaps):
+            result = self.fn(data, x)
+        else:
+            result = self._add_other_shape(data, x, feature)
         if not isinstance(result, Tensor):
             raise TypeError(f"layer {self.name!r}: aggregate_fn returned {type(result).__name__}, expected a tensor")
         result = result.detach()
@@ -102,36 +106,43 @@ class Accumulator:
             result = result.clone()  # the activation itself may be changed in place later
         return result
 
-    def _add_other_shape(self, data: Tensor, x: Tensor) -> Tensor:
+    def _add_other_shape(self, data: Tensor, x: Tensor, feature: int) -> Tensor:
         """The input has another shape than what was accumulated: a shorter last batch, a longer sequence.
 
         A function that works entry by entry is applied where both have entries, and the rest of either stays. Other
         functions (concatenation) get both as they are.
         """
         try:
-            if data.dim() == x.dim():
-                union = [max(sizes) for sizes in zip(data.shape, x.shape, strict=True)]
-                before = tuple(slice(size) for size in data.shape)
-                now = tuple(slice(size) for size in x.shape)
-                padded = data.new_zeros(union)
-                padded[before] = data
-                with _PointwiseWitness(x.shape) as witness:
-                    part = self.fn(padded[now].clone(), x)
-                if witness.pointwise and isinstance(part, Tensor) and part.shape == x.shape:
-                    if not self.zero_start:
-                        new = torch.ones(union, dtype=torch.bool, device=x.device)
-                        new[before] = False
-                        part = torch.where(new[now], x, part)
-                    result = padded.to(part.dtype)
-                    result[now] = part
-                    return result
-            return self.fn(data, x)
+            result = self._overlap(data, x, feature) if data.dim() == x.dim() else None
+            return self.fn(data, x) if result is None else result
         except RuntimeError as error:
             raise RuntimeError(
-                f"layer {self.name!r}: aggregate_fn cannot put an input of shape {tuple(x.shape)} to what was aggregated, "
-                f"of shape {tuple(data.shape)}: {error}. Inputs of different shapes need a function that works entry by "
-                "entry (torch.add, torch.maximum) or one of deadband.aggregate"
+                f"layer {self.name!r}: aggregate_fn cannot put an input of shape {tuple(x.shape)} to what was "
+                f"aggregated, of shape {tuple(data.shape)}: {error}. Inputs of different shapes need a function that "
+                "works entry by entry (torch.add, torch.maximum) or one of deadband.aggregate"
             ) from error
+
+    def _overlap(self, data: Tensor, x: Tensor, feature: int) -> Tensor | None:
+        union = [max(sizes) for sizes in zip(data.shape, x.shape, strict=True)]
+        before, now = (tuple(slice(size) for size in tensor.shape) for tensor in (data, x))
+        result = data.new_zeros(union)
+        result[before] = data
+        overlap = result[now].clone()
+        with _PointwiseWitness(x.shape) as witness:
+            part = self.fn(overlap, x)
+        if not witness.pointwise or not isinstance(part, Tensor) or part.shape != x.shape:
+            return None
+        if not self.zero_start:  # an entry that no input had before starts from this one
+            gaps = torch.ones(union, dtype=torch.bool, device=x.device)
+            gaps[before] = self.gaps.get(feature, False)
+            part = torch.where(gaps[now], x, part)
+            gaps[now] = False
+            self.gaps.pop(feature, None)
+            if bool(gaps.any()):
+                self.gaps[feature] = gaps
+        result = result.to(part.dtype)
+        result[now] = part
+        return result
 
 
 class _PointwiseWitness(TorchDispatchMode):
@@ -188,7 +199,9 @@ def as_features(features: Any) -> list[int]:
                 raise TypeError
             result.append(operator.index(feature))
         except TypeError:
-            raise TypeError(f"features holds {feature!r}; expected whole numbers, each a feature along feature_dim") from None
+            raise TypeError(
+                f"features holds {feature!r}; expected whole numbers, each a feature along feature_dim"
+            ) from None
     if len(set(result)) != len(result):
         twice = next(feature for feature in result if result.count(feature) > 1)
         raise ValueError(f"features names {twice} more than once; expected each feature at most once")

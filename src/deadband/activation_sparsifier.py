@@ -1,4 +1,4 @@
-"""ActivationSparsifier: torch.ao.pruning's class, repaired: aggregate activations, reduce, mask, and make layers smaller."""
+"""ActivationSparsifier: torch.ao.pruning's class, repaired, with masks that make layers smaller."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import threading
 import warnings
 import weakref
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,20 @@ from torch.utils.hooks import RemovableHandle
 from deadband import collectives
 from deadband.accumulation import Accumulator, Selection, as_features
 from deadband.aggregate import Aggregate
-from deadband.hooks import MaskInput, attach, detach, forget_compiled, take_input
-from deadband.ops.watch import issue_ticket, watch
+from deadband.hooks import MaskInput, attach, detach, forget_compiled
+from deadband.portable_state import load, portable_state, save
 from deadband.schedule import Schedule
+from deadband.sparsifier_state import load_state, restore_copy, state_for_copy, torch_state
+from deadband.watching import (
+    LayerError,
+    RememberCall,
+    WatchInput,
+    feature_dimension,
+    input_features,
+    ones_like,
+    same_layer,
+    some,
+)
 
 if TYPE_CHECKING:
     import os
@@ -27,24 +38,16 @@ if TYPE_CHECKING:
     from deadband.calibration import Calibration
     from deadband.compaction import CompactionReport
 
+_NO_INPUT = "Error: shape unknown, call layer() routine at least once to infer mask (no input has reached {})"
 _FUNCTIONS = ("aggregate_fn", "reduce_fn", "mask_fn")
 _WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-
-
-class LayerError(ValueError, KeyError, AssertionError):
-    """A layer that is unknown, or that no input has reached.
-
-    torch's class raises AssertionError, ValueError or KeyError for these; code that catches them goes on to work.
-    """
-
-    __str__ = Exception.__str__  # KeyError's would show the message in quotes
 
 
 class ActivationSparsifier:
     """Makes static masks for the inputs of layers: mask = mask_fn(reduce_fn(aggregate of all inputs)).
 
-    Takes the place of `torch.ao.pruning._experimental.activation_sparsifier.activation_sparsifier.ActivationSparsifier`:
-    the same constructor, methods, attributes and results.
+    Takes the place of the class of this name in `torch.ao.pruning._experimental.activation_sparsifier`: the same
+    constructor, methods, attributes and results.
 
     Args:
         model: the module whose layers are registered, one by one, with `register_layer`.
@@ -55,8 +58,8 @@ class ActivationSparsifier:
         features: default for layers: only these features are masked, each on its own (with a function of
             `deadband.aggregate`: together); distinct whole numbers.
         feature_dim: the dimension of `features`, and of what `deadband.aggregate` counts as features.
-        compatible: with False, functions of your own start from the first input instead of zeros (so maxima and products
-            come out right) and get float32 where inputs are of half precision.
+        compatible: with False, functions of your own start from the first input instead of zeros (so maxima and
+            products come out right) and get float32 where inputs are of half precision.
         synchronise: under torch.distributed, `step` puts together what all ranks aggregated, so that they make the same
             mask. It has to be called on all of them then; with False, each rank is on its own.
         training_only: look only at inputs of layers in training mode.
@@ -108,7 +111,7 @@ class ActivationSparsifier:
     def _begin(self) -> None:
         """What a copy needs anew."""
         self._lock = threading.RLock()
-        self._watches: dict[str, _WatchInput] = {}
+        self._watches: dict[str, WatchInput] = {}
         self._masks: dict[str, MaskInput] = {}
         self._handles: dict[str, RemovableHandle] = {}
         # hooks that aggregate go with the sparsifier; masks stay, they belong to the model
@@ -177,10 +180,10 @@ class ActivationSparsifier:
 
     def _watch(self, name: str) -> None:
         config = self.data_groups[name]
-        self._watches[name] = hook = _WatchInput(self, name, config)
+        self._watches[name] = hook = WatchInput(self, name, config)
         config["hook"] = self._handles[name] = attach(config["layer"], hook)
         if self._example is None and "" not in self._handles and isinstance(self.model, nn.Module):
-            self._handles[""] = self.model.register_forward_pre_hook(_RememberCall(self), with_kwargs=True)
+            self._handles[""] = self.model.register_forward_pre_hook(RememberCall(self), with_kwargs=True)
 
     def unregister_layer(self, name: str | nn.Module) -> None:
         """Take hook and mask off a layer and forget it.
@@ -207,13 +210,10 @@ class ActivationSparsifier:
         return next((name for name, module in self.model.named_modules() if module is layer), None)
 
     def _registered(self, name: str | nn.Module) -> str:
-        if isinstance(name, nn.Module):
-            found = self._name_of(name)
-        else:
-            found = _same_layer(name, self.data_groups)
+        found = self._name_of(name) if isinstance(name, nn.Module) else same_layer(name, self.data_groups)
         if found is None or found not in self.data_groups:
             what = repr(name) if isinstance(name, str) else f"this {type(name).__name__}"
-            raise LayerError(f"layer with the given name not found: {what}; registered are {_some(self.data_groups)}")
+            raise LayerError(f"layer with the given name not found: {what}; registered are {some(self.data_groups)}")
         return found
 
     def get_mask(self, name: str | None = None, layer: nn.Module | None = None) -> Any:
@@ -229,16 +229,14 @@ class ActivationSparsifier:
             name = self._name_of(layer)
             if name is None:
                 raise LayerError("layer not found in the specified model")
-        found = _same_layer(name, self._state)
+        found = same_layer(name, self._state)
         if found is None:
             raise LayerError(
-                f"Error: layer with the given name not found: {name!r}; registered are {_some(self.data_groups)}"
+                f"Error: layer with the given name not found: {name!r}; registered are {some(self.data_groups)}"
             )
         mask = self.state[found].get("mask")
         if mask is None:
-            raise LayerError(
-                f"Error: shape unknown, call layer() routine at least once to infer mask (no input has reached {name!r})"
-            )
+            raise LayerError(_NO_INPUT.format(repr(name)))
         return mask
 
     # --------------------------------------------------------------------------------------------------- stepping
@@ -281,14 +279,14 @@ class ActivationSparsifier:
         agree = self.synchronise and collectives.ranks() > 1
         everything = {name: self._aggregated(name, agree) for name in waiting}
         if missing := [name for name, (data, _) in everything.items() if data is None]:
-            raise LayerError(f"step(): no input has reached {_some(missing)} since the last step; run the model first")
+            raise LayerError(f"step(): no input has reached {some(missing)} since the last step; run the model first")
         before = {name: _remember(self._state[name].get("mask")) for name in waiting}
         try:
             for name, (data, _) in everything.items():
                 if name not in self.data_groups:
                     continue  # a function of the user unregistered it
                 if self._state[name].get("mask") is None:  # this rank has seen nothing, others have
-                    self._state[name]["mask"] = _ones_like(data)
+                    self._state[name]["mask"] = ones_like(data)
                 self.update_mask(name, data, self.data_groups[name])
                 if agree:
                     self._copy_mask(name, collectives.broadcast_mask(self._state[name]["mask"], self._device(name)))
@@ -312,11 +310,13 @@ class ActivationSparsifier:
         if not agree or not isinstance(data, (Tensor, list, type(None))):
             return data, rows
         aggregate_fn = config["aggregate_fn"]
-        if isinstance(aggregate_fn, Aggregate):
-            merge = aggregate_fn.merge
-        else:
-            accumulate = Accumulator(name, aggregate_fn, None, None, self.compatible)
-            merge = lambda a, _, b, __: accumulate.add(a, b)  # noqa: E731
+        accumulator = Accumulator(name, aggregate_fn, None, None, self.compatible)
+
+        def merge(data: Tensor, rows: int, other: Tensor, other_rows: int) -> Tensor:
+            if isinstance(aggregate_fn, Aggregate):
+                return aggregate_fn.merge(data, rows, other, other_rows)
+            return accumulator.add(data, other)
+
         return collectives.merge_over_ranks(data, rows, self._device(name), merge)
 
     def _device(self, name: str) -> torch.device:
@@ -377,10 +377,7 @@ class ActivationSparsifier:
             if attach_sparsify_hook:
                 names = list(self.data_groups)
                 if missing := [name for name in names if self._state[name].get("mask") is None]:
-                    raise LayerError(
-                        f"Error: shape unknown, call layer() routine at least once to infer mask (no input has reached "
-                        f"{_some(missing)})"
-                    )
+                    raise LayerError(_NO_INPUT.format(some(missing)))
                 made = {name: self._masks.get(name) or self._masking(name) for name in names}
             for name, config in self.data_groups.items():
                 shape = self._watches[name].shape if name in self._watches else None
@@ -592,7 +589,7 @@ class ActivationSparsifier:
         if not groups:
             raise LayerError("no layer is registered with aggregate_fn=deadband.aggregate.statistics")
         if missing := [name for name, config in groups.items() if "data" not in config]:
-            raise LayerError(f"no input has reached {_some(missing)}; run the model first")
+            raise LayerError(f"no input has reached {some(missing)}; run the model first")
         sites = {}
         for name, config in groups.items():
             site: SiteStatistics = config["data"]
@@ -612,38 +609,8 @@ class ActivationSparsifier:
         Raises:
             ValueError: with portable, a sparse_config that JSON cannot hold.
         """
-        if portable:
-            from deadband.sparsifier_state import portable_state
-
-            return portable_state(self)
         with self._lock:
-            for watching in self._watches.values():
-                watching.release()
-            groups: dict[str, Any] = defaultdict()
-            for name, config in self.data_groups.items():
-                groups[name] = {key: value for key, value in config.items() if key not in ("hook", "layer")}
-                if config.get("hook_state") == "sparsify" and "hook" not in config:
-                    groups[name]["hook_state"] = "None"  # squashed without masking: off after a reload, too
-            result = OrderedDict(state=_converted(self.state, Tensor.to_sparse_coo), data_groups=groups)
-            result["defaults"] = self.defaults  # type: ignore[assignment]
-            result._metadata = {name: self._facts(name) for name in self.data_groups}  # type: ignore[attr-defined]
-            return result
-
-    def _facts(self, name: str) -> dict[str, Any]:
-        """What loading has to know beyond torch's format."""
-        watching, masking = self._watches.get(name), self._masks.get(name)
-        shape = watching.shape if watching is not None else None
-        unset = masking.unset if masking is not None else watching is not None and not watching.stepped
-        layer = self.data_groups[name]["layer"]
-        if shape is None and masking is not None and masking.features is not None:
-            buffer = layer._buffers.get(masking.buffer)
-            shape = buffer.shape if buffer is not None and buffer.dim() else None
-        return {
-            "layer": type(layer).__name__,
-            "features": input_features(layer),
-            "shape": None if shape is None else list(shape),
-            "unset": unset,
-        }
+            return portable_state(self) if portable else torch_state(self)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]] | None = None
@@ -664,67 +631,12 @@ class ActivationSparsifier:
             ValueError: a layer of another type or size, an unknown function or hook state.
         """
         with self._lock, torch.inference_mode(False):
-            from deadband.sparsifier_state import FORMAT, from_portable
-
-            schedule, facts = self._schedule, getattr(state_dict, "_metadata", {})
-            if state_dict.get("format") == FORMAT:
-                state_dict, facts, schedule = from_portable(self, state_dict, functions or {})
-            defaults, given = state_dict["defaults"], state_dict["data_groups"]
-            loaded = _converted(state_dict["state"], Tensor.to_dense)
-            modules = dict(self.model.named_modules())
-            names: dict[str, str] = {}
-            for name, config in given.items():
-                found = _same_layer(name, modules)
-                if found is None:
-                    raise LayerError(f"layer {name} not found in the model")
-                names[name] = found
-                if config.get("hook_state") not in ("aggregate", "sparsify", "None"):
-                    raise ValueError(
-                        f"layer {name!r}: hook_state {config.get('hook_state')!r} is not known; expected 'aggregate', "
-                        "'sparsify' or 'None'"
-                    )
-                _check_layer(name, modules[found], facts.get(name, {}), loaded.get(name, {}).get("mask"))
-            groups: dict[str, dict[str, Any]] = defaultdict(dict)
-            for name, config in given.items():
-                layer = modules[names[name]]
-                kept = {key: value for key, value in config.items() if key not in ("hook", "layer")}
-                groups[names[name]] = {**kept, "layer": layer}
-            state: dict[str, dict[str, Any]] = defaultdict(dict)
-            for name, entry in loaded.items():
-                target = names.get(name, name)
-                device = _device_of(groups[target]["layer"]) if target in groups else None
-                state[target] = {**entry, "mask": _moved(entry.get("mask"), device)}
-            self._replace(defaults, groups, state, {names[name]: each for name, each in facts.items() if name in names})
-            self._schedule = schedule
-            if schedule is not None and not schedule.over and schedule.step > schedule.begin:
-                self._put_in_force()
-
-    def _replace(self, defaults: Any, groups: dict, state: dict, facts: Mapping[str, Any]) -> None:
-        for name in list(self.data_groups):
-            self._take_off(name)
-        self.defaults, self.data_groups, self._state = copy.copy(defaults), groups, state
-        for name, config in groups.items():
-            about = facts.get(name, {})
-            shape = None if about.get("shape") is None else torch.Size(about["shape"])
-            if config["hook_state"] == "aggregate":
-                self._watch(name)
-                self._watches[name].shape = shape
-                self._watches[name].stepped = not about.get("unset", True)
-            elif config["hook_state"] == "sparsify":
-                masking = self._masking(name)
-                masking.unset = about.get("unset", False)
-                if shape is not None and masking.features is not None and len(masking.features):
-                    index = Selection(name, masking.features.tolist(), masking.feature_dim).index(shape)
-                    masking.features = torch.tensor(index)
-                self._mask(name, masking, shape)
-            else:
-                config["hook_state"] = "sparsify"  # what torch's class says of a squashed layer, masked or not
+            load_state(self, state_dict, functions or {})
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the portable state as a safetensors file, with everything that is no tensor as JSON in its header."""
-        from deadband.sparsifier_state import save
-
-        save(self, path)
+        with self._lock:
+            save(self, path)
 
     def load(self, path: str | os.PathLike, functions: Mapping[str, Callable[..., Any]] | None = None) -> None:
         """Read what `save` wrote; see `load_state_dict`.
@@ -733,43 +645,14 @@ class ActivationSparsifier:
             FileNotFoundError: there is no such file.
             ValueError: it holds something else.
         """
-        from deadband.sparsifier_state import load
-
         self.load_state_dict(load(path), functions)
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
-            for watching in self._watches.values():
-                watching.release()
-            kept = dict(self.__dict__)
-            for name in ("_lock", "_watches", "_masks", "_handles"):
-                kept.pop(name)
-            kept["data_groups"] = defaultdict(dict)
-            for name, config in self.data_groups.items():
-                kept["data_groups"][name] = {key: value for key, value in config.items() if key != "hook"}
-            kept["_state"] = defaultdict(dict, self.state)
-            kept["_hooked"] = {name: config["hook"].id for name, config in self.data_groups.items() if "hook" in config}
-            kept["_facts_of"] = {name: self._facts(name) for name in self.data_groups}
-            return kept
+            return state_for_copy(self)
 
-    def __setstate__(self, kept: dict[str, Any]) -> None:
-        hooked, facts = kept.pop("_hooked"), kept.pop("_facts_of")
-        self.__dict__.update(kept)
-        self._begin()
-        for name, config in self.data_groups.items():
-            layer = config["layer"]
-            hook = layer._forward_pre_hooks.pop(hooked.get(name), None)
-            layer._forward_pre_hooks_with_kwargs.pop(hooked.get(name), None)
-            if isinstance(hook, _WatchInput):
-                hook = hook.masking
-            if isinstance(hook, MaskInput):
-                hook.remove_from(layer)
-            if name not in hooked:
-                config["hook_state"] = "None"
-        in_force = self._schedule is not None and self._schedule.step > self._schedule.begin
-        self._replace(self.defaults, self.data_groups, self._state, facts)
-        if in_force and self._watches:
-            self._put_in_force()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        restore_copy(self, state)
 
     def __repr__(self) -> str:
         text = self.__class__.__name__ + " ("
@@ -778,148 +661,6 @@ class ActivationSparsifier:
             lines = ["\tData Group", f"\t    name: {name}", *(f"\t    {key}: {config[key]}" for key in shown)]
             text += "\n" + "\n".join(lines) + "\n"
         return text + ")"
-
-
-class _WatchInput:
-    """A forward pre-hook that hands a layer's input to the sparsifier and, under a schedule, masks it."""
-
-    def __init__(self, owner: ActivationSparsifier, name: str, config: dict[str, Any]) -> None:
-        self.owner: Any = weakref.ref(owner)
-        self.name = name
-        self.masking: MaskInput | None = None
-        self.shape: torch.Size | None = None  # of the last input
-        self.stepped = False
-        self.ready_made: Aggregate | None = None
-        self.accumulator: Accumulator | None = None
-        if isinstance(config["aggregate_fn"], Aggregate):
-            self.ready_made = config["aggregate_fn"]
-            self.dim = feature_dimension(config["layer"], config["feature_dim"])
-        else:
-            features = None if config["features"] is None else as_features(config["features"])
-            self.accumulator = Accumulator(
-                name, config["aggregate_fn"], features, config["feature_dim"], owner.compatible
-            )
-        self.ticket: Tensor | None = issue_ticket(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model alone is not watched: its inputs are not those of the model that is."""
-        return {"name": self.name, "masking": self.masking, "owner": None, "ticket": None}
-
-    def begin(self) -> None:
-        """Start again after a step."""
-        if self.accumulator is not None:
-            self.accumulator.reset()
-
-    def release(self) -> None:
-        """What was aggregated so far is about to be shared."""
-        if self.accumulator is not None:
-            self.accumulator.release()
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Look at the input."""
-        if self.ticket is not None and not torch.compiler.is_exporting():
-            x = take_input(self.name, args, kwargs)
-            if torch.compiler.is_compiling():
-                watch(x.detach(), self.ticket)
-            else:
-                self.see(x)
-        return self.masking(module, args, kwargs) if self.masking is not None else None
-
-    def see(self, x: Tensor) -> None:
-        """Aggregate one input, unless it is computed again in the backward pass (activation checkpointing)."""
-        owner: ActivationSparsifier | None = self.owner()
-        if owner is None or torch._C._current_graph_task_id() != -1 or torch._C._is_tracing():
-            return
-        with owner._lock:
-            config = owner.data_groups.get(self.name)
-            if config is None or owner._watches.get(self.name) is not self:
-                return
-            if owner.training_only and not config["layer"].training:
-                return
-            if torch.is_inference_mode_enabled():
-                with torch.inference_mode(False), torch.no_grad():
-                    self._add(owner, config, x)
-            else:
-                self._add(owner, config, x)
-
-    def _add(self, owner: ActivationSparsifier, config: dict[str, Any], x: Tensor) -> None:
-        x = x.detach()
-        if self.ready_made is not None:
-            with torch.no_grad():
-                rows = config.get("rows", 0)
-                new = self.ready_made(config.get("data"), rows, x, self.dim)
-                config["rows"] = rows + x.numel() // max(x.shape[self.dim], 1)
-                ones = torch.ones((), dtype=torch.bool, device=x.device).expand(x.shape[self.dim])
-        else:
-            assert self.accumulator is not None
-            new = self.accumulator.add(config.get("data"), x)
-            ones = None
-        if "data" not in config and self.masking is None:
-            # all ones until the next step; expanded, they take no memory
-            if ones is None and self.accumulator is not None and self.accumulator.selection is not None:
-                chosen = self.accumulator.selection.of(x) if new else x
-                ones = list(_ones_like(chosen).split(1, self.accumulator.feature_dim)) if new else []
-            owner._state[self.name]["mask"] = _ones_like(x) if ones is None else ones
-            self.stepped = False
-        config["data"] = new
-        self.shape = x.shape if not x.is_nested else None
-
-
-class _RememberCall:
-    """A forward pre-hook of the model that keeps a few rows of one call's arguments, for `compact_`, and goes."""
-
-    def __init__(self, owner: ActivationSparsifier) -> None:
-        self.owner: Any = weakref.ref(owner)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"owner": None}
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Keep the arguments, once."""
-        owner = self.owner() if self.owner is not None else None
-        if owner is None or torch.compiler.is_compiling():
-            return
-        if owner._example is None:
-            with torch.inference_mode(False), torch.no_grad():
-                owner._example = _few_rows(args, kwargs)
-        if (handle := owner._handles.pop("", None)) is not None:
-            handle.remove()
-
-
-def _few_rows(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    one_batch = len({tensor.shape[:1] for tensor in tensors}) == 1 and all(tensor.dim() > 1 for tensor in tensors)
-
-    def kept(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return (value[:2] if one_batch else value).detach().clone()
-        return value
-
-    plain = (Tensor, bool, int, float, str, type(None))
-    return tuple(map(kept, args)), {name: kept(value) for name, value in kwargs.items() if isinstance(value, plain)}
-
-
-def feature_dimension(layer: nn.Module, given: int | None = None) -> int:
-    """Where the features of a layer's input lie: `given`, or the channels of a convolution, or the last dimension."""
-    if given is not None:
-        return given
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        return -len(layer.kernel_size) - 1
-    if isinstance(layer, (nn.BatchNorm2d, nn.InstanceNorm2d)):
-        return -3
-    if isinstance(layer, (nn.BatchNorm3d, nn.InstanceNorm3d)):
-        return -4
-    if isinstance(layer, (nn.BatchNorm1d, nn.GroupNorm)):
-        return 1
-    return -1
-
-
-def input_features(layer: nn.Module) -> int | None:
-    """How many features the input of a layer has, where the layer says so."""
-    for name in ("in_features", "in_channels", "num_features", "input_size", "embed_dim", "nx"):
-        if isinstance(value := getattr(layer, name, None), int):
-            return value
-    return None
 
 
 def _check_config(name: str, config: dict[str, Any]) -> None:
@@ -944,67 +685,14 @@ def _check_config(name: str, config: dict[str, Any]) -> None:
         config["features"] = features
 
 
-def _check_layer(name: str, layer: nn.Module, facts: Mapping[str, Any], mask: Any) -> None:
-    now = {"layer": type(layer).__name__, "features": input_features(layer)}
-    for key, value in now.items():
-        if key in facts and facts[key] != value:
-            raise ValueError(
-                f"layer {name!r} is a {now['layer']} of {now['features']} input features; the state was saved for a "
-                f"{facts['layer']} of {facts['features']}"
-            )
-
-
 def _keeps_statistics(config: dict[str, Any]) -> bool:
     return bool(getattr(config["aggregate_fn"], "keeps_statistics", False))
 
 
-def _same_layer(name: str, names: Mapping[str, Any]) -> str | None:
-    """The one of `names` that means the same layer, whatever wrappers stand in between."""
-    if name in names:
-        return name
-    found = [each for each in names if _bare(each) == _bare(name)]
-    return found[0] if len(found) == 1 else None
-
-
-def _bare(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def _converted(states: Mapping[str, Any], convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """A deep copy of the state with every mask in another layout."""
-    result: dict[str, Any] = defaultdict(dict)
-    for name, state in states.items():
-        mask = state["mask"]
-        others = {key: copy.deepcopy(value) for key, value in state.items() if key != "mask"}
-        if isinstance(mask, list):
-            mask = [convert(each.detach()).clone() for each in mask]
-        elif mask is not None:
-            mask = convert(mask.detach()).clone()
-        result[name] = {**others, "mask": mask}
-    return result
-
-
-def _moved(mask: Any, device: torch.device | None) -> Any:
-    if mask is None or device is None:
-        return mask
-    return [each.to(device) for each in mask] if isinstance(mask, list) else mask.to(device)
-
-
-def _device_of(layer: nn.Module) -> torch.device | None:
-    tensor = next(layer.parameters(), None)
-    return None if tensor is None else tensor.device
-
-
-def _ones_like(data: Any) -> Any:
-    if isinstance(data, list):
-        return [_ones_like(each) for each in data]
-    if data.is_nested or not data.dim():
-        return torch.ones_like(data)
-    return data.new_ones(()).expand(data.shape)
-
-
 def _remember(mask: Any) -> Any:
-    return [(each, each.data) for each in mask] if isinstance(mask, list) else (mask, None if mask is None else mask.data)
+    return (
+        [(each, each.data) for each in mask] if isinstance(mask, list) else (mask, None if mask is None else mask.data)
+    )
 
 
 def _restore(remembered: Any) -> Any:
@@ -1021,8 +709,3 @@ def _restore(remembered: Any) -> Any:
 def _remove_all(handles: dict[str, RemovableHandle]) -> None:
     for handle in handles.values():
         handle.remove()
-
-
-def _some(names: Any) -> str:
-    names = list(names)
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"

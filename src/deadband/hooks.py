@@ -14,7 +14,12 @@ from torch.utils.hooks import RemovableHandle
 BUFFER = "activation_mask"
 """The name of the buffer that holds a layer's mask; a second mask on the same layer gets a number behind it."""
 
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_BITS = {
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
 
 
 def take_input(name: str, args: tuple, kwargs: dict) -> Tensor:
@@ -76,16 +81,18 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask != 0, (x * mask).to(x.dtype), torch.zeros((), dtype=x.dtype, device=x.device))
     if not (x.is_floating_point() or x.is_complex()):
         return x * mask  # integers have no NaN that would survive
-    plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype in _BITS and not torch.compiler.is_compiling()
-    if plain and not (x.requires_grad and torch.is_grad_enabled()) and not _transformed(x):
+    plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype in _BITS
+    if plain and not (x.requires_grad and torch.is_grad_enabled()) and not _traced_or_transformed(x):
         # torch.where takes 3 to 7 times as long as a product on CPUs; an `and` with all ones or zeros takes no longer
         integer = _BITS[x.dtype]
         return (x.view(integer) & -mask.to(integer)).view(x.dtype)
     return torch.where(mask, x, 0)
 
 
-def _transformed(x: Tensor) -> bool:
-    """Under vmap, grad or forward-mode AD, which do not see through a change of dtype."""
+def _traced_or_transformed(x: Tensor) -> bool:
+    """Under a compiler, vmap, grad or forward-mode AD, which do not see through a change of dtype."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
     return torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0
 
 
@@ -140,8 +147,9 @@ class MaskInput:
         mask = torch.ones((), dtype=torch.bool) if self.unset else _as_bool(self._full(shape))
         device = self._source_device() if before is None else before.device
         mask = mask.to(device)
-        module._buffers[self.buffer] = mask.contiguous() if mask.numel() else mask
-        self.seen, self.written = self._state_of_source(), _mark(module._buffers[self.buffer])
+        mask = mask if mask.is_nested else mask.contiguous()
+        module._buffers[self.buffer] = mask
+        self.seen, self.written = self._state_of_source(), _mark(mask)
 
     def _source_device(self) -> torch.device:
         first = self.source[0] if isinstance(self.source, list) and self.source else self.source
@@ -203,7 +211,9 @@ class MaskInput:
             dim = self.feature_dim % mask.dim() if mask.dim() else 0
             if not mask.dim():
                 return
-            for part, target in zip(mask.index_select(dim, self.features.to(mask.device)).split(1, dim), self.source, strict=True):
+            for part, target in zip(
+                mask.index_select(dim, self.features.to(mask.device)).split(1, dim), self.source, strict=True
+            ):
                 part = part.reshape(target.shape) if part.numel() == target.numel() else part
                 target.data = part.to(target.dtype).clone()
         else:
@@ -242,8 +252,8 @@ class MaskInput:
 
 def _mark(tensor: Tensor) -> Any:
     """What changes when a tensor is written to, moved, or given other data."""
-    if tensor.is_inference():
-        return (0, tensor.data_ptr(), id(tensor))
+    if tensor.is_inference() or tensor.is_nested:
+        return (0, id(tensor))
     return (tensor._version, tensor.data_ptr() if not tensor.is_meta else id(tensor), tensor.shape)
 
 
@@ -252,6 +262,6 @@ def _as_bool(mask: Tensor) -> Tensor:
     mask = mask.detach()
     if mask.layout is not torch.strided:
         mask = mask.to_dense()
-    if mask.dtype is torch.bool or mask.is_meta:
+    if mask.dtype is torch.bool or mask.is_meta or mask.is_nested:
         return mask
     return mask != 0 if bool(((mask == 0) | (mask == 1)).all()) else mask

@@ -67,9 +67,12 @@ class SiteStatistics:
 
     def of_layer(self, module: nn.Module) -> SiteStatistics:
         """The same, as the statistics of the input of `module`."""
-        out_features = matrix_of(module).shape[0]
-        about = {"weight_bytes": weight_bytes(module), "out_features": out_features, "sample": weight_sample(module)}
-        return dataclasses.replace(self, **about)
+        return dataclasses.replace(
+            self,
+            weight_bytes=weight_bytes(module),
+            out_features=matrix_of(module).shape[0],
+            sample=weight_sample(module),
+        )
 
     def observe(self, x: Tensor, scale: Tensor | None = None) -> None:
         """Add an input [rows, in_features]; scores are abs(x), times `scale` [in_features] if there is one."""

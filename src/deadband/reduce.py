@@ -1,8 +1,8 @@
 """Ready-made reduce functions for ActivationSparsifier: what was aggregated becomes one number for each feature.
 
-What `deadband.aggregate` keeps is one number for each feature already: a vector passes through `mean` and `quantile` as it
-is. Data that keep more dimensions (from an aggregate function of your own) are reduced over all dimensions but `dim`,
-which stay with size 1, so that a mask made from the result broadcasts to the input. For another `dim`,
+What `deadband.aggregate` keeps is one number for each feature already: a vector passes through `mean` and `quantile` as
+it is. Data with more dimensions (from an aggregate function of your own) are reduced over all dimensions but `dim`, which
+stay with size 1, so that a mask made from the result broadcasts to the input. For another `dim`,
 `functools.partial(reduce.mean, dim=1)`.
 """
 
@@ -57,7 +57,9 @@ def quantile(data: Tensor, q: float = 0.5, dim: int = -1) -> Tensor:
     if not others:
         return data
     dim %= data.dim()
-    rows = _wide(data).movedim(dim, -1).reshape(-1, data.shape[dim]).sort(0).values  # torch.quantile: 2**24 entries at most
+    rows = (
+        _wide(data).movedim(dim, -1).reshape(-1, data.shape[dim]).sort(0).values
+    )  # torch.quantile: 2**24 entries at most
     position = q * (len(rows) - 1)
     low = int(position)
     result = torch.lerp(rows[low], rows[min(low + 1, len(rows) - 1)], position - low)

@@ -51,7 +51,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.steps is None and not callable(self.sparsity):
             raise ValueError(f"steps is missing: over how many steps shall sparsity reach {self.sparsity}?")
-        if self.steps is not None and self.steps < 1 or self.every < 1 or self.begin < 0:
+        if (self.steps is not None and self.steps < 1) or self.every < 1 or self.begin < 0:
             raise ValueError(
                 f"steps={self.steps}, every={self.every}, begin={self.begin}; expected steps and every of at least 1 "
                 "and a begin that is not negative"

@@ -1,0 +1,224 @@
+"""The hook with which an ActivationSparsifier watches a layer, and what it has to know about layers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deadband.accumulation import Accumulator, as_features
+from deadband.aggregate import Aggregate
+from deadband.hooks import MaskInput, take_input
+from deadband.ops.watch import issue_ticket, watch
+
+if TYPE_CHECKING:
+    from deadband.activation_sparsifier import ActivationSparsifier
+
+_WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+
+
+class LayerError(ValueError, KeyError, AssertionError):
+    """A layer that is unknown, or that no input has reached.
+
+    torch's class raises AssertionError, ValueError or KeyError for these; code that catches them goes on to work.
+    """
+
+    __str__ = Exception.__str__  # KeyError's would show the message in quotes
+
+
+class WatchInput:
+    """A forward pre-hook that hands a layer's input to the sparsifier and, under a schedule, masks it."""
+
+    def __init__(self, owner: ActivationSparsifier, name: str, config: dict[str, Any]) -> None:
+        self.owner: Any = weakref.ref(owner)
+        self.name = name
+        self.masking: MaskInput | None = None
+        self.shape: torch.Size | None = None  # of the last input
+        self.stepped = False
+        self.ready_made: Aggregate | None = None
+        self.accumulator: Accumulator | None = None
+        if isinstance(config["aggregate_fn"], Aggregate):
+            self.ready_made = config["aggregate_fn"]
+            self.dim = feature_dimension(config["layer"], config["feature_dim"])
+        else:
+            features = None if config["features"] is None else as_features(config["features"])
+            self.accumulator = Accumulator(
+                name, config["aggregate_fn"], features, config["feature_dim"], owner.compatible
+            )
+        self.ticket: Tensor | None = issue_ticket(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model alone is not watched: its inputs are not those of the model that is."""
+        return {"name": self.name, "masking": self.masking, "owner": None, "ticket": None}
+
+    def begin(self) -> None:
+        """Start again after a step."""
+        if self.accumulator is not None:
+            self.accumulator.reset()
+
+    def release(self) -> None:
+        """What was aggregated so far is about to be shared."""
+        if self.accumulator is not None:
+            self.accumulator.release()
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Look at the input."""
+        if self.ticket is not None and not torch.compiler.is_exporting():
+            x = take_input(self.name, args, kwargs)
+            if torch.compiler.is_compiling():
+                watch(x.detach(), self.ticket)
+            else:
+                self.see(x)
+        return self.masking(module, args, kwargs) if self.masking is not None else None
+
+    def see(self, x: Tensor) -> None:
+        """Aggregate one input, unless it is computed again in the backward pass (activation checkpointing)."""
+        owner: ActivationSparsifier | None = self.owner()
+        if owner is None or torch._C._current_graph_task_id() != -1 or torch.jit.is_tracing():
+            return
+        with owner._lock:
+            config = owner.data_groups.get(self.name)
+            if config is None or owner._watches.get(self.name) is not self:
+                return
+            if owner.training_only and not config["layer"].training:
+                return
+            while torch._C._functorch.is_functorch_wrapped_tensor(x):  # under vmap, the dimension that it hides first
+                dim = torch._C._functorch.maybe_get_bdim(x)
+                x = torch._C._functorch.get_unwrapped(x)
+                x = x.movedim(dim, 0) if dim > 0 else x
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(False), torch.no_grad():
+                    self._add(owner, config, x)
+            else:
+                self._add(owner, config, x)
+
+    def _add(self, owner: ActivationSparsifier, config: dict[str, Any], x: Tensor) -> None:
+        x = x.detach()
+        if self.ready_made is not None:
+            with torch.no_grad():
+                rows = config.get("rows", 0)
+                new = self.ready_made(config.get("data"), rows, x, self.dim)
+                config["rows"] = rows + x.numel() // max(x.shape[self.dim], 1)
+                ones: Any = torch.ones((), dtype=torch.bool, device=x.device).expand(x.shape[self.dim])
+        else:
+            assert self.accumulator is not None
+            new = self.accumulator.add(config.get("data"), x)
+            ones = None
+        if "data" not in config and self.masking is None:
+            # all ones until the next step; expanded, they take no memory
+            if ones is None and self.accumulator is not None and self.accumulator.selection is not None:
+                chosen = self.accumulator.selection.of(x) if new else x
+                ones = list(ones_like(chosen).split(1, self.accumulator.feature_dim)) if new else []
+            owner._state[self.name]["mask"] = ones_like(x) if ones is None else ones
+            self.stepped = False
+        config["data"] = new
+        self.shape = x.shape if not x.is_nested else None
+
+
+class RememberCall:
+    """A forward pre-hook of the model that keeps a few rows of one call's arguments, for `compact_`, and goes."""
+
+    def __init__(self, owner: ActivationSparsifier) -> None:
+        self.owner: Any = weakref.ref(owner)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": None}
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Keep the arguments, once."""
+        owner = self.owner() if self.owner is not None else None
+        if owner is None or torch.compiler.is_compiling():
+            return
+        if owner._example is None:
+            with torch.inference_mode(False), torch.no_grad():
+                owner._example = _few_rows(args, kwargs)
+        if (handle := owner._handles.pop("", None)) is not None:
+            handle.remove()
+
+
+def _few_rows(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    one_batch = not any(tensor.is_nested or tensor.dim() < 2 for tensor in tensors)
+    one_batch = one_batch and len({tensor.shape[0] for tensor in tensors}) == 1
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return (value[:2] if one_batch else value).detach().clone()
+        return value
+
+    plain = (Tensor, bool, int, float, str, type(None))
+    return tuple(map(kept, args)), {name: kept(value) for name, value in kwargs.items() if isinstance(value, plain)}
+
+
+def feature_dimension(layer: nn.Module, given: int | None = None) -> int:
+    """Where the features of a layer's input lie: `given`, or the channels of a convolution, or the last dimension."""
+    if given is not None:
+        return given
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return -len(layer.kernel_size) - 1
+    if isinstance(layer, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+        return -3
+    if isinstance(layer, (nn.BatchNorm3d, nn.InstanceNorm3d)):
+        return -4
+    if isinstance(layer, (nn.BatchNorm1d, nn.GroupNorm)):
+        return 1
+    return -1
+
+
+def input_features(layer: nn.Module) -> int | None:
+    """How many features the input of a layer has, where the layer says so."""
+    for name in ("in_features", "in_channels", "num_features", "input_size", "embed_dim", "nx"):
+        if isinstance(value := getattr(layer, name, None), int):
+            return value
+    return None
+
+
+def facts_of(sparsifier: ActivationSparsifier, name: str) -> dict[str, Any]:
+    """What loading a layer has to know beyond what torch's class saves."""
+    watching, masking = sparsifier._watches.get(name), sparsifier._masks.get(name)
+    layer = sparsifier.data_groups[name]["layer"]
+    shape = watching.shape if watching is not None else None
+    if shape is None and masking is not None and masking.features is not None:
+        buffer = layer._buffers.get(masking.buffer)
+        shape = buffer.shape if buffer is not None and buffer.dim() else None
+    return {
+        "layer": type(layer).__name__,
+        "features": input_features(layer),
+        "shape": None if shape is None else list(shape),
+        "unset": masking.unset if masking is not None else watching is not None and not watching.stepped,
+    }
+
+
+def saved_hook_state(config: Mapping[str, Any]) -> str:
+    """torch's class says `sparsify` of every squashed layer; of one that is not masked, `None` is saved."""
+    return config["hook_state"] if "hook" in config else "None"
+
+
+def same_layer(name: str, names: Mapping[str, Any]) -> str | None:
+    """The one of `names` that means the same layer, whatever wrappers stand in between."""
+    if name in names:
+        return name
+    found = [each for each in names if _bare(each) == _bare(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def ones_like(data: Any) -> Any:
+    """Ones in the shape of a tensor, or of each in a list; expanded from a single one, so that they take no memory."""
+    if isinstance(data, list):
+        return [ones_like(each) for each in data]
+    if data.is_nested or not data.dim():
+        return torch.ones_like(data)
+    return data.new_ones(()).expand(data.shape)
+
+
+def some(names: Any) -> str:
+    """The first few of many names, for messages."""
+    names = list(names)
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"

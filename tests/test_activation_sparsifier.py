@@ -1,0 +1,1518 @@
+"""ActivationSparsifier against torch's own class, and where that class fails, against what is right."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import io
+import operator
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from conftest import tiny_batches, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.ao.pruning._experimental.activation_sparsifier.activation_sparsifier import (
+    ActivationSparsifier as TorchSparsifier,
+)
+from torch.utils.checkpoint import checkpoint
+
+import deadband
+from deadband import aggregate, mask, reduce
+from deadband.activation_sparsifier import ActivationSparsifier, LayerError
+
+KEYS = {
+    "aggregate_fn", "feature_dim", "features", "hook", "hook_state", "layer", "mask_fn", "reduce_fn", "sparse_config",
+}  # fmt: skip
+
+
+def add(a, b):
+    return a + b
+
+
+def batch_mean(data):
+    return data.mean(0)
+
+
+def above(data, level):
+    return (data.abs() > data.abs().float().mean() * level).to(data.dtype)
+
+
+def convnet(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Identity(), nn.Flatten(), nn.Linear(8 * 36, 5), nn.Identity()
+    ).to(dtype)
+
+
+def small(**keywords):
+    """A model of two linear layers, watched by functions of a user."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    options = {"aggregate_fn": add, "reduce_fn": batch_mean, "mask_fn": above, "level": 1.0, **keywords}
+    sparsifier = ActivationSparsifier(model, **options)
+    for layer in (model[0], model[2]):
+        sparsifier.register_layer(layer)
+    return model, sparsifier
+
+
+def ready(model, **keywords):
+    options = {"aggregate_fn": aggregate.mean_abs, "reduce_fn": reduce.mean, "mask_fn": mask.magnitude, "sparsity": 0.5}
+    return ActivationSparsifier(model, **{**options, **keywords})
+
+
+def only(layer, sparsifier_class=ActivationSparsifier, **keywords):
+    """A sparsifier with a layer as its whole model."""
+    options = {"aggregate_fn": add, "reduce_fn": batch_mean, "mask_fn": above, "level": 1.0, **keywords}
+    model = nn.Sequential(layer)
+    sparsifier = sparsifier_class(model, **options)
+    sparsifier.register_layer(layer)
+    return model, sparsifier
+
+
+def same(a, b):
+    """Equal bit for bit (zeros may differ in sign), types and dtypes included."""
+    assert type(a) is type(b)
+    if isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert (a.dtype, a.shape, a.is_sparse) == (b.dtype, b.shape, b.is_sparse)
+        assert torch.equal(a.to_dense(), b.to_dense())
+    else:
+        assert a == b
+
+
+# ------------------------------------------------------------------------------------------------------- the contract
+
+
+def workflow(sparsifier_class, dtype, features, reload_at=None, squash=True):
+    """Every stage of the usual workflow, with what can be seen at each of them."""
+    torch.manual_seed(1)
+    inputs = [torch.randn(4, 3, 8, 8, dtype=dtype) for _ in range(4)]
+    model = convnet(dtype)
+    chosen = {"features": [0, 2], "feature_dim": 1} if features else {}
+    sparsifier = sparsifier_class(model, add, batch_mean, above, level=0.5)
+    seen = []
+
+    def look(stage):
+        nonlocal sparsifier, model
+        saved = sparsifier.state_dict()
+        keys = {name: sorted(config) for name, config in saved["data_groups"].items()}
+        if stage == reload_at:
+            model = convnet(dtype)
+            sparsifier = sparsifier_class(model)
+            sparsifier.load_state_dict(saved)
+        assert set(saved) == {"state", "data_groups", "defaults"}
+        seen.append(dict(sparsifier.defaults))
+        seen.append(list(sparsifier.data_groups))
+        for name, config in sparsifier.data_groups.items():
+            shown = {key: value for key, value in config.items() if key not in ("hook", "layer", "data")}
+            seen.append((stage, name, sorted(config), shown))
+            seen.append(config.get("data"))
+            seen.append(sparsifier.state[name]["mask"])
+            seen.append(saved["state"][name]["mask"])
+            seen.append(keys[name])
+            seen.append(config["layer"] is model.get_submodule(name))
+        seen.append(repr(sparsifier))
+
+    look("constructor")
+    for index in (0, 2, 4):
+        sparsifier.register_layer(model[index], **(chosen if index != 4 else {}), level=index / 4)
+    look("register")
+    for x in inputs[:2]:
+        seen.append(model(x))
+    look("forward")
+    sparsifier.step()
+    look("step")
+    seen.append(model(inputs[2]))
+    look("forward again")
+    sparsifier.step()
+    look("step again")
+    sparsifier.squash_mask(attach_sparsify_hook=squash)
+    look("squash")
+    for x in inputs:
+        seen.append(model(x.clone()))
+    look("masked")
+    return seen
+
+
+STAGES = ["constructor", "register", "forward", "step", "forward again", "step again", "squash", "masked"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [False, True])
+def test_the_workflow_is_torchs_bit_for_bit(dtype, features):
+    same(workflow(ActivationSparsifier, dtype, features), workflow(TorchSparsifier, dtype, features))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("features", [False, True])
+def test_a_reload_at_any_stage_is_torchs(stage, features):
+    ours = workflow(ActivationSparsifier, torch.float32, features, reload_at=stage)
+    same(ours, workflow(TorchSparsifier, torch.float32, features, reload_at=stage))
+
+
+def test_squashing_without_masking_is_torchs():
+    ours = workflow(ActivationSparsifier, torch.float32, False, squash=False)
+    same(ours, workflow(TorchSparsifier, torch.float32, False, squash=False))
+
+
+def test_state_dicts_go_both_ways():
+    model, ours = small()
+    model(torch.randn(4, 6))
+    ours.step()
+    theirs = TorchSparsifier(copy.deepcopy(model))
+    theirs.load_state_dict(ours.state_dict())
+    same(theirs.get_mask("2"), ours.get_mask("2"))
+    back = ActivationSparsifier(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)))
+    back.load_state_dict(theirs.state_dict())
+    same(back.get_mask("2"), ours.get_mask("2"))
+
+
+def test_constructor():
+    sparsifier = ActivationSparsifier(3, features=[1], sparsity=0.5)
+    assert set(sparsifier.defaults) == {
+        "sparse_config", "aggregate_fn", "reduce_fn", "mask_fn", "features", "feature_dim"
+    }  # fmt: skip
+    assert sparsifier.defaults["aggregate_fn"] is None
+    assert sparsifier.defaults["sparse_config"] == {"sparsity": 0.5}
+    assert sparsifier.model == 3
+    assert sparsifier.data_groups == {}
+    assert sparsifier.state == {}
+
+
+def test_registering():
+    model, sparsifier = small()
+    config = sparsifier.data_groups["0"]
+    assert set(config) == KEYS
+    assert config["hook_state"] == "aggregate"
+    assert config["layer"] is model[0]
+    assert sparsifier.state["0"] == {"mask": None}
+    sparsifier.register_layer(model, level=3.0)  # the root model has the empty name
+    assert sparsifier.data_groups[""]["sparse_config"] == {"level": 3.0}
+    with pytest.raises(AssertionError, match="layer not found in the model"):
+        sparsifier.register_layer(nn.Linear(6, 8))
+
+
+def test_registering_again_warns_and_takes_the_new_arguments():
+    model, sparsifier = small()
+    with pytest.warns(UserWarning, match="layer already attached to the sparsifier"):
+        sparsifier.register_layer(model[0], level=7.0)
+    assert sparsifier.data_groups["0"]["sparse_config"] == {"level": 7.0}
+    assert len(model[0]._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("missing", ["aggregate_fn", "reduce_fn", "mask_fn"])
+def test_a_missing_function_is_named(missing):
+    model = nn.Sequential(nn.Linear(2, 2))
+    functions = {"aggregate_fn": add, "reduce_fn": batch_mean, "mask_fn": above, missing: None}
+    with pytest.raises(AssertionError, match=f"must be callable: {missing} of layer '0'"):
+        ActivationSparsifier(model, **functions).register_layer(model[0])
+
+
+def test_features_need_a_dimension():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(AssertionError, match="need feature dim"):
+        ActivationSparsifier(model, add, batch_mean, above, features=[0]).register_layer(model[0])
+
+
+def test_get_mask():
+    model, sparsifier = small()
+    with pytest.raises(AssertionError, match="name or layer"):
+        sparsifier.get_mask()
+    with pytest.raises(AssertionError, match="not found"):
+        sparsifier.get_mask(layer=nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="layer with the given name not found"):
+        sparsifier.get_mask("1")
+    with pytest.raises(ValueError, match=r"shape unknown.*'0'"):
+        sparsifier.get_mask("0")
+    model(torch.randn(3, 6))
+    assert torch.equal(sparsifier.get_mask(layer=model[0]), torch.ones(3, 6))
+    assert sparsifier.get_mask("0") is sparsifier.state["0"]["mask"]
+
+
+def test_the_mask_stays_the_same_object_and_writes_into_it_take_effect():
+    model, sparsifier = small()
+    x = torch.randn(3, 6)
+    model(x)
+    held = sparsifier.get_mask("0")
+    sparsifier.step()
+    sparsifier.squash_mask()
+    assert sparsifier.get_mask("0") is held
+    held.zero_()
+    bias = model[2](torch.relu(model[0].bias))
+    torch.testing.assert_close(model(x), bias.expand(3, 5))
+    assert not model[0].activation_mask.any()
+
+
+def test_writes_into_masks_of_features_take_effect():
+    model, sparsifier = small(features=[1, 4], feature_dim=-1)
+    x = torch.randn(3, 6)
+    model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    masks = sparsifier.get_mask("0")
+    masks[1].fill_(1)
+    masks[0] = torch.zeros(1)
+    model(x)
+    assert model[0].activation_mask.tolist() == [[True, False, True, True, True, True]]
+
+
+def test_update_mask_can_be_overridden():
+    class Half(ActivationSparsifier):
+        def update_mask(self, name, data, configs):
+            self.state[name]["mask"] = torch.arange(data.shape[-1]) % 2 == 0
+
+    model = nn.Sequential(nn.Linear(4, 2))
+    sparsifier = Half(model, add, batch_mean, above)
+    sparsifier.register_layer(model[0])
+    model(torch.ones(2, 4))
+    sparsifier.step()
+    sparsifier.squash_mask()
+    assert model[0].activation_mask.tolist() == [True, False, True, False]
+
+
+def test_nothing_of_torch_ao_is_imported():
+    found = "print(sorted(m for m in sys.modules if m.startswith('torch.ao')))"
+    code = f"import sys, deadband; deadband.ActivationSparsifier; {found}"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "torch.ao.pruning" not in modules
+
+
+# --------------------------------------------------------------------------------- silently wrong results, made right
+
+
+def test_an_lstm_keeps_its_state():
+    lstm = nn.LSTM(4, 6, batch_first=True)
+    model, sparsifier = only(lstm, mask_fn=lambda data, level: torch.ones_like(data))
+    x, state = torch.randn(2, 5, 4), (torch.randn(1, 2, 6), torch.randn(1, 2, 6))
+    expected = lstm(x, state)[0]
+    sparsifier.step()
+    sparsifier.squash_mask()
+    assert torch.equal(lstm(x, state)[0], expected)
+    assert torch.equal(lstm(x, hx=state)[0], expected)
+
+
+def test_attention_keeps_key_and_value():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    model, sparsifier = only(attention, mask_fn=lambda data, level: torch.ones_like(data))
+    q, k, v = torch.randn(3, 2, 5, 8)
+    expected = attention(q, k, v)[0]
+    assert torch.equal(attention(query=q, key=k, value=v, need_weights=True)[0], expected)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    torch.testing.assert_close(attention(q, k, v)[0], expected)
+    torch.testing.assert_close(attention(query=q, key=k, value=v)[0], expected)
+
+
+def test_layers_of_transformers_called_by_keyword():
+    model = tiny_model("llama")
+    sparsifier = ready(model)
+    attention = model.model.layers[0].self_attn
+    for layer in (attention, model.model.layers[1], model.model.layers[1].mlp.down_proj):
+        sparsifier.register_layer(layer)
+    batch = tiny_batches(1)[0]
+    expected = model(**batch).logits
+    assert torch.equal(model(**batch).logits, expected)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    seen = {}
+    handle = attention.q_proj.register_forward_pre_hook(lambda _, args: seen.setdefault("x", args[0]))
+    assert model(**batch).logits.isfinite().all()
+    handle.remove()
+    keep = sparsifier.get_mask(layer=attention)
+    assert keep.sum() == 32
+    assert (seen["x"][..., ~keep] == 0).all()
+    assert (seen["x"][..., keep] != 0).all()
+
+
+@pytest.mark.parametrize("features", [None, [0, 2]])
+def test_the_callers_tensor_is_never_written_to(features):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.fc(x)
+
+    model = Residual()
+    sparsifier = ActivationSparsifier(
+        model, add, batch_mean, lambda data: torch.zeros_like(data), features=features, feature_dim=1
+    )
+    sparsifier.register_layer(model.fc)
+    x = torch.randn(3, 4)
+    before = x.clone()
+    model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    y = model(x)
+    assert torch.equal(x, before)
+    masked = x.clone()
+    masked[:, features if features else slice(None)] = 0
+    torch.testing.assert_close(y, x + model.fc.forward(masked))
+
+
+def test_maximum_and_product_with_the_first_input_as_start():
+    batches = [-torch.rand(4, 3) - 1 for _ in range(3)]
+    for fn in (torch.maximum, torch.mul):
+        model, sparsifier = only(nn.Identity(), aggregate_fn=fn, compatible=False)
+        for batch in batches:
+            model(batch)
+        assert torch.equal(sparsifier.data_groups["0"]["data"], functools.reduce(fn, batches))
+        model, sparsifier = only(nn.Identity(), aggregate_fn=fn)  # torch's start, for those who count on it
+        model(batches[0])
+        assert (sparsifier.data_groups["0"]["data"] == 0).all()
+
+
+def test_concatenation_with_the_first_input_as_start():
+    batches = [torch.randn(rows, 3) for rows in (4, 4, 3)]
+    model, sparsifier = only(nn.Identity(), aggregate_fn=lambda a, b: torch.cat([a, b]), compatible=False)
+    for batch in batches:
+        model(batch)
+    assert torch.equal(sparsifier.data_groups["0"]["data"], torch.cat(batches))
+
+
+def test_squashing_without_masking_stays_off_after_a_reload():
+    model, sparsifier = small()
+    x = torch.randn(4, 6)
+    expected = model(x)
+    sparsifier.step()
+    sparsifier.squash_mask(attach_sparsify_hook=False)
+    for portable in (False, True):
+        other = small()[0]
+        loaded = ActivationSparsifier(other, add, batch_mean, above)
+        loaded.load_state_dict(sparsifier.state_dict(portable=portable))
+        assert torch.equal(other(x), expected)
+        assert not other[0]._forward_pre_hooks
+        twice = small()[1]
+        twice.load_state_dict(loaded.state_dict(portable=portable))
+        assert not twice.model[0]._forward_pre_hooks
+    sparsifier.squash_mask()  # and can be put on
+    assert not torch.equal(model(x), expected)
+
+
+def test_squashing_again_without_masking_takes_the_masks_off():
+    model, sparsifier = small()
+    x = torch.randn(4, 6)
+    expected = model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    sparsifier.squash_mask(False)
+    assert torch.equal(model(x), expected)
+    assert "0.activation_mask" not in model.state_dict()
+
+
+def test_loading_twice_or_into_a_used_sparsifier_leaves_one_hook():
+    model, sparsifier = small()
+    x = torch.ones(4, 6)
+    model(x)
+    state = sparsifier.state_dict()
+    sparsifier.load_state_dict(state)
+    sparsifier.load_state_dict(state)
+    assert len(model[0]._forward_pre_hooks) == 1
+    model(x)
+    assert torch.equal(sparsifier.data_groups["0"]["data"], 2 * x)
+    used = small()[1]
+    used.model(x)
+    used.step()
+    used.squash_mask()
+    used.load_state_dict(state)
+    assert len(used.model[0]._forward_pre_hooks) == 1
+    assert "0.activation_mask" not in used.model.state_dict()
+    used.model(x)
+    assert torch.equal(used.data_groups["0"]["data"], 2 * x)
+
+
+def test_each_call_of_a_layer_counts_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.fc(x), self.fc(2 * x)
+
+    model = Twice()
+    sparsifier = ready(model, aggregate_fn=aggregate.mean)
+    sparsifier.register_layer(model.fc)
+    model(torch.ones(4, 3))
+    torch.testing.assert_close(sparsifier.data_groups["fc"]["data"], torch.full((3,), 1.5).double())
+    assert sparsifier.data_groups["fc"]["rows"] == 8
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_counts_a_batch_once(reentrant):
+    model, sparsifier = small()
+    x = torch.randn(4, 6, requires_grad=True)
+    checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+    assert torch.equal(sparsifier.data_groups["0"]["data"], x)
+    assert x.grad is not None
+
+
+def test_a_short_batch_is_not_broadcast():
+    model, sparsifier = only(nn.Linear(3, 2))
+    a, b = torch.randn(4, 3), torch.randn(1, 3)
+    model(a)
+    model(b)
+    expected = a.clone()
+    expected[:1] += b
+    assert torch.equal(sparsifier.data_groups["0"]["data"], expected)
+
+
+@pytest.mark.parametrize("bad", [[1, 1], [1.9], [True, False], [[0, 1]], ["0"]])
+def test_bad_features_are_errors_that_leave_the_layer_registered(bad):
+    model, sparsifier = small()
+    before = sparsifier.data_groups["0"]
+    with pytest.raises((TypeError, ValueError), match="layer '0': features"):
+        sparsifier.register_layer(model[0], features=bad, feature_dim=1)
+    assert sparsifier.data_groups["0"] is before
+    assert len(model[0]._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("bad", [[0, 6], [-7], [3, -3]])
+def test_features_out_of_range_or_named_twice(bad):
+    model, sparsifier = small()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sparsifier.register_layer(model[0], features=bad, feature_dim=1)
+    with pytest.raises((IndexError, ValueError), match="layer '0': feature"):
+        model(torch.randn(2, 6))
+    assert "data" not in sparsifier.data_groups["0"]
+    with pytest.raises(IndexError, match="feature_dim=5 is out of range"):
+        sparsifier = small(features=[0], feature_dim=5)[1]
+        sparsifier.model(torch.randn(2, 6))
+
+
+@pytest.mark.parametrize(
+    "features", [range(1, 6, 2), (1, 3, 5), {1, 3, 5}, (i for i in (1, 3, 5)), torch.tensor([1, 3, 5]), [-5, -3, -1]]
+)
+def test_features_may_come_in_many_forms(features):
+    model, sparsifier = small()
+    sparsifier.unregister_layer("0")
+    sparsifier.register_layer(model[0], features=features, feature_dim=-1, mask_fn=lambda d, level: torch.zeros_like(d))
+    model(torch.randn(4, 6))
+    sparsifier.step()
+    sparsifier.squash_mask()
+    assert model[0].activation_mask.tolist() == [[True, False, True, False, True, False]]
+
+
+def test_indices_beyond_float32_are_exact():
+    size = 2**24 + 2
+    layer = nn.Identity()
+    model, sparsifier = only(layer, features=[2**24 + 1], feature_dim=0, reduce_fn=lambda d: d, level=0.0)
+    x = torch.zeros(size)
+    x[2**24 + 1] = 1
+    model(x)
+    assert sparsifier.data_groups["0"]["data"][0].tolist() == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_what_is_masked_becomes_zero_whatever_it_was(dtype, bad, needs_grad):
+    model, sparsifier = only(nn.Identity(), mask_fn=lambda d, level: torch.tensor([1.0, 0, 1]))
+    model(torch.ones(2, 3, dtype=dtype))
+    sparsifier.step()
+    sparsifier.squash_mask()
+    x = torch.tensor([[2, bad, 3], [bad, 1, 1]], dtype=dtype, requires_grad=needs_grad)
+    y = model(x)
+    assert y.dtype == dtype
+    assert torch.equal(y[0], torch.tensor([2, 0, 3], dtype=dtype))
+    assert torch.equal(y[1, 0], x[1, 0]) or y[1, 0].isnan()
+    assert y[1, 1] == 0
+    if needs_grad:
+        y[0].sum().backward()
+        assert x.grad[0].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_adds_up_in_float32(dtype):
+    batch = torch.full((2, 3), 2000.0, dtype=dtype)
+    for options in ({"compatible": False}, {"aggregate_fn": aggregate.sum}):
+        model, sparsifier = only(nn.Identity(), **options)
+        for _ in range(400):
+            model(batch)
+        total = sparsifier.data_groups["0"]["data"]
+        assert total.dtype in (torch.float32, torch.float64)
+        assert (total == float(batch[0, 0]) * 400 * (2 if total.dim() == 1 else 1)).all()
+
+
+@pytest.mark.parametrize("use", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("features", [None, [0, 3]])
+def test_masks_follow_the_models_dtype(use, features):
+    model, sparsifier = small(features=features, feature_dim=1)
+    model(torch.randn(4, 6))
+    sparsifier.step()
+    sparsifier.squash_mask()
+    keep = model[0].activation_mask.clone()
+    model.to(use)
+    y = model(torch.randn(4, 6, dtype=use))
+    assert y.dtype == use
+    assert model[0].activation_mask.dtype == torch.bool
+    assert torch.equal(model[0].activation_mask, keep)
+
+
+def test_masks_are_buffers(tmp_path):
+    model, sparsifier = small()
+    x = torch.randn(4, 6)
+    model(x)
+    sparsifier.step()
+    assert "0.activation_mask" not in model.state_dict()
+    sparsifier.squash_mask()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    other, masked = small()
+    other(torch.randn(4, 6))
+    masked.step()
+    masked.squash_mask()
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(other(x), model(x))
+    same(masked.get_mask("0"), sparsifier.get_mask("0"))  # the sparsifier sees what the model loaded
+    meta = copy.deepcopy(model).to("meta")
+    assert meta[0].activation_mask.device.type == "meta"
+    assert meta(x.to("meta")).shape == (4, 5)
+
+
+def test_scaling_masks_are_kept_as_they_are():
+    model, sparsifier = only(nn.Identity(), mask_fn=lambda d, level: torch.tensor([0.5, 0.0, 2.0]))
+    model(torch.ones(2, 3))
+    sparsifier.step()
+    sparsifier.squash_mask()
+    assert model(torch.tensor([[1.0, float("nan"), 1.0]])).tolist() == [[0.5, 0.0, 2.0]]
+    assert model[0].activation_mask.dtype == torch.float32
+    assert model(torch.ones(1, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_copies_of_the_model_do_not_feed_the_sparsifier():
+    model, sparsifier = small()
+    model(torch.ones(4, 6))
+    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        duplicate(torch.ones(4, 6))
+        assert torch.equal(sparsifier.data_groups["0"]["data"], torch.ones(4, 6))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+@pytest.mark.parametrize("stage", ["registered", "forward", "step", "squash", "off"])
+@pytest.mark.parametrize("features", [None, [0, 3]])
+def test_copies_of_the_sparsifier_are_independent(duplicate, stage, features):
+    model, sparsifier = small(features=features, feature_dim=1)
+    x = torch.randn(4, 6, requires_grad=True)
+    if stage != "registered":
+        model(x)
+    if stage in ("step", "squash", "off"):
+        sparsifier.step()
+    if stage in ("squash", "off"):
+        sparsifier.squash_mask(stage == "squash")
+    other = duplicate(sparsifier)
+    assert other.model is not model
+    assert repr(other) == repr(sparsifier)
+    assert len(other.model[0]._forward_pre_hooks) == len(model[0]._forward_pre_hooks) == (stage != "off")
+    assert torch.equal(other.model(x), model(x))
+    if stage in ("registered", "forward", "step"):
+        other.model(x)
+        data = [
+            torch.cat(s.data_groups["0"]["data"]) if features else s.data_groups["0"]["data"]
+            for s in (other, sparsifier)
+        ]
+        assert not torch.equal(*data)
+        other.step()
+        assert "data" in sparsifier.data_groups["0"]
+    other.unregister_layer("0")
+    assert not other.model[0]._forward_pre_hooks
+    assert len(model[0]._forward_pre_hooks) == (stage != "off")
+
+
+def test_torch_save_of_model_and_sparsifier():
+    model, sparsifier = small()
+    x = torch.randn(4, 6)
+    model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    file = io.BytesIO()
+    torch.save([model, sparsifier], file)
+    file.seek(0)
+    loaded, other = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(x), model(x))
+    assert other.model is loaded
+    assert len(loaded[0]._forward_pre_hooks) == 1
+
+
+def test_threads_lose_nothing():
+    model, sparsifier = only(nn.Identity())
+    one = torch.ones(2, 3)
+
+    def work():
+        for _ in range(400):
+            model(one)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(sparsifier.data_groups["0"]["data"], 1600 * one)
+
+
+def test_what_is_aggregated_is_no_alias_of_an_activation():
+    model, sparsifier = only(nn.Identity(), aggregate_fn=lambda a, b: b)
+    x = torch.ones(2, 3)
+    model(x)
+    x.zero_()
+    assert torch.equal(sparsifier.data_groups["0"]["data"], torch.ones(2, 3))
+
+
+def test_hooks_that_aggregate_go_with_the_sparsifier_and_masks_stay():
+    model, sparsifier = small()
+    x = torch.randn(4, 6)
+    del sparsifier
+    gc.collect()
+    assert not model[0]._forward_pre_hooks
+    assert not model._forward_pre_hooks
+    model, sparsifier = small()
+    model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    expected = model(x)
+    del sparsifier
+    gc.collect()
+    assert torch.equal(model(x), expected)
+
+
+def test_a_state_of_another_layer_is_refused_and_nothing_changes():
+    model, sparsifier = small()
+    x = torch.randn(4, 6)
+    model(x)
+    conv = nn.Sequential(nn.Conv2d(6, 8, 1), nn.ReLU(), nn.Linear(8, 5))
+    wide = nn.Sequential(nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 5))
+    for other in (conv, wide):
+        target = ready(other)
+        target.register_layer(other[2])
+        for portable in (False, True):
+            with pytest.raises(ValueError, match=r"layer '0' is a .*; the state was saved for a Linear of 6"):
+                target.load_state_dict(
+                    sparsifier.state_dict(portable=portable),
+                    **(
+                        {"functions": {"aggregate_fn": add, "reduce_fn": batch_mean, "mask_fn": above}}
+                        if portable
+                        else {}
+                    ),
+                )
+            assert list(target.data_groups) == ["2"]
+            assert len(other[2]._forward_pre_hooks) == 1
+
+
+def test_a_default_of_features_can_be_switched_off():
+    model, sparsifier = small(features=[0], feature_dim=1)
+    sparsifier.unregister_layer("0")
+    sparsifier.register_layer(model[0], features="all")
+    assert sparsifier.data_groups["0"]["features"] is None
+    model(torch.randn(2, 6))
+    assert sparsifier.get_mask("0").shape == (2, 6)
+    assert sparsifier.defaults["features"] == [0]
+
+
+# ------------------------------------------------------------------------------------------------------------ crashes
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=6), st.integers(0, 2**31))
+def test_batches_of_any_shape_add_up(shapes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    batches = [torch.randn(b, t, 3, generator=generator, dtype=torch.float64) for b, t in shapes]
+    for compatible in (True, False):
+        model, sparsifier = only(nn.Identity(), compatible=compatible)
+        largest, statistic = only(nn.Identity(), aggregate_fn=torch.maximum, compatible=compatible)
+        expected = torch.zeros(max(b for b, _ in shapes), max(t for _, t in shapes), 3, dtype=torch.float64)
+        maxima = torch.full_like(expected, 0.0 if compatible else -torch.inf)
+        for x in batches:
+            model(x)
+            largest(x)
+            expected[: x.shape[0], : x.shape[1]] += x
+            maxima[: x.shape[0], : x.shape[1]] = torch.maximum(maxima[: x.shape[0], : x.shape[1]], x)
+        data = sparsifier.data_groups["0"]["data"]
+        torch.testing.assert_close(data, expected[: data.shape[0], : data.shape[1]])
+        data = statistic.data_groups["0"]["data"]
+        finite = torch.where(maxima.isfinite(), maxima, 0)[: data.shape[0], : data.shape[1]]
+        assert torch.equal(data, finite)
+
+
+def test_features_of_batches_of_other_shapes_add_up():
+    a, b = torch.randn(4, 6), torch.randn(2, 6)
+    model, sparsifier = small(features=[1, 3], feature_dim=1)
+    model(a)
+    model(b)
+    expected = a.clone()
+    expected[:2] += b
+    torch.testing.assert_close(torch.cat(sparsifier.data_groups["0"]["data"], 1), expected[:, [1, 3]])
+
+
+def test_a_function_that_cannot_take_another_shape_says_so():
+    model, sparsifier = only(nn.Identity(), aggregate_fn=lambda a, b: torch.stack([a, b]).amax(0))
+    model(torch.randn(4, 3))
+    before = sparsifier.data_groups["0"]["data"]
+    with pytest.raises(
+        RuntimeError, match=r"layer '0': aggregate_fn cannot put an input of shape \(2, 3\).*entry by entry"
+    ):
+        model(torch.randn(2, 3))
+    assert sparsifier.data_groups["0"]["data"] is before
+    model(torch.randn(4, 3))
+
+
+def test_masks_of_one_shape_and_inputs_of_another():
+    model, sparsifier = only(nn.Linear(3, 2), reduce_fn=lambda data: data)  # keeps the batch
+    model(torch.randn(4, 3))
+    sparsifier.step()
+    sparsifier.squash_mask()
+    model(torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"layer '0': its mask of shape \(4, 3\) does not fit .*\(2, 3\).*reduce_fn"):
+        model(torch.randn(2, 3))
+    with pytest.raises(ValueError, match="does not fit"):
+        model(torch.randn(1, 3))  # would be broadcast to four rows
+
+
+def test_images_of_another_size():
+    conv = nn.Conv2d(3, 4, 3)
+    model = nn.Sequential(conv)
+    sparsifier = ready(model, sparsity=1 / 3)
+    sparsifier.register_layer(conv)
+    for size in (8, 5, 12):
+        model(torch.randn(2, 3, size, size) * torch.tensor([1.0, 0.1, 2.0]).view(3, 1, 1))
+    sparsifier.step()
+    sparsifier.squash_mask()
+    assert sparsifier.get_mask("0").tolist() == [True, False, True]
+    x = torch.randn(5, 3, 9, 7)
+    masked = x.clone()
+    masked[:, 1] = 0
+    torch.testing.assert_close(model(x), conv.forward(masked))
+    torch.testing.assert_close(model(x[0]), conv.forward(masked[0]))
+
+
+def test_squashing_before_a_step_masks_nothing_at_any_shape():
+    model, sparsifier = small()
+    model(torch.randn(4, 6))
+    sparsifier.squash_mask()
+    for rows in (4, 2, 7):
+        x = torch.randn(rows, 6)
+        torch.testing.assert_close(model(x), small()[0](x))
+    assert sparsifier.get_mask("0").shape == (4, 6)
+
+
+@pytest.mark.parametrize("arguments", [({"a": 1},), ((torch.ones(2),),), (None,), (3,)])
+def test_inputs_that_are_no_tensor(arguments):
+    class Any(nn.Module):
+        def forward(self, x=None):
+            return x
+
+    layer = Any()
+    only_model, sparsifier = only(layer)
+    with pytest.raises(TypeError, match="layer '0' got .* as its first argument; expected a tensor"):
+        layer(*arguments)
+    with pytest.raises(TypeError, match="layer '0' was called without a tensor"):
+        layer()
+    with pytest.raises(TypeError, match="expected a dense one"):
+        layer(torch.eye(2).to_sparse())
+    layer(x=torch.ones(1, 2))
+    assert sparsifier.get_mask("0").shape == (1, 2)
+
+
+def identity_mask(data, level):
+    return torch.ones_like(data)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.empty(0, 3),
+        torch.tensor(2.0),
+        torch.randn(2, 3, device="meta"),
+        torch.randn(2, 3, dtype=torch.complex64),
+        torch.tensor([[True, False]]),
+        torch.tensor([[1, 2, 3]]),
+        torch.randn(4, 3).t(),
+        torch.randn(1, 3).expand(4, 3),
+    ],
+)  # fmt: skip
+def test_odd_tensors(x):
+    for fn in (identity_mask, lambda d, level: torch.zeros_like(d)):
+        model, sparsifier = only(nn.Identity(), reduce_fn=lambda data: data, mask_fn=fn)
+        model(x)
+        sparsifier.step()
+        sparsifier.squash_mask()
+        y = model(x)
+        assert (y.dtype, y.shape, y.device) == (x.dtype, x.shape, x.device)
+        if x.device.type != "meta":
+            assert torch.equal(y, x if fn is identity_mask else torch.zeros_like(x))
+
+
+def test_nested_tensors():
+    nested = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)])
+    model, sparsifier = only(nn.Identity(), reduce_fn=lambda data: data, mask_fn=identity_mask)
+    model(nested)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    for a, b in zip(model(nested).unbind(), nested.unbind(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_token_ids_stay_whole_numbers():
+    embedding = nn.Embedding(10, 4)
+    model, sparsifier = only(
+        embedding, mask_fn=lambda d, level: torch.tensor([1.0, 0.0, 1.0]), reduce_fn=lambda d: d.float()
+    )
+    ids = torch.tensor([[4, 5, 6]])
+    model(ids)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    assert torch.equal(model(ids), embedding.weight[torch.tensor([[4, 0, 6]])])
+
+
+@pytest.mark.parametrize("features", [None, [0, 2]])
+def test_gradients_flow_through_masks(features):
+    model, sparsifier = only(
+        nn.Identity(), features=features, feature_dim=1, mask_fn=lambda d, level: torch.zeros_like(d)
+    )
+    base = torch.randn(1, 4, requires_grad=True)
+    model(base)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    y = model(base)  # a leaf
+    z = model(torch.sigmoid(base).expand(3, 4))  # saves its output; expanded
+    (y.sum() + z.sum()).backward()
+    kept = torch.tensor([[features is not None and i not in features for i in range(4)]])
+    assert torch.equal(base.grad != 0, kept)
+
+
+def test_calibration_in_inference_mode():
+    for make in (small, lambda: (lambda m: (m, ready(m)))(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)))):
+        model, sparsifier = make()
+        if not sparsifier.data_groups:
+            sparsifier.register_layer(model[0])
+        with torch.inference_mode():
+            model(torch.randn(4, 6))
+            model(torch.randn(4, 6))
+            sparsifier.step()
+            sparsifier.squash_mask()
+            model(torch.randn(4, 6))
+        repr(sparsifier)
+        model(torch.randn(4, 6, requires_grad=True)).sum().backward()
+        sparsifier.get_mask("0").zero_()
+
+
+def test_step_names_the_layer_that_has_not_run_and_changes_nothing():
+    model, sparsifier = small()
+    with pytest.raises(LayerError, match=r"no input has reached '0', '2' since the last step"):
+        sparsifier.step()
+    model[0](torch.randn(4, 6))
+    with pytest.raises(KeyError, match=r"no input has reached '2'"):
+        sparsifier.step()
+    assert torch.equal(sparsifier.get_mask("0"), torch.ones(4, 6))
+    assert "data" in sparsifier.data_groups["0"]
+    model[2](torch.randn(4, 8))
+    sparsifier.step()
+    with pytest.raises(LayerError, match="since the last step"):
+        sparsifier.step()
+    sparsifier.squash_mask()
+    with pytest.raises(LayerError, match=r"step\(\) after squash_mask"):
+        sparsifier.step()
+    ActivationSparsifier(model).step()  # nothing registered, nothing to do
+
+
+@pytest.mark.parametrize("bad", [lambda d, level: None, lambda d, level: 1.0, lambda d, level: 1 / 0])
+@pytest.mark.parametrize("features", [None, [0, 1]])
+def test_a_mask_function_that_fails_changes_no_mask(bad, features):
+    model, sparsifier = small(features=features, feature_dim=1)
+    x = torch.randn(4, 6)
+    model(x)
+    sparsifier.step()
+    model(x)
+    sparsifier.data_groups["2"]["mask_fn"] = bad
+    held = copy.deepcopy(sparsifier.get_mask("0"))
+    data = sparsifier.data_groups["0"]["data"]
+    with pytest.raises((TypeError, ZeroDivisionError)) as caught:
+        sparsifier.step()
+    if hasattr(caught.value, "__notes__"):
+        assert "'2'" in str(caught.value) + caught.value.__notes__[0]
+    same(sparsifier.get_mask("0"), held)
+    assert sparsifier.data_groups["0"]["data"] is data
+
+
+def test_a_mask_function_may_unregister_its_layer():
+    model, sparsifier = small()
+    model(torch.randn(4, 6))
+    original = sparsifier.data_groups["0"]["mask_fn"]
+
+    def drop(data, level):
+        sparsifier.unregister_layer("2")
+        return original(data, level)
+
+    sparsifier.data_groups["0"]["mask_fn"] = drop
+    sparsifier.step()
+    assert list(sparsifier.data_groups) == ["0"]
+
+
+def test_sparse_masks():
+    model, sparsifier = small(mask_fn=lambda d, level: above(d, level).to_sparse())
+    x = torch.randn(4, 6)
+    model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    model(x)
+    assert sparsifier.get_mask("0").layout == torch.strided
+
+
+def test_squash_before_any_input_changes_nothing():
+    model, sparsifier = small()
+    model[0](torch.randn(4, 6))
+    with pytest.raises(ValueError, match=r"shape unknown.*'2'"):
+        sparsifier.squash_mask()
+    assert [config["hook_state"] for config in sparsifier.data_groups.values()] == ["aggregate"] * 2
+    model(torch.randn(4, 6))
+    sparsifier.step()
+    sparsifier.squash_mask()
+    sparsifier.squash_mask()
+    assert len(model[0]._forward_pre_hooks) == 1
+    sparsifier.squash_mask(False)
+    sparsifier.unregister_layer("0")
+    sparsifier.register_layer(model[0])
+    sparsifier.unregister_layer(model[2])
+    model(torch.randn(4, 6))
+    sparsifier.step()
+    sparsifier.squash_mask()
+
+
+def test_unregistering_what_is_not_registered():
+    model, sparsifier = small()
+    with pytest.raises(KeyError, match=r"'zz'; registered are '0', '2'"):
+        sparsifier.unregister_layer("zz")
+    assert list(sparsifier.data_groups) == ["0", "2"]
+    assert "zz" not in sparsifier.state
+    sparsifier.unregister_layer("0")
+    assert not model[0]._forward_pre_hooks
+    assert "0" not in sparsifier.state
+
+
+def test_functions_stay_the_objects_they_are():
+    class Owner:
+        def __init__(self):
+            self.lock = threading.Lock()
+            self.seen = 0
+
+        def aggregate(self, a, b):
+            with self.lock:
+                self.seen += 1
+            return a + b
+
+        __call__ = aggregate
+
+    owner = Owner()
+    for fn in (owner.aggregate, owner):
+        before = owner.seen
+        model, sparsifier = small(aggregate_fn=fn)
+        model(torch.randn(2, 6))
+        assert owner.seen == before + 2
+        assert sparsifier.data_groups["0"]["aggregate_fn"] == fn
+
+
+def test_loading_leaves_the_given_dict_alone():
+    model, sparsifier = small()
+    model(torch.randn(4, 6))
+    state = sparsifier.state_dict()
+    keys = {name: set(config) for name, config in state["data_groups"].items()}
+    first, second = small()[1], small()[1]
+    first.load_state_dict(state)
+    second.load_state_dict(state)
+    assert {name: set(config) for name, config in state["data_groups"].items()} == keys
+    assert first.data_groups["0"]["layer"] is first.model[0]
+    assert second.data_groups["0"]["layer"] is second.model[0]
+    before = sparsifier.data_groups["0"]["data"].clone()
+    first.model(torch.randn(4, 6))
+    assert torch.equal(sparsifier.data_groups["0"]["data"], before)
+    assert torch.equal(second.data_groups["0"]["data"], before)
+
+
+def test_loading_is_all_or_nothing():
+    model, sparsifier = small()
+    x = torch.randn(4, 6)
+    model(x)
+    state = sparsifier.state_dict()
+    missing = copy.copy(state)
+    missing["data_groups"] = {**state["data_groups"], "nowhere": dict(state["data_groups"]["0"])}
+    missing["state"] = {**state["state"], "nowhere": {"mask": None}}
+    unknown = copy.copy(state)
+    unknown["data_groups"] = {**state["data_groups"], "2": {**state["data_groups"]["2"], "hook_state": "odd"}}
+    target_model, target = small(level=9.0)
+    target_model(x)
+    for bad, message in ((missing, "layer nowhere not found in the model"), (unknown, "hook_state 'odd' is not known")):
+        with pytest.raises(ValueError, match=message):
+            target.load_state_dict(bad)
+        assert target.defaults["sparse_config"] == {"level": 9.0}
+        assert len(target_model[0]._forward_pre_hooks) == 1
+        target_model(x)
+    for key in ("state", "data_groups", "defaults"):
+        with pytest.raises(KeyError, match=key):
+            target.load_state_dict({k: v for k, v in state.items() if k != key})
+    target.load_state_dict({**state, "extra": 1})
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_prefixes_of_wrappers_do_not_matter(portable):
+    bare, plain = small()
+    wrapped = nn.Module()
+    wrapped.module = copy.deepcopy(bare)
+    other = ActivationSparsifier(wrapped, add, batch_mean, above, level=1.0)
+    other.register_layer(wrapped.module[0])
+    x = torch.randn(4, 6)
+    wrapped.module(x)
+    other.step()
+    assert list(other.data_groups) == ["module.0"]
+    plain.load_state_dict(other.state_dict(portable=portable))
+    assert list(plain.data_groups) == ["0"]
+    same(plain.get_mask("module.0"), other.get_mask("module.0"))
+    other.load_state_dict(plain.state_dict(portable=portable))
+    assert list(other.data_groups) == ["module.0"]
+    compiled = torch.compile(bare, backend="eager")
+    third = ActivationSparsifier(compiled, add, batch_mean, above)
+    third.load_state_dict(plain.state_dict(portable=portable))
+    assert list(third.data_groups) == ["_orig_mod.0"]
+
+
+# ------------------------------------------------------------------------------------------------------ serialisation
+
+
+@pytest.mark.parametrize("stage", ["registered", "forward", "step", "squash"])
+@pytest.mark.parametrize("features", [None, [0, 3], [-1, 2]])
+@pytest.mark.parametrize("form", ["torch", "safetensors"])
+def test_portable_states(stage, features, form, tmp_path):
+    def make():
+        return small(
+            aggregate_fn=lambda a, b: a + b, features=features, feature_dim=1
+        )  # a function without a module path
+
+    model, sparsifier = make()
+    x, y = torch.randn(4, 6), torch.randn(4, 6)
+    if stage != "registered":
+        model(x)
+    if stage in ("step", "squash"):
+        sparsifier.step()
+    if stage == "squash":
+        sparsifier.squash_mask()
+    other_model, other = make()
+    functions = {"aggregate_fn": add}
+    if form == "torch":
+        file = io.BytesIO()
+        torch.save(sparsifier.state_dict(portable=True), file)
+        file.seek(0)
+        other.load_state_dict(torch.load(file, weights_only=True), functions)
+    else:
+        sparsifier.save(tmp_path / "s.safetensors")
+        other.load(tmp_path / "s.safetensors", functions)
+    mask_before = sparsifier.state["0"]["mask"]
+    same(other.state["0"]["mask"], mask_before)
+    assert torch.equal(model(y), other_model(y))
+    if stage != "squash":
+        same(other.data_groups["2"]["data"], sparsifier.data_groups["2"]["data"])
+        sparsifier.step()
+        other.step()
+        same(other.get_mask("0"), sparsifier.get_mask("0"))
+    assert other.data_groups["0"]["aggregate_fn"] is add
+
+
+def test_unknown_functions_have_to_be_given(tmp_path):
+    model, sparsifier = small(aggregate_fn=lambda a, b: a + b)
+    model(torch.randn(4, 6))
+    sparsifier.save(tmp_path / "s.safetensors")
+    empty = ActivationSparsifier(small()[0])
+    with pytest.raises(ValueError, match=r"aggregate_fn of layer '0' was '.*lambda.*functions="):
+        empty.load(tmp_path / "s.safetensors")
+    assert not empty.data_groups
+    empty.load(tmp_path / "s.safetensors", {"aggregate_fn": add, "reduce_fn": batch_mean, "mask_fn": above})
+    again = ActivationSparsifier(small()[0])
+    again.load(
+        tmp_path / "s.safetensors", {f"{__name__}:batch_mean": batch_mean, "aggregate_fn": add, "mask_fn": above}
+    )
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
+        again.load(tmp_path / "nothing.safetensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "text").write_text("hello")
+    for name in ("other.safetensors", "text"):
+        with pytest.raises(ValueError, match="is not the state of an ActivationSparsifier"):
+            again.load(tmp_path / name)
+
+
+def test_ready_made_functions_are_looked_up(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    sparsifier = ready(model, aggregate_fn=aggregate.Ema(0.7), reduce_fn=functools.partial(reduce.quantile, q=0.25))
+    sparsifier.register_layer(model[2], features=[0, 1, 2, 3], mask_fn=mask.top_k, k=1, sparsity=0.1)
+    sparsifier.unregister_layer("2")
+    sparsifier.register_layer(model[2])
+    model(torch.randn(4, 6))
+    model(torch.randn(3, 6))
+    sparsifier.save(tmp_path / "s.safetensors")
+    other = ActivationSparsifier(copy.deepcopy(model))
+    other.load(tmp_path / "s.safetensors")
+    assert other.defaults["aggregate_fn"] == aggregate.Ema(0.7)
+    assert other.data_groups["2"]["reduce_fn"].keywords == {"q": 0.25}
+    x = torch.randn(5, 6)
+    for each in (sparsifier, other):
+        each.model(x)
+        each.step()
+    same(other.get_mask("2"), sparsifier.get_mask("2"))
+
+
+def test_portable_states_hold_only_plain_values():
+    model, sparsifier = small(level=torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"sparse_config of layer '0' holds level=Tensor, which JSON cannot hold"):
+        sparsifier.state_dict(portable=True)
+
+
+def test_a_portable_mask_takes_a_byte_an_entry():
+    model, sparsifier = only(nn.Identity(), reduce_fn=lambda data: data, level=0.0)
+    model(torch.randn(256, 1024))
+    sparsifier.step()
+    tensors = sparsifier.state_dict(portable=True)["tensors"]
+    assert sum(tensor.nbytes for tensor in tensors.values()) == 256 * 1024
+
+
+# --------------------------------------------------------------------------------------------------------------- cost
+
+
+def test_no_autograd_graph_is_kept():
+    model, sparsifier = small()
+    for _ in range(3):
+        model(torch.randn(4, 6, requires_grad=True)).sum().backward()
+    for config in sparsifier.data_groups.values():
+        assert not config["data"].requires_grad
+        assert config["data"].grad_fn is None
+
+
+def test_aggregating_sees_the_callers_grad_mode():
+    seen = []
+
+    def fn(a, b):
+        seen.append(torch.is_grad_enabled())
+        return a + b
+
+    model, _ = only(nn.Identity(), aggregate_fn=fn)
+    model(torch.ones(1, 2))
+    with torch.no_grad():
+        model(torch.ones(1, 2))
+    with torch.inference_mode():
+        model(torch.ones(1, 2))
+    assert seen == [True, False, False]
+
+
+@pytest.mark.parametrize("name", ["sum", "mean", "mean_abs", "max_abs", "ema"])
+def test_ready_made_aggregates_take_eight_bytes_a_feature(name):
+    model = nn.Sequential(nn.Linear(1000, 4))
+    sparsifier = ready(model, aggregate_fn=getattr(aggregate, name))
+    sparsifier.register_layer(model[0])
+    for rows in (64, 7, 0, 300):
+        model(torch.randn(rows, 1000))
+    data = sparsifier.data_groups["0"]["data"]
+    assert data.untyped_storage().nbytes() == 8 * 1000
+    assert sparsifier.get_mask("0").untyped_storage().nbytes() == 1
+    model, sparsifier = only(nn.Linear(1000, 4))
+    model(torch.randn(64, 1000))
+    assert sparsifier.get_mask("0").untyped_storage().nbytes() == 4  # ones until the first step cost nothing
+
+
+def test_features_are_taken_together_only_where_that_changes_nothing():
+    calls = []
+
+    def entrywise(a, b):
+        calls.append(b.shape)
+        return torch.maximum(a, b.abs()) + 1
+
+    def normed(a, b):
+        calls.append(b.shape)
+        return a + b / b.norm()
+
+    def mean(a, b):
+        calls.append(b.shape)
+        return a + b - b.mean()
+
+    x = torch.randn(5, 6)
+    for fn, together in ((entrywise, True), (normed, False), (mean, False)):
+        results = []
+        for sparsifier_class in (ActivationSparsifier, TorchSparsifier):
+            calls.clear()
+            model, sparsifier = only(
+                nn.Identity(), sparsifier_class, aggregate_fn=fn, features=[4, 1, 2], feature_dim=1
+            )
+            for _ in range(4):
+                model(x)
+            results.append(sparsifier.data_groups["0"]["data"])
+            if sparsifier_class is ActivationSparsifier:
+                assert ((5, 3) in calls and (5, 1) not in calls) == together
+        same(*results)
+
+
+# -------------------------------------------------------------------------------------------- compile, export, others
+
+
+@pytest.mark.parametrize("ready_made", [False, True])
+@pytest.mark.parametrize("features", [None, [0, 2, 3]])
+def test_compile_fullgraph_in_both_phases(ready_made, features):
+    def make():
+        keywords = {"features": features, "feature_dim": 1}
+        if ready_made:
+            keywords |= {
+                "aggregate_fn": aggregate.mean_abs,
+                "reduce_fn": reduce.mean,
+                "mask_fn": lambda d, level: mask.magnitude(d, 0.5),
+            }
+        return small(**keywords)
+
+    model, sparsifier = make()
+    reference, eager = make()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    batches = [torch.randn(rows, 6) for rows in (4, 4, 3)]
+    for x in batches:
+        torch.testing.assert_close(compiled(x), reference(x))
+    same(sparsifier.data_groups["2"]["data"], eager.data_groups["2"]["data"])
+    compiled(batches[0].requires_grad_()).sum().backward()
+    reference(batches[0])
+    for each in (sparsifier, eager):
+        each.step()
+        each.squash_mask()
+    torch.testing.assert_close(compiled(batches[1]), reference(batches[1]))
+    same(sparsifier.get_mask("2"), eager.get_mask("2"))
+
+
+def test_hooks_that_come_after_compiling_take_effect():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    compiled = torch.compile(model, backend="aot_eager")
+    x = torch.randn(4, 6)
+    expected = compiled(x)
+    sparsifier = ready(model)
+    sparsifier.register_layer(model[0])
+    torch.testing.assert_close(compiled(x), expected)
+    assert "data" in sparsifier.data_groups["0"]
+    sparsifier.step()
+    sparsifier.squash_mask()
+    masked = compiled(x)
+    assert not torch.allclose(masked, expected)
+    sparsifier.unregister_layer("0")
+    torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.parametrize("features", [None, [0, 2, 3]])
+def test_export_in_both_phases(features):
+    model, sparsifier = small(features=features, feature_dim=1)
+    x = torch.randn(4, 6)
+    program = torch.export.export(model, (x,)).module()
+    assert "data" not in sparsifier.data_groups["0"]  # tracing is no data
+    torch.testing.assert_close(program(x), model(x))
+    sparsifier.step()
+    sparsifier.squash_mask()
+    masked = torch.export.export(model, (x,))
+    torch.testing.assert_close(masked.module()(x), model(x))
+    assert any("activation_mask" in name for name, _ in masked.named_buffers())
+
+
+def test_jit_trace():
+    model, sparsifier = small()
+    x = torch.randn(4, 6)
+    model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, (x,))
+    torch.testing.assert_close(traced(x), model(x))
+
+
+def test_function_transforms():
+    model, sparsifier = small()
+    x = torch.randn(4, 6)
+    model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    torch.testing.assert_close(torch.vmap(model)(x), model(x))
+    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    torch.testing.assert_close(torch.func.functional_call(model, parameters, (x,)), model(x))
+    jacobian = torch.func.jacrev(model)(x[0])
+    assert (jacobian[:, ~model[0].activation_mask] == 0).all()
+    torch.testing.assert_close(torch.func.jacfwd(model)(x[0]), jacobian)
+
+
+def test_aggregating_under_function_transforms():
+    model, sparsifier = small()
+    x = torch.randn(4, 6)
+    torch.vmap(model)(x)
+    assert torch.equal(sparsifier.data_groups["0"]["data"], x)
+    torch.func.jacrev(lambda x: model(x).sum())(x)
+    assert torch.equal(sparsifier.data_groups["0"]["data"], 2 * x)
+
+
+def test_parametrized_layers():
+    model, sparsifier = small()
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    x = torch.randn(4, 6)
+    model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    assert model(x).shape == (4, 5)
+
+
+def test_two_sparsifiers_on_one_layer_apply_in_order():
+    layer = nn.Identity()
+    model = nn.Sequential(layer)
+    x = torch.ones(2, 3)
+    masks = [torch.tensor([1.0, 1, 0]), torch.tensor([0.0, 1, 1])]
+    sparsifiers = [ActivationSparsifier(model, add, batch_mean, lambda d, m=m: m) for m in masks]
+    for each in sparsifiers:
+        each.register_layer(layer)
+    model(x)
+    for each in sparsifiers:
+        each.step()
+        each.squash_mask()
+    assert model(x)[0].tolist() == [0, 1, 0]
+    assert {"0.activation_mask", "0.activation_mask_2"} == set(model.state_dict())
+    sparsifiers[0].unregister_layer("0")
+    assert model(x)[0].tolist() == [0, 1, 1]
+
+
+def test_only_training_inputs_count_when_asked():
+    model, sparsifier = small(training_only=True)
+    model.eval()
+    model(torch.ones(4, 6))
+    assert "data" not in sparsifier.data_groups["0"]
+    model.train()
+    model(torch.ones(4, 6))
+    assert "data" in sparsifier.data_groups["0"]
+
+
+# ----------------------------------------------------------------------------------------------- schedule and bridges
+
+
+def test_masks_of_a_schedule_are_in_force_while_aggregation_goes_on():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
+    sparsifier = ready(model, aggregate_fn=aggregate.max_abs)
+    sparsifier.register_layer(model[2])
+    sparsifier.schedule(0.5, steps=5, curve="linear")
+    kept = []
+    for _ in range(8):
+        x = torch.randn(16, 4)
+        hidden = torch.relu(model[0](x))
+        keep = model[2].activation_mask if hasattr(model[2], "activation_mask") else torch.ones(10)
+        torch.testing.assert_close(model(x), model[2].forward(hidden * keep))
+        if "data" in sparsifier.data_groups["2"]:  # what is aggregated is not masked, so a feature can come back
+            torch.testing.assert_close(sparsifier.data_groups["2"]["data"], hidden.abs().amax(0).double())
+        sparsifier.step()
+        kept.append(int(model[2].activation_mask.sum()))
+    assert kept == [10, 9, 8, 7, 6, 5, 5, 5]
+    assert sparsifier.data_groups["2"]["hook_state"] == "sparsify"
+
+
+@pytest.mark.parametrize("way", ["portable", "deepcopy", "pickle"])
+def test_a_schedule_goes_on_after_a_reload(way):
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
+        sparsifier = ready(model)
+        sparsifier.register_layer(model[2])
+        return model, sparsifier
+
+    model, sparsifier = make()
+    sparsifier.schedule(0.8, steps=6, begin=1, every=2)
+    batches = [torch.randn(16, 4) for _ in range(9)]
+    for x in batches[:4]:
+        model(x)
+        sparsifier.step()
+    if way == "portable":
+        other_model, other = make()
+        other.load_state_dict(sparsifier.state_dict(portable=True))
+    else:
+        other = copy.deepcopy(sparsifier) if way == "deepcopy" else pickle.loads(pickle.dumps(sparsifier))
+        other_model = other.model
+    for x in batches[4:]:
+        assert torch.equal(model(x), other_model(x))
+        sparsifier.step()
+        other.step()
+        same(other.get_mask("2"), sparsifier.get_mask("2"))
+    assert int(other.get_mask("2").sum()) == 2
+
+
+def test_a_failing_schedule_leaves_the_configuration():
+    model = nn.Sequential(nn.Linear(4, 2))
+    sparsifier = ready(model, sparsity=0.25)
+    sparsifier.register_layer(model[0])
+    sparsifier.schedule(lambda step: 0.5 if step == 0 else 2.0)
+    model(torch.randn(3, 4))
+    sparsifier.step()
+    model(torch.randn(3, 4))
+    with pytest.raises(ValueError, match="sparsity at step 1 is 2.0"):
+        sparsifier.step()
+    assert sparsifier.data_groups["0"]["sparse_config"] == {"sparsity": 0.5}
+    assert "data" in sparsifier.data_groups["0"]
+
+
+def test_masks_by_feature():
+    model = convnet()
+    sparsifier = ready(model)
+    sparsifier.register_layer(model[4])
+    sparsifier.register_layer(model[0], features=[0, 1], mask_fn=mask.top_k, k=1, sparsity=None)
+    sparsifier.data_groups["0"]["sparse_config"].pop("sparsity")
+    model(torch.randn(2, 3, 8, 8) * torch.tensor([1.0, 3.0, 0.1]).view(3, 1, 1))
+    with pytest.raises(LayerError, match="has no mask yet"):
+        sparsifier.masks()
+    sparsifier.step()
+    masks = sparsifier.masks()
+    assert masks["0"].tolist() == [False, True, True]
+    assert masks["4"].dtype == torch.bool
+    assert masks["4"].sum() == 144
+    user_model, user = small(features=[1, 2], feature_dim=1)
+    user_model(torch.randn(3, 6))
+    user.step()
+    assert user.masks()["0"].tolist() == [True, False, False, True, True, True]
+
+
+def test_a_calibration_through_the_same_hooks():
+    model = tiny_model("llama")
+    batches = tiny_batches(3)
+    expected = deadband.calibrate(model, batches, progress=False)
+    sparsifier = ActivationSparsifier(model, aggregate.statistics)
+    for name in expected.sites:
+        sparsifier.register_layer(model.get_submodule(name))
+    with pytest.raises(LayerError, match="no input has reached"):
+        sparsifier.calibration()
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    made = sparsifier.calibration()
+    assert made.sites.keys() == expected.sites.keys()
+    for name, site in expected.sites.items():
+        assert (made.sites[name].histogram == site.histogram).all()
+        assert made.sites[name].sample == site.sample
+    deadband.sparsify_(model, made.allocate(0.4))
+    with pytest.raises(LayerError, match=r"aggregate\.statistics"):
+        small()[1].calibration()
+
+
+def test_operator():
+    from deadband.ops.watch import issue_ticket
+
+    class Watcher:
+        def see(self, x):
+            self.x = x
+
+    watcher = Watcher()
+    ticket = issue_ticket(watcher)
+    torch.ops.deadband.watch(torch.ones(2), ticket)
+    assert torch.equal(watcher.x, torch.ones(2))
+    torch.library.opcheck(torch.ops.deadband.watch.default, (torch.ones(2), ticket))
+    del watcher
+    torch.ops.deadband.watch(torch.ones(2), ticket)
+    assert operator.index(ticket[1]) >= 2
