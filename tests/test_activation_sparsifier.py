@@ -200,6 +200,10 @@ def test_registering():
     assert sparsifier.state["0"] == {"mask": None}
     sparsifier.register_layer(model, level=3.0)  # the root model has the empty name
     assert sparsifier.data_groups[""]["sparse_config"] == {"level": 3.0}
+    model(torch.ones(2, 6))
+    model(torch.ones(2, 6))
+    assert torch.equal(sparsifier.data_groups[""]["data"], torch.full((2, 6), 2.0))
+    assert len(model._forward_pre_hooks) == 1
     with pytest.raises(AssertionError, match="layer not found in the model"):
         sparsifier.register_layer(nn.Linear(6, 8))
 

@@ -264,3 +264,33 @@ def test_without_deadband_the_checkpoint_loads_dense(tmp_path):
     kind, total = result.stdout.split()
     assert kind == "Linear"
     assert float(total) == pytest.approx(float(model.model.layers[0].mlp.up_proj.weight.sum()), rel=1e-4)
+
+
+def test_masks_round_trip(tmp_path):
+    model = tiny_model("llama")
+    sparsifier = deadband.ActivationSparsifier(
+        model, deadband.aggregate.mean_abs, deadband.reduce.mean, deadband.mask.magnitude, sparsity=0.5
+    )
+    names = [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
+    for name in names:
+        sparsifier.register_layer(model.get_submodule(name))
+    batch = tiny_batches(1)[0]
+    with torch.no_grad():
+        model(**batch)
+        sparsifier.step()
+        masks = sparsifier.masks()
+        sparsifier.squash_mask()
+        expected = model(**batch).logits
+    for name in names:
+        sparsifier.unregister_layer(name)
+    deadband.sparsify_(model, {"0.self_attn.o_proj": 0.1}, masks=masks)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.threshold.fill_(0)
+        torch.testing.assert_close(model(**batch).logits, expected)
+    model.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    for name in names:
+        assert torch.equal(loaded.get_submodule(name).mask, masks[name])
+    ids = torch.randint(3, VOCABULARY, (1, 7))
+    assert torch.equal(generate(model, ids), generate(loaded, ids))
+    assert torch.equal(generate(deadband.densify_(loaded), ids), generate(tiny_model("llama"), ids))

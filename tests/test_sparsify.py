@@ -1,5 +1,6 @@
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -426,3 +427,98 @@ def test_printing():
     model = sparsify_(mlp(), {"0": 0.25}, criterion="weighted_magnitude")
     assert "SparseLinear(in_features=16, out_features=40, bias=True, threshold=0.25, weighted_magnitude)" in repr(model)
     assert "SparseConv1D(nf=192, nx=64, threshold=" in repr(sparse_model("gpt2"))
+
+
+# -------------------------------------------------------------------------------------------------------- static masks
+
+
+def masked_reference(model, x, masks):
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, keep=keep: (torch.where(keep, args[0], 0),))
+        for name, keep in masks.items()
+    ]
+    try:
+        return model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_masks_of_a_sparsifier(dtype, rows):
+    model = mlp(dtype)
+    sparsifier = deadband.ActivationSparsifier(
+        model, deadband.aggregate.mean_abs, deadband.reduce.mean, deadband.mask.magnitude, sparsity=0.5
+    )
+    for name in ("2", "4"):
+        sparsifier.register_layer(model.get_submodule(name))
+    model(torch.randn(64, 16, dtype=dtype))
+    sparsifier.step()
+    masks = sparsifier.masks()
+    x = torch.randn(rows, 16, dtype=dtype)
+    x[0, 3] = 0
+    with torch.no_grad():
+        expected = masked_reference(model, x, masks)
+        dense = model(x)
+        deadband.sparsify_(model, masks=masks)
+        torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2) if dtype is torch.bfloat16 else (
+            torch.testing.assert_close(model(x), expected)
+        )
+        with deadband.dense(model):
+            torch.testing.assert_close(model(x), dense)
+    if rows <= 4:
+        assert min(deadband.sparsity(model).sites.values()) >= 0.5
+    assert "masked=20" in repr(model)
+    deadband.densify_(model)
+    assert not [name for name in model.state_dict() if "mask" in name]
+
+
+def test_masks_and_thresholds_together():
+    model = mlp()
+    keep = torch.arange(40) % 2 == 0
+    deadband.sparsify_(model, {"0": 0.5}, masks={"2": keep})
+    assert model[0].threshold.item() == 0.5
+    assert model[2].threshold.item() == 0
+    assert torch.equal(model[2].mask, keep)
+    assert model[0].mask is None
+    deadband.sparsify_(model, {"2": 0.25})
+    assert model[2].mask is None
+
+
+def test_what_a_mask_skips_may_be_infinite():
+    layer = deadband.sparsify_(nn.Sequential(nn.Linear(3, 2)), masks={"0": torch.tensor([True, False, True])})
+    x = torch.tensor([[1.0, math.nan, 2.0], [1.0, math.inf, 2.0]])
+    with torch.no_grad():
+        assert layer.eval()(x).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (
+            {"2": torch.ones(3, dtype=torch.bool)},
+            r"site '2': its mask is torch.bool \(3,\), expected torch.bool \(40,\)",
+        ),
+        ({"2": torch.ones(40)}, "its mask is torch.float32"),
+        ({"2": [True] * 40}, "its mask is list"),
+        ({"nowhere": torch.ones(40, dtype=torch.bool)}, "site 'nowhere' is not a linear layer"),
+        ({}, "masks is empty"),
+    ],
+)
+def test_bad_masks_leave_the_model(masks, message):
+    model = mlp()
+    with pytest.raises(ValueError, match=message):
+        deadband.sparsify_(model, masks=masks)
+    assert not any(isinstance(module, deadband.SparseLinear) for module in model.modules())
+
+
+def test_masks_train_and_compile():
+    model = deadband.sparsify_(mlp(), masks={"2": torch.arange(40) < 10})
+    x = torch.randn(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    model.train()
+    model(x).sum().backward()
+    assert (model[2].weight.grad[:, 10:] == 0).all()
+    assert (model[2].weight.grad[:, :10] != 0).any()

@@ -15,35 +15,46 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deadband import aggregate, mask, reduce
     from deadband.activation_sparsifier import ActivationSparsifier
     from deadband.allocation import Thresholds
     from deadband.calibration import Calibration, calibrate
+    from deadband.compaction import CompactionReport, load_compact_
     from deadband.evaluation import Evaluation, evaluate
+    from deadband.lightning_callback import SparsifierLightningCallback
     from deadband.linear import SparseLinear
     from deadband.sparsify import SparsityConfig, SparsityReport, dense, densify_, sparse_prefill, sparsify_, sparsity
+    from deadband.trainer_callback import SparsifierTrainerCallback
 
 __version__ = "0.1.0"
 
 _HOME = {
     "ActivationSparsifier": "activation_sparsifier",
     "Calibration": "calibration",
+    "CompactionReport": "compaction",
     "Evaluation": "evaluation",
     "SparseLinear": "linear",
     "SparsityConfig": "sparsify",
     "SparsityReport": "sparsify",
     "Thresholds": "allocation",
     "calibrate": "calibration",
+    "SparsifierLightningCallback": "lightning_callback",
+    "SparsifierTrainerCallback": "trainer_callback",
     "dense": "sparsify",
     "densify_": "sparsify",
     "evaluate": "evaluation",
+    "load_compact_": "compaction",
     "sparse_prefill": "sparsify",
     "sparsify_": "sparsify",
     "sparsity": "sparsify",
 }
-__all__ = sorted(_HOME)
+_MODULES = ("aggregate", "mask", "reduce")
+__all__ = sorted([*_HOME, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"deadband.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'deadband' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"deadband.{_HOME[name]}"), name)
@@ -52,7 +63,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *__all__])
 
 
 class _RegisterWithTransformers(importlib.abc.MetaPathFinder):

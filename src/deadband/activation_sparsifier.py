@@ -113,7 +113,7 @@ class ActivationSparsifier:
         self._lock = threading.RLock()
         self._watches: dict[str, WatchInput] = {}
         self._masks: dict[str, MaskInput] = {}
-        self._handles: dict[str, RemovableHandle] = {}
+        self._handles: dict[Any, RemovableHandle] = {}
         # hooks that aggregate go with the sparsifier; masks stay, they belong to the model
         weakref.finalize(self, _remove_all, self._handles).atexit = False
 
@@ -182,8 +182,8 @@ class ActivationSparsifier:
         config = self.data_groups[name]
         self._watches[name] = hook = WatchInput(self, name, config)
         config["hook"] = self._handles[name] = attach(config["layer"], hook)
-        if self._example is None and "" not in self._handles and isinstance(self.model, nn.Module):
-            self._handles[""] = self.model.register_forward_pre_hook(RememberCall(self), with_kwargs=True)
+        if self._example is None and RememberCall not in self._handles:
+            self._handles[RememberCall] = self.model.register_forward_pre_hook(RememberCall(self), with_kwargs=True)
 
     def unregister_layer(self, name: str | nn.Module) -> None:
         """Take hook and mask off a layer and forget it.
@@ -273,8 +273,12 @@ class ActivationSparsifier:
                 self.squash_mask()
 
     def _update_masks(self) -> None:
-        waiting = [name for name, config in self.data_groups.items() if config.get("hook_state") == "aggregate"]
-        if self.data_groups and not waiting:
+        waiting = [
+            name
+            for name, config in self.data_groups.items()
+            if config.get("hook_state") == "aggregate" and config["mask_fn"] is not None  # else it keeps statistics
+        ]
+        if self.data_groups and not self._watches:
             raise LayerError("step() after squash_mask(): no layer is watched any more; register layers again first")
         agree = self.synchronise and collectives.ranks() > 1
         everything = {name: self._aggregated(name, agree) for name in waiting}
@@ -381,10 +385,10 @@ class ActivationSparsifier:
                 made = {name: self._masks.get(name) or self._masking(name) for name in names}
             for name, config in self.data_groups.items():
                 shape = self._watches[name].shape if name in self._watches else None
-                kept = self._masks.pop(name) if attach_sparsify_hook and name in self._masks else None
+                in_force = attach_sparsify_hook and self._masks.pop(name, None) is not None
                 self._take_off(name)
                 if attach_sparsify_hook:
-                    self._mask(name, made[name], shape if kept is None else None, new=kept is None)
+                    self._mask(name, made[name], shape, new=not in_force)
                 config["hook_state"] = "sparsify"
 
     def _masking(self, name: str) -> MaskInput:
@@ -706,6 +710,6 @@ def _restore(remembered: Any) -> Any:
     return mask
 
 
-def _remove_all(handles: dict[str, RemovableHandle]) -> None:
+def _remove_all(handles: dict[Any, RemovableHandle]) -> None:
     for handle in handles.values():
         handle.remove()

@@ -63,14 +63,9 @@ def _sum(x: Tensor, others: list[int]) -> Tensor:
     return _wide(x.sum(others) if others else x)
 
 
-def _norm(x: Tensor, others: list[int], order: float) -> Tensor:
-    x = x if x.is_floating_point() or x.is_complex() else x.double()
-    if x.numel() == 0:
-        return _wide(x.abs().sum(others))
-    if not others:
-        return _wide(x.abs())
-    dtype = torch.float32 if x.is_floating_point() and x.dtype.itemsize < 4 else None
-    return _wide(torch.linalg.vector_norm(x, order, others, dtype=dtype))
+def _magnitudes(x: Tensor) -> Tensor:
+    # abs and a sum (or maximum) take a sixth of the time of torch.linalg.vector_norm on CPUs
+    return x.to(torch.uint8) if x.dtype is torch.bool else x.abs()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -110,7 +105,7 @@ class MeanAbs(Mean):
 
     def of_batch(self, x: Tensor, others: list[int]) -> Tensor:
         """Mean magnitudes of one input."""
-        return _norm(x, others, 1) / max(math.prod(x.shape[each] for each in others), 1)
+        return super().of_batch(_magnitudes(x), others)
 
 
 class MaxAbs(Aggregate):
@@ -118,7 +113,10 @@ class MaxAbs(Aggregate):
 
     def of_batch(self, x: Tensor, others: list[int]) -> Tensor:
         """Largest magnitudes of one input."""
-        return _norm(x, others, math.inf)
+        magnitudes = _magnitudes(x)
+        if not others or not x.numel():
+            return _wide(magnitudes.sum(others) if others else magnitudes)
+        return _wide(magnitudes.amax(others))
 
     def add(self, data: Tensor | None, rows: int, batch: Tensor, batch_rows: int) -> Tensor:
         """The larger of both."""

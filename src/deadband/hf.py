@@ -77,11 +77,13 @@ class DeadbandQuantizer(HfQuantizer):
             if not name:
                 raise ValueError(f"config.json names site {written!r}, which {type(model).__name__} does not have")
             module = model.get_submodule(name)
-            norm = None
+            norm = mask = None
             if config.criterion == "weighted_magnitude":
                 norm = torch.empty(matrix_of(module).shape[1], dtype=torch.float32, device="meta")
+            if written in config.masked:
+                mask = torch.empty(matrix_of(module).shape[1], dtype=torch.bool, device="meta")
             # -1 keeps everything: a threshold that the checkpoint lacks is told apart from one that is zero
-            make_sparse_(module, -1.0, norm, gradient=config.gradient)
+            make_sparse_(module, -1.0, norm, mask=mask, gradient=config.gradient)
         if config.output_layer is not None and config.output_layer in names:
             use_dense_product_(model.get_submodule(config.output_layer))
 
@@ -92,7 +94,7 @@ class DeadbandQuantizer(HfQuantizer):
                     f"site {name!r} is offloaded by device_map, and an offloaded layer cannot be sparse; "
                     "choose a device_map that keeps it on a device, or load the dense model"
                 )
-            for buffer in ("threshold", "column_norm"):
+            for buffer in ("threshold", "column_norm", "mask"):
                 value = getattr(module, buffer)
                 if value is not None and not getattr(value, "_is_hf_initialized", False):
                     raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deadband.criterion import keep_mask
+from deadband.hooks import apply_mask
 from deadband.ops import count_skipped_, dense_linear, sparse_linear
 from deadband.ops.kernels import advise_huge_pages
 
@@ -34,6 +35,7 @@ class SparseSite(nn.Module):
     bias: Any
     threshold: Tensor  # [] float32
     column_norm: Tensor | None  # [in_features] float32, for weighted_magnitude
+    mask: Tensor | None  # [in_features] bool, False where an input feature is always skipped
     counts: Tensor | None  # [2] int64: entries skipped, entries seen
     sparse_rows: int
     gradient: str
@@ -52,6 +54,8 @@ class SparseSite(nn.Module):
         if self.stored_in_out:
             weight = weight.t()
         threshold, norm = buffers["threshold"], buffers["column_norm"]
+        if buffers["mask"] is not None and self.sparse_rows:
+            x = apply_mask(x, buffers["mask"])  # true zeros, which the product skips
         needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         mixed = x.dtype is not weight.dtype  # autocast: torch's own linear knows what to do, or to say
         if self.training or mixed or (needs_gradient and not torch.compiler.is_exporting()):
@@ -65,7 +69,7 @@ class SparseSite(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """Everything that `make_sparse_` sets, for `restore`."""
-        names = ("threshold", "column_norm", "counts", "sparse_rows", "gradient")
+        names = ("threshold", "column_norm", "mask", "counts", "sparse_rows", "gradient")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, settings: dict[str, Any]) -> None:
@@ -90,13 +94,15 @@ class SparseSite(nn.Module):
         """What print(model) shows."""
         threshold = "meta" if self.threshold.is_meta else f"{self.threshold.item():.4g}"
         weighted = ", weighted_magnitude" if self.column_norm is not None else ""
-        return f"{super().extra_repr()}, threshold={threshold}{weighted}"
+        masked = "" if self.mask is None or self.mask.is_meta else f", masked={int((~self.mask).sum())}"
+        return f"{super().extra_repr()}, threshold={threshold}{weighted}{masked}"
 
 
 class SparseLinear(SparseSite, nn.Linear):
     """`nn.Linear` whose input entries inside the deadband are treated as zero; made by `deadband.sparsify_`.
 
-    The state dict has nn.Linear's names, plus `threshold` (and `column_norm` for weighted_magnitude).
+    The state dict has nn.Linear's names, plus `threshold` (`column_norm` for weighted_magnitude, `mask` for a static
+    mask).
 
     Example:
         >>> layer = make_sparse_(nn.Linear(3, 2, bias=False), threshold=0.5)
@@ -149,6 +155,7 @@ def make_sparse_(
     threshold: float,
     column_norm: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
     gradient: str = "exact",
     count: bool = True,
 ) -> SparseSite:
@@ -161,6 +168,7 @@ def make_sparse_(
     assert isinstance(module, SparseSite)
     module.register_buffer("threshold", limit)
     module.register_buffer("column_norm", column_norm)
+    module.register_buffer("mask", mask)
     module.register_buffer("counts", counts, persistent=False)
     module.sparse_rows = DECODE_ROWS
     module.gradient = gradient
@@ -170,7 +178,7 @@ def make_sparse_(
 
 def make_dense_(module: SparseSite) -> nn.Module:
     """Turn a sparse layer back into its dense class, in place, with the weight's usual strides and the same bits."""
-    for name in ("threshold", "column_norm", "counts"):
+    for name in ("threshold", "column_norm", "mask", "counts"):
         delattr(module, name)
     del module.sparse_rows, module.gradient
     change_class_(module, module.dense_class)

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from deadband.allocation import Thresholds, check_model, check_sparsity
 from deadband.criterion import check_criterion, scale_of
@@ -43,10 +44,12 @@ class SparsityConfig:
     method: str | None = None
     gradient: str = "exact"
     output_layer: str | None = None
+    masked: tuple[str, ...] = ()
     version: int = VERSION
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
+        object.__setattr__(self, "masked", tuple(self.masked))
         check_criterion(self.criterion)
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
@@ -60,13 +63,14 @@ class SparsityConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**dataclasses.asdict(self), "sites": list(self.sites)}
+        return {**dataclasses.asdict(self), "sites": list(self.sites), "masked": list(self.masked)}
 
 
 def sparsify_(
     model: nn.Module,
     thresholds: Mapping[str, float] | None = None,
     *,
+    masks: Mapping[str, Tensor] | None = None,
     exact: bool = False,
     criterion: str | None = None,
     include: Patterns | None = None,
@@ -85,6 +89,8 @@ def sparsify_(
         model: any module. Layers that are sparse already get the new thresholds, or become dense if they get none.
         thresholds: what `Calibration.allocate` returned, or a mapping from site names (or ends of names, where only
             one site ends so) to thresholds, which have to be finite and not negative.
+        masks: static masks by site name, bool [in_features], False where a feature is always skipped, by every token:
+            what `ActivationSparsifier.masks` returns. A site without a threshold gets a threshold of zero.
         exact: instead of thresholds, a threshold of zero at every site that `include` and `exclude` choose (as in
             `deadband.calibrate`): only true zeros are skipped, so nothing is lost. For ReLU-type models.
         criterion: `magnitude` (the default) or `weighted_magnitude`, when `thresholds` is a plain mapping.
@@ -97,7 +103,7 @@ def sparsify_(
         The model, for chaining.
 
     Raises:
-        ValueError: an unknown site, a bad threshold, or a calibration that does not fit the model.
+        ValueError: an unknown site, a bad threshold or mask, or a calibration that does not fit the model.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
@@ -108,8 +114,12 @@ def sparsify_(
           (2): SparseLinear(in_features=16, out_features=2, bias=True, threshold=0)
         )
     """
-    if exact == (thresholds is not None):
-        raise ValueError("pass either thresholds (from Calibration.allocate, or a mapping by site) or exact=True")
+    if exact == (thresholds is not None) and (exact or masks is None):
+        raise ValueError(
+            "pass either thresholds (from Calibration.allocate, or a mapping by site), or masks=, or exact=True"
+        )
+    if not exact and thresholds is None:
+        thresholds = {}
     if thresholds is None:
         thresholds = dict.fromkeys(find_sites(model, include, exclude), 0.0)
     elif include is not None or exclude is not None:
@@ -120,13 +130,16 @@ def sparsify_(
         if criterion not in (None, allocated.criterion):
             raise ValueError(f"the thresholds are for criterion {allocated.criterion!r}, got criterion={criterion!r}")
         criterion = allocated.criterion
+    kept = resolve_masks(model, masks) if masks is not None else {}
+    chosen = resolve(model, {**dict.fromkeys(kept, 0.0), **thresholds}) if kept else resolve(model, thresholds)
     config = SparsityConfig(
-        sites=tuple(chosen := resolve(model, thresholds)),
+        sites=tuple(chosen),
         criterion=criterion or "magnitude",
         sparsity=allocated.sparsity if allocated is not None else None,
         method=allocated.method if allocated is not None else None,
         gradient=gradient,
         output_layer=find_output_layer(model, chosen) if output_layer else None,
+        masked=tuple(kept),
     )
     modules = {name: model.get_submodule(name) for name in chosen}
     for name, module in modules.items():
@@ -138,7 +151,7 @@ def sparsify_(
     settings = {module: module.settings() for module in touched if isinstance(module, SparseSite)}
     try:
         for name, module in modules.items():
-            make_sparse_(module, chosen[name], norms[name], gradient=gradient, count=count)
+            make_sparse_(module, chosen[name], norms[name], mask=kept.get(name), gradient=gradient, count=count)
         for each in left.values():
             make_dense_(each)
         _remember(model, config)
@@ -286,22 +299,43 @@ def resolve(model: nn.Module, thresholds: Mapping[str, float]) -> dict[str, floa
     every = sites_of(model, every_name=True)
     chosen = {}
     for given, threshold in thresholds.items():
-        names = [given] if given in every else [name for name in every if name.endswith("." + given)]
-        if len(names) != 1:
-            module = dict(model.named_modules()).get(given)
-            what = (
-                f"ends several names: {names[:3]}" if names
-                else f"is {type(module).__name__}, expected nn.Linear or Conv1D" if module is not None
-                else f"is not a linear layer of the model, which has for example {list(every)[:3]}"
-            )  # fmt: skip
-            raise ValueError(f"site {given!r} {what}")
+        name = _full_name(model, every, given)
         value = float(threshold)
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"site {given!r}: threshold {value} has to be finite and not negative")
-        chosen[names[0]] = value
+        chosen[name] = value
     if not chosen:
         raise ValueError("thresholds is empty; expected at least one site")
     return {name: chosen[name] for name in every if name in chosen}
+
+
+def resolve_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`masks` by full site names, on the devices of the sites; a ValueError names the first bad entry."""
+    every = sites_of(model, every_name=True)
+    chosen = {}
+    for given, mask in masks.items():
+        name = _full_name(model, every, given)
+        matrix = matrix_of(every[name])
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.shape != matrix.shape[1:]:
+            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"site {given!r}: its mask is {got}, expected torch.bool ({matrix.shape[1]},)")
+        chosen[name] = mask.detach().clone().to(matrix.device)
+    if not chosen:
+        raise ValueError("masks is empty; expected at least one site")
+    return chosen
+
+
+def _full_name(model: nn.Module, every: Mapping[str, nn.Module], given: str) -> str:
+    names = [given] if given in every else [name for name in every if name.endswith("." + given)]
+    if len(names) != 1:
+        module = dict(model.named_modules()).get(given)
+        what = (
+            f"ends several names: {names[:3]}" if names
+            else f"is {type(module).__name__}, expected nn.Linear or Conv1D" if module is not None
+            else f"is not a linear layer of the model, which has for example {list(every)[:3]}"
+        )  # fmt: skip
+        raise ValueError(f"site {given!r} {what}")
+    return names[0]
 
 
 def _require_sparse(model: nn.Module) -> dict[str, SparseSite]:

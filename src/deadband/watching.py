@@ -135,7 +135,7 @@ class RememberCall:
         if owner._example is None:
             with torch.inference_mode(False), torch.no_grad():
                 owner._example = _few_rows(args, kwargs)
-        if (handle := owner._handles.pop("", None)) is not None:
+        if (handle := owner._handles.pop(RememberCall, None)) is not None:
             handle.remove()
 
 
