@@ -587,6 +587,16 @@ def test_masks_are_buffers(tmp_path):
     assert meta(x.to("meta")).shape == (4, 5)
 
 
+@pytest.mark.parametrize("options", [{}, {"features": [0, 3], "feature_dim": 1}, {"aggregate_fn": aggregate.mean}])
+def test_what_was_aggregated_follows_the_model(options):
+    model, sparsifier = small(**options)
+    model(torch.randn(4, 6))
+    model.to("meta")
+    model(torch.randn(4, 6, device="meta"))
+    data = sparsifier.data_groups["0"]["data"]
+    assert (data[0] if isinstance(data, list) else data).device.type == "meta"
+
+
 def test_scaling_masks_are_kept_as_they_are():
     model, sparsifier = only(nn.Identity(), mask_fn=lambda d, level: torch.tensor([0.5, 0.0, 2.0]))
     model(torch.ones(2, 3))

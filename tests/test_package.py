@@ -40,17 +40,26 @@ def test_unknown_names_are_attribute_errors():
 @pytest.mark.parametrize(
     "module",
     [
+        "activation_sparsifier",
+        "aggregate",
         "allocation",
         "bench",
         "calibration",
+        "compaction",
         "criterion",
         "evaluation",
         "files",
+        "hooks",
+        "lightning_callback",
         "linear",
+        "mask",
         "observation",
+        "reduce",
+        "schedule",
         "sites",
         "sparsify",
         "text",
+        "trainer_callback",
     ],
 )
 def test_examples_in_docstrings_run(module, tmp_path, monkeypatch):

@@ -82,7 +82,7 @@ class Accumulator:
 
     def _share(self, result: Tensor) -> list[Tensor]:
         block = self.block
-        if block is not None and block.shape == result.shape and block.dtype == result.dtype:
+        if block is not None and (block.shape, block.dtype, block.device) == (result.shape, result.dtype, result.device):
             block.copy_(result)  # the views stay: a thousand new ones take longer than all the rest
         else:
             assert self.feature_dim is not None

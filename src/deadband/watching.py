@@ -97,15 +97,16 @@ class WatchInput:
 
     def _add(self, owner: ActivationSparsifier, config: dict[str, Any], x: Tensor) -> None:
         x = x.detach()
+        before = _on(x.device, config.get("data"))  # the model may have moved since
         if self.ready_made is not None:
             with torch.no_grad():
                 rows = config.get("rows", 0)
-                new = self.ready_made(config.get("data"), rows, x, self.dim)
+                new = self.ready_made(before, rows, x, self.dim)
                 config["rows"] = rows + x.numel() // max(x.shape[self.dim], 1)
                 ones: Any = torch.ones((), dtype=torch.bool, device=x.device).expand(x.shape[self.dim])
         else:
             assert self.accumulator is not None
-            new = self.accumulator.add(config.get("data"), x)
+            new = self.accumulator.add(before, x)
             ones = None
         if "data" not in config and self.masking is None:
             # all ones until the next step; expanded, they take no memory
@@ -116,6 +117,12 @@ class WatchInput:
             self.stepped = False
         config["data"] = new
         self.shape = x.shape if not x.is_nested else None
+
+
+def _on(device: torch.device, data: Any) -> Any:
+    if isinstance(data, list):
+        return data if all(each.device == device for each in data[:1]) else [each.to(device) for each in data]
+    return data.to(device) if isinstance(data, Tensor) else data
 
 
 class RememberCall:
