@@ -1530,3 +1530,111 @@ def test_operator():
     del watcher
     torch.ops.deadband.watch(torch.ones(2), ticket)
     assert operator.index(ticket[1]) >= 2
+
+
+def compactable(masks_fn=mask.magnitude):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 4),
+    )  # fmt: skip
+    sparsifier = ready(model, mask_fn=masks_fn)
+    for index in (3, 7, 9):
+        sparsifier.register_layer(model[index])
+    return model.train(), sparsifier
+
+
+@pytest.mark.parametrize("given", ["remembered", "tensor", "tuple", "mapping"])
+def test_compacting_gives_the_masked_models_outputs(given):
+    model, sparsifier = compactable()
+    model(torch.randn(5, 3, 8, 8))
+    sparsifier.step()
+    with pytest.raises(LayerError, match=r"no mask is in force; call squash_mask"):
+        sparsifier.compact_()
+    sparsifier.squash_mask()
+    model.eval()
+    x = torch.randn(7, 3, 12, 9)
+    expected = model(x)
+    example = {"remembered": None, "tensor": x, "tuple": (x,), "mapping": {"input": x}}[given]
+    report = sparsifier.compact_(example)
+    torch.testing.assert_close(model(x), expected)
+    assert report.removed == {"3": 4, "7": 3, "9": 10}
+    assert (model[0].out_channels, model[3].out_channels, model[7].out_features) == (4, 3, 10)
+    assert report.parameters[1] < report.parameters[0] / 2
+    assert "parameters" in str(report)
+    assert not sparsifier.data_groups
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not [name for name in model.state_dict() if "mask" in name]
+    torch.export.export(model, (x,))
+    fresh = compactable()[0].eval()
+    deadband.load_compact_(fresh, model.state_dict())
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_what_cannot_be_compacted_stays_masked():
+    model = nn.Sequential(nn.Linear(4, 6), nn.LSTM(6, 5))
+    sparsifier = ready(model)
+    sparsifier.register_layer(model[1])
+    sparsifier.register_layer(
+        model[0], aggregate_fn=add, reduce_fn=lambda data: data, mask_fn=lambda data, sparsity: data > data.mean()
+    )
+    x = torch.randn(3, 4)
+    model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    expected = model(x)[0]
+    report = sparsifier.compact_(x)
+    assert set(report.left) == {"0", "1"}
+    assert "differs between positions" in report.left["0"]
+    assert torch.equal(model(x)[0], expected)
+    assert list(sparsifier.data_groups) == ["1", "0"]
+    assert sparsifier.get_mask("1").sum() == 3
+
+
+def test_a_compaction_that_fails_leaves_the_masked_model(monkeypatch):
+    model, sparsifier = compactable()
+    model(torch.randn(5, 3, 8, 8))
+    sparsifier.step()
+    sparsifier.squash_mask()
+    model.eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        sparsifier.compact_({"nothing": x})
+    monkeypatch.setattr("deadband.compaction._seconds", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        sparsifier.compact_()
+    assert torch.equal(model(x), expected)
+    assert model[3].activation_mask.sum() == 4
+    sparsifier.get_mask("3").fill_(True)
+    assert not torch.equal(model(x), expected)
+
+
+def test_compacting_without_an_example():
+    model, sparsifier = compactable()
+    model[3](torch.randn(2, 8, 5, 5))
+    sparsifier.unregister_layer("7")
+    sparsifier.unregister_layer("9")
+    sparsifier.step()
+    sparsifier.squash_mask()
+    with pytest.raises(ValueError, match="pass example="):
+        sparsifier.compact_()
+
+
+def test_compacting_a_llama_mlp():
+    model = tiny_model("llama")
+    sparsifier = ready(model)
+    for layer in model.model.layers:
+        sparsifier.register_layer(layer.mlp.down_proj)
+        sparsifier.register_layer(layer.self_attn.q_proj)
+    batch = tiny_batches(1)[0]
+    with torch.no_grad():
+        model(**batch)
+        sparsifier.step()
+        sparsifier.squash_mask()
+        expected = model(**batch).logits
+        report = sparsifier.compact_()
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+    assert model.model.layers[0].mlp.gate_proj.out_features == 56
+    assert report.gathered == {f"model.layers.{index}.self_attn.q_proj": 32 for index in range(2)}
+    model.generate(batch["input_ids"][:1], max_new_tokens=3)

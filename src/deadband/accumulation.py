@@ -76,13 +76,13 @@ class Accumulator:
         if data is self.parts and self.block is not None:
             return self.block
         assert self.feature_dim is not None
-        alike = len({(part.dtype, part.device, part.shape) for part in data}) == 1
+        alike = len(set(map(_kind, data))) == 1
         alike = alike and data[0].dim() > 0 and data[0].shape[self.feature_dim] == 1
         return torch.cat(data, self.feature_dim) if alike else None
 
     def _share(self, result: Tensor) -> list[Tensor]:
         block = self.block
-        if block is not None and (block.shape, block.dtype, block.device) == (result.shape, result.dtype, result.device):
+        if block is not None and _kind(block) == _kind(result):
             block.copy_(result)  # the views stay: a thousand new ones take longer than all the rest
         else:
             assert self.feature_dim is not None
@@ -250,6 +250,10 @@ class Selection:
         if isinstance(where, slice):
             return x[(slice(None),) * (self.dim % x.dim()) + (where,)]
         return x.index_select(self.dim, where)
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _aliases(a: Tensor, b: Tensor) -> bool:

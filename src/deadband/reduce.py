@@ -1,8 +1,8 @@
 """Ready-made reduce functions for ActivationSparsifier: what was aggregated becomes one number for each feature.
 
 What `deadband.aggregate` keeps is one number for each feature already: a vector passes through `mean` and `quantile` as
-it is. Data with more dimensions (from an aggregate function of your own) are reduced over all dimensions but `dim`, which
-stay with size 1, so that a mask made from the result broadcasts to the input. For another `dim`,
+it is. Data with more dimensions (from an aggregate function of your own) are reduced over all dimensions but `dim`,
+which stay with size 1, so that a mask made from the result broadcasts to the input. For another `dim`,
 `functools.partial(reduce.mean, dim=1)`.
 """
 
