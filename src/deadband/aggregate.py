@@ -58,9 +58,14 @@ def rows_of(x: Tensor, dim: int) -> int:
 
 def _sum(x: Tensor, others: list[int]) -> Tensor:
     # float32 inside a batch (torch adds in pairs), float64 across batches: summing float64 takes ten times as long
-    if x.is_floating_point() and x.dtype.itemsize < 4:
-        return _wide(x.sum(others, dtype=torch.float32) if others else x)
-    return _wide(x.sum(others) if others else x)
+    dtype = torch.float32 if x.is_floating_point() and x.dtype.itemsize < 4 else None
+    return _wide(x.sum(others, dtype=dtype) if others else x)
+
+
+def _mean(x: Tensor, others: list[int]) -> Tensor:
+    if not others or not (x.is_floating_point() and x.numel()):
+        return _sum(x, others) / max(math.prod(x.shape[each] for each in others), 1)
+    return _wide(x.mean(others, dtype=torch.float32 if x.dtype.itemsize < 4 else None))
 
 
 def _magnitudes(x: Tensor) -> Tensor:
@@ -91,13 +96,13 @@ class Mean(Aggregate):
 
     def of_batch(self, x: Tensor, others: list[int]) -> Tensor:
         """Means of one input."""
-        return _sum(x, others) / max(math.prod(x.shape[each] for each in others), 1)
+        return _mean(x, others)
 
     def add(self, data: Tensor | None, rows: int, batch: Tensor, batch_rows: int) -> Tensor:
         """Weigh both by their rows."""
         if data is None or not rows:
             return batch
-        return data + (batch - data) * (batch_rows / max(rows + batch_rows, 1))
+        return torch.lerp(data, batch, batch_rows / max(rows + batch_rows, 1))
 
 
 class MeanAbs(Mean):

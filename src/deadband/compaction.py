@@ -9,7 +9,7 @@ import difflib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class _Gathered(nn.Module):
         if not self.kept.numel():
             return torch.zeros_like(x.narrow(self.feature_dim, 0, 1))
         if self.feature_dim == -1 and x.dim() > 2:  # on CPUs ten times as fast as with more dimensions
-            return x.flatten(0, -2).index_select(1, self.kept).view(*x.shape[:-1], -1)
+            return x.flatten(0, -2).index_select(1, self.kept).view(*x.shape[:-1], self.kept.shape[0])
         return x.index_select(self.feature_dim, self.kept)
 
 
@@ -77,6 +77,8 @@ def __getattr__(name: str) -> Any:
     """GatheredConv1D, for transformers' Conv1D: made when it is needed, as importing transformers takes a second."""
     if name != "GatheredConv1D":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in globals():
+        return globals()[name]
     from transformers.pytorch_utils import Conv1D
 
     body = {"__module__": __name__, "__doc__": "`Conv1D` on a part of its input's features.", "feature_dim": -1}
@@ -96,32 +98,26 @@ class Layout:
     """Where a class of layers keeps its features: the attributes that count them, the dimensions of the weight."""
 
     outputs: str
-    out_dim: int
-    inputs: str | None = None  # None: what comes out has the features that went in
+    out_dim: int = 0
+    inputs: str | None = None
     in_dim: int = 1
     gathered: type[nn.Module] | None = None
-
-    def out_width(self, module: nn.Module) -> int:
-        """The number of output features."""
-        return getattr(module, self.outputs)
-
-    def in_width(self, module: nn.Module) -> int:
-        """The number of input features that the weight has columns for."""
-        return getattr(module, self.inputs or self.outputs)
+    per_feature: bool = False  # each output feature is made from the same input feature alone
 
 
-_PER_CHANNEL = Layout("num_features", 0)
+_PER_CHANNEL = Layout("num_features", per_feature=True)
 _LAYOUTS: dict[type[nn.Module], Layout] = {
-    nn.Linear: Layout("out_features", 0, "in_features", gathered=GatheredLinear),
-    nn.Conv1d: Layout("out_channels", 0, "in_channels", gathered=GatheredConv1d),
-    nn.Conv2d: Layout("out_channels", 0, "in_channels", gathered=GatheredConv2d),
-    nn.Conv3d: Layout("out_channels", 0, "in_channels", gathered=GatheredConv3d),
-    nn.Embedding: Layout("embedding_dim", 1, "num_embeddings", 0),
+    nn.Linear: Layout("out_features", inputs="in_features", gathered=GatheredLinear),
+    nn.Conv1d: Layout("out_channels", inputs="in_channels", gathered=GatheredConv1d),
+    nn.Conv2d: Layout("out_channels", inputs="in_channels", gathered=GatheredConv2d),
+    nn.Conv3d: Layout("out_channels", inputs="in_channels", gathered=GatheredConv3d),
+    nn.Embedding: Layout("embedding_dim", out_dim=1),
     nn.BatchNorm1d: _PER_CHANNEL,
     nn.BatchNorm2d: _PER_CHANNEL,
     nn.BatchNorm3d: _PER_CHANNEL,
-    nn.PReLU: Layout("num_parameters", 0),
+    nn.PReLU: Layout("num_parameters", per_feature=True),
 }
+_BY_OUTPUT = ("bias", "running_mean", "running_var")  # beside the weight
 
 
 def conv1d_class() -> type[nn.Module] | None:
@@ -131,22 +127,16 @@ def conv1d_class() -> type[nn.Module] | None:
 
 def layout_of(module: nn.Module) -> Layout | None:
     """How `module` can be resized; None: not at all. Subclasses cannot: they may compute something else."""
-    kind = type(module)
-    if issubclass(kind, _Gathered):
-        kind = kind.__mro__[2]
+    kind = type(module).__bases__[1] if isinstance(module, _Gathered) else type(module)
     if kind is conv1d_class():
-        return Layout("nf", 1, "nx", 0, gathered=getattr(sys.modules[__name__], "GatheredConv1D"))  # noqa: B009
+        return Layout("nf", out_dim=1, inputs="nx", in_dim=0, gathered=__getattr__("GatheredConv1D"))
     layout = _LAYOUTS.get(kind)
-    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-        return None  # one slope for all
-    if layout is not None and getattr(module, "groups", 1) > 1:
-        return dataclasses.replace(layout, inputs=None) if is_depthwise(module) else None
-    return layout
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether a convolution has one filter for each channel."""
-    return getattr(module, "groups", None) == getattr(module, "in_channels", 0) == getattr(module, "out_channels", 0)
+    if layout is None or (isinstance(module, nn.PReLU) and module.num_parameters == 1):  # one slope for all
+        return None
+    if getattr(module, "groups", 1) == 1:
+        return layout
+    depthwise = module.groups == module.in_channels == module.out_channels
+    return dataclasses.replace(layout, inputs=None, gathered=None, per_feature=True) if depthwise else None
 
 
 def shared_parameters(model: nn.Module) -> set[nn.Module]:
@@ -170,34 +160,30 @@ class Resize:
 
 def resize_(module: nn.Module, to: Resize) -> None:
     """Cut one layer down in place; a layer that keeps no input gets one feature, with a weight of zero."""
-    layout = layout_of(module)
+    layout, layer = layout_of(module), cast(Any, module)
     assert layout is not None
     if to.outputs is not None:
-        for values in (module._parameters, module._buffers):
-            for name, value in values.items():
-                if value is not None and value.dim():
-                    values[name] = _select(value, layout.out_dim if name == "weight" else 0, to.outputs)
-        setattr(module, layout.outputs, len(to.outputs))
-        if is_conv_of_channels(module, layout):
-            module.in_channels = module.groups = len(to.outputs)  # type: ignore[assignment]
+        values: Any
+        for values in (layer._parameters, layer._buffers):
+            for name in values.keys() & {"weight", *_BY_OUTPUT}:
+                if values[name] is not None:
+                    values[name] = _select(values[name], layout.out_dim if name == "weight" else 0, to.outputs)
+        setattr(layer, layout.outputs, len(to.outputs))
+        if layout.per_feature and hasattr(layer, "groups"):  # depthwise
+            layer.in_channels = layer.groups = len(to.outputs)
     if to.inputs is not None:
         assert layout.inputs is not None
         nothing = not len(to.inputs)
         index = torch.zeros(1, dtype=torch.int64) if nothing else to.inputs
-        module.weight = _select(module.weight, layout.in_dim, index)
+        layer.weight = _select(layer.weight, layout.in_dim, index)
         if nothing:
-            module.weight.data.zero_()
-        setattr(module, layout.inputs, len(index))
+            layer.weight.data.zero_()
+        setattr(layer, layout.inputs, len(index))
     if to.kept is not None:
-        if not isinstance(module, _Gathered):
+        if not isinstance(layer, _Gathered):
             assert layout.gathered is not None
-            change_class_(module, layout.gathered)
-        module.register_buffer("kept", to.kept.to(module.weight.device))
-
-
-def is_conv_of_channels(module: nn.Module, layout: Layout) -> bool:
-    """Whether the number of channels is also the number of groups."""
-    return layout.inputs is None and hasattr(module, "groups")
+            change_class_(layer, layout.gathered)
+        layer.register_buffer("kept", to.kept.to(layer.weight.device))
 
 
 def _select(value: Any, dim: int, index: Tensor) -> Any:
@@ -217,18 +203,251 @@ def apply_(model: nn.Module, plan: Mapping[str, Resize]) -> None:
 @contextlib.contextmanager
 def _restoring(modules: Iterable[nn.Module]) -> Iterator[None]:
     """On any exception in the block, Ctrl-C included, the modules have their class, attributes and tensors again."""
-    before = [
-        (module, type(module), dict(vars(module)), dict(module._parameters), dict(module._buffers))
-        for module in dict.fromkeys(modules)
-    ]
+    before = []
+    for module in dict.fromkeys(modules):
+        contents: list[Any] = [vars(module), module._parameters, module._buffers]
+        before.append((module, type(module), [(values, dict(values)) for values in contents]))
     try:
         yield
     except BaseException:
-        for module, kind, attributes, parameters, buffers in before:
+        for module, kind, saved in before:
             module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(attributes)
-            for values, saved in ((module._parameters, parameters), (module._buffers, buffers)):
+            for values, copied in saved:
                 values.clear()
-                values.update(saved)
+                values.update(copied)
         raise
+
+
+# ------------------------------------------------------------------------------------------------------------- the verb
+
+
+@dataclasses.dataclass(frozen=True)
+class CompactionReport:
+    """What compaction did: figures before and after, and what happened to each masked layer.
+
+    Attributes:
+        parameters: their number.
+        flops: of one call on the example, as torch counts them.
+        seconds: median latency of one call on the example; before is the dense model, without masks.
+        removed: masked input features that are gone, along with what made them, by layer.
+        gathered: masked input features that are still made, but not read, by layer.
+        left: why a layer is as it was, by layer.
+        note: why producers stay whole that might have shrunk; empty if none do.
+    """
+
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+    seconds: tuple[float, float]
+    removed: dict[str, int]
+    gathered: dict[str, int]
+    left: dict[str, str]
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def __str__(self) -> str:
+        before, after = (values[0] * 1e3 for values in (self.seconds, self.seconds[::-1]))
+        rows = (("parameters", *self.parameters), ("FLOPs", *self.flops), ("milliseconds", before, after))
+        lines = [f"{'':12}  {'before':>18}  {'after':>18}   ratio"]
+        for name, old, new in rows:
+            shown = (f"{value:18,.3f}" if isinstance(value, float) else f"{value:18,}" for value in (old, new))
+            lines.append("  ".join([f"{name:12}", *shown, f"{old / new:5.2f}x" if new else ""]).rstrip())
+        for what, counts in (("removed", self.removed), ("gathered", self.gathered)):
+            lines += [f"{what:12}  {count:18,}  {name}" for name, count in counts.items()]
+        lines += [f"{'left':12}  {name}: {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines + [f"{'note':12}  {self.note}"] * bool(self.note))
+
+
+def compact_(
+    model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, producers: bool = True
+) -> CompactionReport:
+    """Remove the input features that `masks` drops, in place, so that the model gives what the masked one gives.
+
+    The columns of a masked layer's weight go. Where nothing else reads a feature, what makes it goes, too: rows of a
+    linear layer or convolution, columns of an embedding, with the batch normalization in between. Elsewhere, as on a
+    residual stream, the layer gathers the features that it keeps (`GatheredLinear`, ...). What can go is found through
+    Torch-Pruning and counts only if copies of the model, in float64, give the same output without it, on the example
+    and on random variations of it and of the parameters.
+
+    Outputs are those of the model in eval mode with `torch.where(mask, x, 0)` in front of each masked layer. Modules
+    keep their identity, hooks, device and dtype; parameters that shrink are new objects without a gradient, so make
+    the optimizer afterwards. On any exception the model is as before.
+
+    Args:
+        model: any module, without hooks of its own that mask.
+        masks: by layer, a bool tensor [in_features] or [in_channels], True = keep. The layers are nn.Linear,
+            nn.Conv1d to nn.Conv3d in one group, and transformers' Conv1D; others are left, and the report says why.
+        example: arguments of one call of the model, `(positional, keyword)`. The layers it does not call are left.
+        producers: with False, layers that make features stay whole, and Torch-Pruning is not needed.
+
+    Returns:
+        A `CompactionReport`.
+
+    Raises:
+        ValueError: a layer that the model does not have, or a mask of the wrong length.
+        TypeError: a mask that is not a bool tensor, or an example that is not such a pair.
+        ImportError: Torch-Pruning is missing: `pip install "deadband[compact]"`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
+        >>> report = compact_(model, {"2": torch.arange(16) < 4}, ((torch.ones(1, 8),), {}))
+        >>> model
+        Sequential(
+          (0): Linear(in_features=8, out_features=4, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=4, out_features=2, bias=True)
+        )
+        >>> report.parameters, report.removed
+        ((178, 46), {'2': 12})
+    """
+    from deadband.compaction_plan import find_plan, require_torch_pruning
+
+    if producers:
+        require_torch_pruning()
+    masks = _checked(model, masks)
+    if not (isinstance(example, tuple) and list(map(type, example)) == [tuple, dict]):
+        raise TypeError(f"example is {type(example).__name__}; expected (positional tuple, keyword dict) of one call")
+    dense = copy.deepcopy(model)
+    flops, parameters = _flops(dense, example), _count(dense)
+    plan = find_plan(dense, masks, example, producers)
+    with _restoring(model.get_submodule(name) for name in plan.resizes):
+        apply_(model, plan.resizes)
+        return CompactionReport(
+            parameters=(parameters, _count(model)),
+            flops=(flops, _flops(model, example)),
+            seconds=_seconds(dense, model, example),
+            removed=plan.removed,
+            gathered=plan.gathered,
+            left=plan.left,
+            note=plan.note,
+        )
+
+
+def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks on the CPU; an error names the first bad one."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    seen: dict[nn.Module, str] = {}
+    for name, mask in masks.items():
+        if name not in modules:
+            near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3) or list(modules)[1:4]
+            raise ValueError(f"masks has {name!r}, which is not a layer of the model; there are for example {near}")
+        if modules[name] in seen:
+            raise ValueError(f"{seen[modules[name]]!r} and {name!r} are one layer of the model; pass one mask for it")
+        seen[modules[name]] = name
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"the mask of {name!r} is {got}; expected a bool tensor, True = keep: pass mask != 0")
+        layout = layout_of(modules[name])
+        width = getattr(modules[name], layout.inputs) if layout is not None and layout.inputs else mask.numel()
+        if mask.shape != (width,) and not isinstance(modules[name], _Gathered):
+            raise ValueError(f"the mask of {name!r} has shape {list(mask.shape)}; expected [{width}], one per input")
+    return {name: mask.detach().cpu() for name, mask in masks.items()}
+
+
+def _call(model: nn.Module, example: Example) -> Any:
+    return model(*example[0], **example[1])
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _flops(model: nn.Module, example: Example) -> int:
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        _call(model, copy.deepcopy(example))
+    return counter.get_total_flops()
+
+
+def _seconds(dense: nn.Module, compacted: nn.Module, example: Example) -> tuple[float, float]:
+    ours, theirs = copy.deepcopy(example), copy.deepcopy(example)  # a cache among the arguments grows with each call
+    with evaluating(dense), evaluating(compacted):
+        calls = {"dense": lambda: _call(dense, theirs), "compacted": lambda: _call(compacted, ours)}
+        times = interleave(calls, rounds=ROUNDS, progress=False)
+    return median(times["dense"]), median(times["compacted"])
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_compact_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """Give a dense model the shapes of a compacted one and load its parameters, in place and all or nothing.
+
+    This is also the way for transformers models, whose `from_pretrained` knows no other shapes than the config's:
+    make the dense model from its config, then load the state dict.
+
+    Args:
+        model: a fresh model of the architecture that was compacted.
+        state_dict: of the compacted model. Of parameters that the model ties, one name is enough, as in safetensors.
+
+    Returns:
+        The model, for chaining.
+
+    Raises:
+        ValueError: an entry is missing, unknown or of a shape that compaction does not lead to; the model is as before.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
+        >>> _ = compact_(model, {"2": torch.arange(16) < 4}, ((torch.ones(1, 8),), {}))
+        >>> fresh = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> load_compact_(fresh, model.state_dict())[0]
+        Linear(in_features=8, out_features=4, bias=True)
+    """
+    held: dict[int, list[str]] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        held.setdefault(id(value), []).append(key)
+    found = dict(state_dict)
+    for keys in held.values():
+        given = next((key for key in keys if key in found), None)
+        found |= {key: found[given] for key in keys if given is not None and key not in found}
+    shapes = {name: _shape_of(module, f"{name}." if name else "", found) for name, module in model.named_modules()}
+    plan = {name: to for name, to in shapes.items() if to is not None}
+    values = [value.detach() for value in (*model.parameters(), *model.buffers())]
+    before = [value.clone() for value in values]
+    with _restoring(model.get_submodule(name) for name in plan):
+        try:
+            apply_(model, plan)
+            _check_shapes(model, found)
+            model.load_state_dict(found)
+        except BaseException:
+            for value, saved in zip(values, before, strict=True):
+                value.copy_(saved)
+            raise
+    return model
+
+
+def _shape_of(module: nn.Module, prefix: str, found: Mapping[str, Any]) -> Resize | None:
+    """What `module` is cut down to, from its entries of a state dict; None: to nothing less than it is."""
+    layout = layout_of(module)
+    weight = found.get(f"{prefix}weight", found.get(f"{prefix}running_mean"))
+    if layout is None or not isinstance(weight, Tensor):
+        return None
+
+    def narrowed(attribute: str | None, dim: int) -> Tensor | None:
+        size = weight.shape[dim] if weight.dim() > dim else sys.maxsize
+        return torch.arange(size) if attribute is not None and size < getattr(module, attribute) else None
+
+    kept = found.get(f"{prefix}kept") if layout.gathered is not None else None
+    to = Resize(narrowed(layout.outputs, layout.out_dim), narrowed(layout.inputs, layout.in_dim), kept)
+    if kept is not None:
+        width = sys.maxsize if isinstance(module, _Gathered) else getattr(module, layout.inputs or "")
+        if kept.dtype != torch.int64 or kept.dim() != 1 or not all(0 <= index < width for index in kept.tolist()):
+            raise ValueError(f"{prefix}kept is {kept}; expected int64 indices below {width}")
+        if weight.dim() <= layout.in_dim or weight.shape[layout.in_dim] != max(len(kept), 1):
+            raise ValueError(f"{prefix}weight has shape {list(weight.shape)}, but {prefix}kept has {len(kept)} entries")
+    return None if to == Resize() else to
+
+
+def _check_shapes(model: nn.Module, found: Mapping[str, Any]) -> None:
+    own = model.state_dict()
+    for what, keys in (("lacks", own.keys() - found.keys()), ("has an unknown", found.keys() - own.keys())):
+        if keys:
+            raise ValueError(f"the state dict {what} {min(keys)!r}; build the model as it was before compact_")
+    for key, value in own.items():
+        if isinstance(value, Tensor) and value.shape != found[key].shape:
+            raise ValueError(
+                f"{key!r} has shape {list(found[key].shape)}; expected {list(value.shape)} or, where compact_ removes "
+                "features, less of them: build the model as it was before compact_"
+            )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deadband.accumulation import Accumulator, as_features
-from deadband.aggregate import Aggregate
+from deadband.aggregate import Aggregate, rows_of
 from deadband.hooks import MaskInput, take_input
 from deadband.ops.watch import issue_ticket, watch
 
@@ -99,24 +99,29 @@ class WatchInput:
         x = x.detach()
         before = _on(x.device, config.get("data"))  # the model may have moved since
         if self.ready_made is not None:
+            rows = config.get("rows", 0)
             with torch.no_grad():
-                rows = config.get("rows", 0)
                 new = self.ready_made(before, rows, x, self.dim)
-                config["rows"] = rows + x.numel() // max(x.shape[self.dim], 1)
-                ones: Any = torch.ones((), dtype=torch.bool, device=x.device).expand(x.shape[self.dim])
+            config["rows"] = rows + rows_of(x, self.dim)
         else:
             assert self.accumulator is not None
             new = self.accumulator.add(before, x)
-            ones = None
         if "data" not in config and self.masking is None:
-            # all ones until the next step; expanded, they take no memory
-            if ones is None and self.accumulator is not None and self.accumulator.selection is not None:
-                chosen = self.accumulator.selection.of(x) if new else x
-                ones = list(ones_like(chosen).split(1, self.accumulator.feature_dim)) if new else []
-            owner._state[self.name]["mask"] = ones_like(x) if ones is None else ones
+            owner._state[self.name]["mask"] = self._keep_all(x)
             self.stepped = False
         config["data"] = new
-        self.shape = x.shape if not x.is_nested else None
+        self.shape = None if x.is_nested else x.shape
+
+    def _keep_all(self, x: Tensor) -> Any:
+        """The mask until the next step; expanded, ones take no memory."""
+        if self.ready_made is not None:
+            return torch.ones((), dtype=torch.bool, device=x.device).expand(x.shape[self.dim])
+        assert self.accumulator is not None
+        if self.accumulator.selection is None:
+            return ones_like(x)
+        if not self.accumulator.features:
+            return []
+        return list(ones_like(self.accumulator.selection.of(x)).split(1, self.accumulator.feature_dim))
 
 
 def _on(device: torch.device, data: Any) -> Any:
