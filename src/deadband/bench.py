@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.metadata
 import os
 import platform
@@ -25,18 +26,26 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of every call, candidate by candidate in turn, so that a change of the machine's speed meets all alike.
 
+    Python's garbage collector waits meanwhile, as in timeit: one candidate would pay for what another left.
+
     Example:
         >>> times = interleave({"a": lambda: sum(range(10)), "b": lambda: None}, rounds=3, progress=False)
         >>> len(times["a"])
         3
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for index in progress_bar(range(-warmup, rounds), what, progress):
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            call()
-            if index >= 0:
-                times[name].append(time.perf_counter() - start)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for index in progress_bar(range(-warmup, rounds), what, progress):
+            for name, call in candidates.items():
+                start = time.perf_counter()
+                call()
+                if index >= 0:
+                    times[name].append(time.perf_counter() - start)
+    finally:
+        if collecting:
+            gc.enable()
     return times
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from typing import Any
 
@@ -197,7 +196,11 @@ class MaskInput:
         if not isinstance(self.source, list):
             return _mark(self.source) != self.seen
         elements, marks = self.seen
-        if len(elements) != len(self.source) or not all(map(operator.is_, elements, self.source)):
+        try:
+            # by identity, fast; a mask that took another's place is compared by its values, each time
+            if elements != self.source:
+                return True
+        except RuntimeError:  # of several values, or of another shape
             return True
         return [_mark(mask) for mask in self.watched] != marks
 
