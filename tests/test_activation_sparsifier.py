@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import deadband
 from deadband import aggregate, mask, reduce
 from deadband.activation_sparsifier import ActivationSparsifier, LayerError
+from deadband.entrywise import is_entrywise
 
 KEYS = {
     "aggregate_fn", "feature_dim", "features", "hook", "hook_state", "layer", "mask_fn", "reduce_fn", "sparse_config",
@@ -370,7 +371,7 @@ def test_the_callers_tensor_is_never_written_to(features):
 def test_maximum_and_product_with_the_first_input_as_start():
     batches = [-torch.rand(4, 3) - 1 for _ in range(3)]
     for fn in (torch.maximum, torch.mul):
-        model, sparsifier = only(nn.Identity(), aggregate_fn=fn, compatible=False)
+        model, sparsifier = only(nn.Identity(), aggregate_fn=fn, zero_start=False)
         for batch in batches:
             model(batch)
         assert torch.equal(sparsifier.data_groups["0"]["data"], functools.reduce(fn, batches))
@@ -381,7 +382,7 @@ def test_maximum_and_product_with_the_first_input_as_start():
 
 def test_concatenation_with_the_first_input_as_start():
     batches = [torch.randn(rows, 3) for rows in (4, 4, 3)]
-    model, sparsifier = only(nn.Identity(), aggregate_fn=lambda a, b: torch.cat([a, b]), compatible=False)
+    model, sparsifier = only(nn.Identity(), aggregate_fn=lambda a, b: torch.cat([a, b]), zero_start=False)
     for batch in batches:
         model(batch)
     assert torch.equal(sparsifier.data_groups["0"]["data"], torch.cat(batches))
@@ -543,7 +544,7 @@ def test_what_is_masked_becomes_zero_whatever_it_was(dtype, bad, needs_grad):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_adds_up_in_float32(dtype):
     batch = torch.full((2, 3), 2000.0, dtype=dtype)
-    for options in ({"compatible": False}, {"aggregate_fn": aggregate.sum}):
+    for options in ({"widen": True}, {"aggregate_fn": aggregate.sum}):
         model, sparsifier = only(nn.Identity(), **options)
         for _ in range(400):
             model(batch)
@@ -744,8 +745,8 @@ def test_batches_of_any_shape_add_up(shapes, seed):
     generator = torch.Generator().manual_seed(seed)
     batches = [torch.randn(b, t, 3, generator=generator, dtype=torch.float64) for b, t in shapes]
     for compatible in (True, False):
-        model, sparsifier = only(nn.Identity(), compatible=compatible)
-        largest, statistic = only(nn.Identity(), aggregate_fn=torch.maximum, compatible=compatible)
+        model, sparsifier = only(nn.Identity(), zero_start=compatible)
+        largest, statistic = only(nn.Identity(), aggregate_fn=torch.maximum, zero_start=compatible)
         expected = torch.zeros(max(b for b, _ in shapes), max(t for _, t in shapes), 3, dtype=torch.float64)
         maxima = torch.full_like(expected, 0.0 if compatible else -torch.inf)
         for x in batches:
@@ -1234,41 +1235,78 @@ def test_ready_made_aggregates_take_eight_bytes_a_feature(name):
         model(torch.randn(rows, 1000))
     data = sparsifier.data_groups["0"]["data"]
     assert data.untyped_storage().nbytes() == 8 * 1000
-    assert sparsifier.get_mask("0").untyped_storage().nbytes() == 1
+    assert sparsifier.state["0"]["mask"].untyped_storage().nbytes() == 1
     model, sparsifier = only(nn.Linear(1000, 4))
     model(torch.randn(64, 1000))
-    assert sparsifier.get_mask("0").untyped_storage().nbytes() == 4  # ones until the first step cost nothing
+    assert sparsifier.state["0"]["mask"].untyped_storage().nbytes() == 4  # ones until the first step cost nothing
 
 
-def test_features_are_taken_together_only_where_that_changes_nothing():
+def closure(weight):
+    return lambda a, b: a * weight + b * (1 - weight)
+
+
+def counted():
     calls = []
 
-    def entrywise(a, b):
-        calls.append(b.shape)
-        return torch.maximum(a, b.abs()) + 1
+    def fn(a, b):
+        calls.append(1)
+        return a + b * len(calls)
 
-    def normed(a, b):
-        calls.append(b.shape)
-        return a + b / b.norm()
+    return fn
 
-    def mean(a, b):
-        calls.append(b.shape)
-        return a + b - b.mean()
 
-    x = torch.randn(5, 6)
-    for fn, together in ((entrywise, True), (normed, False), (mean, False)):
-        results = []
-        for sparsifier_class in (ActivationSparsifier, TorchSparsifier):
-            calls.clear()
-            model, sparsifier = only(
-                nn.Identity(), sparsifier_class, aggregate_fn=fn, features=[4, 1, 2], feature_dim=1
-            )
-            for _ in range(4):
-                model(x)
-            results.append(sparsifier.data_groups["0"]["data"])
-            if sparsifier_class is ActivationSparsifier:
-                assert ((5, 3) in calls and (5, 1) not in calls) == together
-        same(*results)
+FEATURE_FUNCTIONS = {
+    "add": (lambda: add, True),
+    "torch.maximum": (lambda: torch.maximum, True),
+    "operator.add": (lambda: operator.add, True),
+    "moving average": (lambda: closure(0.9), True),
+    "squares": (lambda: lambda a, b: torch.add(a, b.square()), True),
+    "a warm-up": (counted, False),
+    "a norm": (lambda: lambda a, b: a + b / b.norm(), False),
+    "a mean": (lambda: lambda a, b: a + b - b.mean(), False),
+    "a count": (lambda: lambda a, b: a + b / b.numel(), False),
+    "a shape": (lambda: lambda a, b: a + b / b.shape[1], False),
+    "numpy": (lambda: lambda a, b: a + float(b.numpy().mean()), False),
+    "a branch": (lambda: lambda a, b: a + b if float(b[0, 0]) > 0 else a - b, False),
+    "a tensor": (lambda: (lambda w: lambda a, b: a + b * w)(torch.arange(5.0).view(5, 1)), False),
+    "in place": (lambda: lambda a, b: b.abs_().add_(a), False),
+    "itself": (lambda: lambda a, b: b, True),
+}
+
+
+@pytest.mark.parametrize("name", FEATURE_FUNCTIONS)
+@pytest.mark.parametrize("features", [[4, 1, 2], [1, 2, 3]])
+def test_features_are_taken_together_only_where_that_changes_nothing(name, features):
+    make, together = FEATURE_FUNCTIONS[name]
+    assert is_entrywise(make()) == together
+    results = []
+    for sparsifier_class in (ActivationSparsifier, TorchSparsifier):
+        model, sparsifier = only(
+            nn.Identity(), sparsifier_class, aggregate_fn=make(), features=features, feature_dim=1,
+            reduce_fn=lambda data: data.view(-1),
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(4):
+            x = torch.randn(5, 6, generator=generator)
+            before = x.clone()
+            model(x)
+            assert torch.equal(x, before)
+        results.append(list(sparsifier.data_groups["0"]["data"]))
+        sparsifier.step()
+        results[-1] += sparsifier.get_mask("0")
+    same(*results)
+
+
+def test_writes_into_the_data_of_features_count():
+    results = []
+    for sparsifier_class in (ActivationSparsifier, TorchSparsifier):
+        model, sparsifier = only(nn.Identity(), sparsifier_class, features=[0, 2], feature_dim=1)
+        model(torch.ones(3, 4))
+        model(torch.ones(3, 4))
+        sparsifier.data_groups["0"]["data"][0] = torch.full((3, 1), 7.0)
+        model(torch.ones(3, 4))
+        results.append(sparsifier.data_groups["0"]["data"])
+    same(*results)
 
 
 # -------------------------------------------------------------------------------------------- compile, export, others
@@ -1638,3 +1676,333 @@ def test_compacting_a_llama_mlp():
     assert model.model.layers[0].mlp.gate_proj.out_features == 56
     assert report.gathered == {f"model.layers.{index}.self_attn.q_proj": 32 for index in range(2)}
     model.generate(batch["input_ids"][:1], max_new_tokens=3)
+
+
+# ---------------------------------------------------------------------------------------------------- at odd moments
+
+
+@pytest.mark.parametrize("write", [lambda m: m.data.mul_(0), lambda m: m.numpy().fill(0), lambda m: m.zero_()])
+@pytest.mark.parametrize("features", [None, [0, 3]])
+def test_every_kind_of_write_into_a_mask_is_seen(write, features):
+    model, sparsifier = small(features=features, feature_dim=1, mask_fn=lambda d, level: torch.ones_like(d))
+    x = torch.randn(4, 6)
+    model(x)
+    sparsifier.step()
+    held = sparsifier.get_mask("0")[0] if features else sparsifier.get_mask("0")
+    sparsifier.squash_mask()
+    model(x)
+    write(held)
+    model(x)
+    assert not model[0].activation_mask.reshape(-1)[0]
+    assert (sparsifier.get_mask("0")[0] if features else sparsifier.get_mask("0")) is held
+
+
+def test_masks_may_be_preset_before_any_step():
+    model, sparsifier = small()
+    x = torch.randn(4, 6)
+    model(x)
+    sparsifier.get_mask("0")[:, 2] = 0
+    sparsifier.squash_mask()
+    assert model[0].activation_mask[:, 2].any().item() is False
+    model(x)
+
+
+def test_squash_then_step_makes_masks_as_in_torch():
+    results = []
+    for sparsifier_class in (ActivationSparsifier, TorchSparsifier):
+        model, sparsifier = only(nn.Identity(), sparsifier_class)
+        x = torch.arange(12.0).view(3, 4)
+        model(x)
+        sparsifier.squash_mask()
+        sparsifier.step()
+        results.append(model(x))
+    same(*results)
+    assert (results[0] == 0).any()
+
+
+def test_masks_made_elsewhere_come_into_force_under_a_schedule():
+    class First(ActivationSparsifier):
+        def update_mask(self, name, data, configs):
+            keep = torch.ones(8)
+            keep[: round(8 * configs["sparse_config"]["sparsity"])] = 0
+            self.state[name]["mask"] = keep
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    sparsifier = First(model, add, batch_mean, above)
+    sparsifier.register_layer(model[2])
+    sparsifier.schedule(1.0, steps=4, curve="linear")
+    kept = []
+    for _ in range(6):
+        model(torch.randn(3, 4))
+        sparsifier.step()
+        kept.append(int(model[2].activation_mask.sum()))
+    assert kept == [8, 6, 4, 2, 0, 0]
+
+
+def test_a_step_that_fails_leaves_the_mask_in_force_connected():
+    fail = []
+
+    def fragile(data, sparsity):
+        if fail:
+            raise ZeroDivisionError
+        return torch.full_like(data, float(sparsity < 0.6))
+
+    model = nn.Sequential(nn.Identity())
+    sparsifier = ActivationSparsifier(model, add, batch_mean, fragile, features=[0, 1, 2], feature_dim=1)
+    sparsifier.register_layer(model[0])
+    sparsifier.schedule(1.0, steps=2, curve="linear")
+    x = torch.ones(2, 3)
+    model(x)
+    sparsifier.step()
+    model(x)
+    fail.append(1)
+    with pytest.raises(ZeroDivisionError):
+        sparsifier.step()
+    fail.clear()
+    for _ in range(3):
+        model(x)
+        sparsifier.step()
+    assert not model(x).any()
+
+
+def test_a_schedule_may_follow_another_and_layers_may_come_late():
+    model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
+    sparsifier = ready(model)
+    sparsifier.register_layer(model[2])
+    sparsifier.schedule(0.5, steps=1)
+    for _ in range(2):
+        model(torch.randn(3, 4))
+        sparsifier.step()
+    assert sparsifier.data_groups["2"]["hook_state"] == "sparsify"
+    sparsifier.register_layer(model[0])
+    model(torch.randn(3, 4))
+    sparsifier.step()
+    assert sparsifier.get_mask("0").sum() == 2
+    assert sparsifier.data_groups["0"]["hook_state"] == "sparsify"
+    with pytest.warns(UserWarning, match="already attached"):
+        sparsifier.register_layer(model[2])
+    sparsifier.schedule(0.8, steps=1)
+    for _ in range(2):
+        model(torch.randn(3, 4))
+        sparsifier.step()
+    assert sparsifier.get_mask("2").sum() == 2
+
+
+def test_copying_in_the_middle_of_a_schedule_with_a_late_layer():
+    model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
+    sparsifier = ready(model)
+    sparsifier.register_layer(model[2])
+    sparsifier.schedule(0.5, steps=4)
+    for _ in range(3):
+        model(torch.randn(3, 4))
+        sparsifier.step()
+    sparsifier.register_layer(model[0])
+    other = copy.deepcopy(sparsifier)
+    x = torch.randn(3, 4)
+    assert torch.equal(other.model(x), model(x))
+    saved = sparsifier.state_dict(portable=True)
+    del sparsifier
+    gc.collect()
+    masked = model(x)  # masks in force stay with the model, as squashed ones do
+    assert torch.equal(other.model(x), masked)
+    other.load_state_dict(saved)
+    assert torch.equal(other.model(x), masked)
+
+
+def test_squash_is_all_or_nothing():
+    model, sparsifier = small()
+    sparsifier.register_layer(
+        nn.Sequential(model)[0][1], features=[0, 1], feature_dim=1, mask_fn=lambda d, level: torch.ones(3)
+    )
+    model(torch.randn(4, 6))
+    sparsifier.step()
+    with pytest.raises(ValueError, match="layer '1': masks of shapes"):
+        sparsifier.squash_mask()
+    assert {config["hook_state"] for config in sparsifier.data_groups.values()} == {"aggregate"}
+    assert not [name for name in model.state_dict() if "mask" in name]
+    assert all("hook" in config for config in sparsifier.data_groups.values())
+
+
+def test_a_model_may_hold_its_sparsifier():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.sparsifier = ActivationSparsifier(self, add, batch_mean, above, level=1.0)
+            self.sparsifier.register_layer(self.fc)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    x = torch.randn(3, 4)
+    for ran in (False, True):
+        model = Holder()
+        if ran:
+            model(x)
+        other = copy.deepcopy(model)
+        assert other.sparsifier.model is other
+        other(x)
+        other.sparsifier.step()
+        other.sparsifier.squash_mask()
+        assert not torch.equal(other(x), other.fc.forward(x))
+        assert "mask" not in "".join(model.state_dict())
+
+
+def test_shallow_copies_are_refused():
+    with pytest.raises(TypeError, match=r"use copy\.deepcopy"):
+        copy.copy(small()[1])
+
+
+def test_the_call_that_is_remembered_is_small_and_free_of_graphs():
+    class Takes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, xs, lengths, other=None):
+            return self.fc(xs[0]) + lengths[:, None]
+
+    model = Takes()
+    sparsifier = ready(model)
+    sparsifier.register_layer(model.fc)
+    x = torch.randn(9, 3, requires_grad=True) * 2
+    model([x], torch.arange(9))
+    (xs, lengths), _ = sparsifier._example
+    assert xs[0].shape == (2, 3)
+    assert lengths.shape == (2,)
+    assert not xs[0].requires_grad
+    copy.deepcopy(sparsifier)
+    other = Takes()
+    sparsifier = ready(other)
+    sparsifier.register_layer(other.fc)
+    other([x], torch.arange(9), threading.Lock())
+    assert sparsifier._example is None
+    assert not other._forward_pre_hooks
+    copy.deepcopy(sparsifier)
+
+
+def test_inference_and_training_may_alternate():
+    model, sparsifier = small(features=[0, 3], feature_dim=1)
+    x = torch.randn(4, 6)
+    model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    sparsifier.get_mask("0")[0].fill_(0)
+    with torch.inference_mode():
+        model(x)
+    sparsifier.get_mask("0")[1].fill_(1)
+    model(x.requires_grad_()).sum().backward()
+
+
+def test_layers_of_the_same_bare_name_are_told_apart():
+    model = nn.Module()
+    model.fc = nn.Linear(3, 3)
+    model.module = nn.Module()
+    model.module.fc = nn.Linear(3, 3)
+    sparsifier = ready(model)
+    sparsifier.register_layer(model.module.fc)
+    model.module.fc(torch.randn(2, 3))
+    for ask in (lambda: sparsifier.get_mask("fc"), lambda: sparsifier.unregister_layer("fc")):
+        with pytest.raises(LayerError, match="not found: 'fc'"):
+            ask()
+
+
+def test_the_input_comes_first_among_keywords_too():
+    class Two(nn.Module):
+        def forward(self, x, scale=None):
+            return x * scale
+
+    layer = Two()
+    model = nn.Sequential(layer)
+    sparsifier = ready(model)
+    sparsifier.register_layer(layer)
+    layer(scale=torch.ones(1), x=torch.tensor([[1.0, 2.0]]))
+    assert sparsifier.data_groups["0"]["data"].tolist() == [1, 2]
+
+
+def test_a_changing_number_of_features_is_an_error():
+    model = nn.Sequential(nn.Identity())
+    sparsifier = ready(model)
+    sparsifier.register_layer(model[0])
+    model(torch.randn(4, 1))
+    with pytest.raises(ValueError, match=r"layer '0': its input of shape \(4, 8\) has 8 features .* before had 1"):
+        model(torch.randn(4, 8))
+    with pytest.raises(IndexError, match=r"layer '0': its input of shape \(\) has no dimension -1"):
+        model(torch.tensor(1.0))
+
+
+def test_functions_of_one_name_are_told_apart():
+    functions = [lambda data, level, k=k: data > k for k in range(2)]
+    model, sparsifier = small()
+    sparsifier.data_groups["0"]["mask_fn"], sparsifier.data_groups["2"]["mask_fn"] = functions
+    saved = sparsifier.state_dict(portable=True)
+    sparsifier.load_state_dict(saved)
+    assert [config["mask_fn"] for config in sparsifier.data_groups.values()] == functions
+    other = small(mask_fn=functions[0])[1]
+    with pytest.warns(UserWarning, match="already attached"):
+        other.register_layer(other.model[2], mask_fn=functions[1])
+    other.unregister_layer("0")
+    with pytest.raises(ValueError, match="several functions here have that name"):
+        other.load_state_dict(saved)
+    other.load_state_dict(saved, {"0": {"mask_fn": functions[0]}, "2": {"mask_fn": functions[1]}})
+    assert [config["mask_fn"] for config in other.data_groups.values()] == functions
+
+
+def test_masks_share_no_memory():
+    shared = torch.tensor([True, False, True, True])
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    sparsifier = ActivationSparsifier(model, add, batch_mean, lambda data: shared)
+    for layer in model:
+        sparsifier.register_layer(layer)
+    model(torch.randn(2, 4))
+    sparsifier.step()
+    sparsifier.squash_mask()
+    pointers = {model[0].activation_mask.data_ptr(), model[1].activation_mask.data_ptr(), shared.data_ptr()}
+    assert len(pointers) == 3
+
+
+def test_a_state_fits_layers_that_were_changed_since():
+    model, sparsifier = small()
+    model(torch.randn(4, 6))
+    saved = sparsifier.state_dict()
+    sparsifier.unregister_layer("2")
+    deadband.sparsify_(model, {"2": 0.0})
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    sparsifier.load_state_dict(saved)
+
+
+def test_torch_states_of_features_compile_before_they_have_run():
+    torch_model, theirs = only(nn.Linear(6, 2), TorchSparsifier, features=[0, 3], feature_dim=1)
+    torch_model(torch.randn(4, 6))
+    theirs.step()
+    theirs.squash_mask()
+    model = nn.Sequential(nn.Linear(6, 2))
+    model.load_state_dict(torch_model.state_dict())
+    sparsifier = ActivationSparsifier(model)
+    sparsifier.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 6)
+    expected = torch_model(x.clone())
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+def test_batchless_inputs_of_masks_that_kept_dimensions():
+    model, sparsifier = small(reduce_fn=lambda data: data.mean(0, keepdim=True))
+    x = torch.randn(4, 6)
+    model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    torch.testing.assert_close(model(x[0]), model(x)[0])
+
+
+def test_options_of_the_constructor_are_not_for_layers():
+    model, sparsifier = small()
+    with pytest.raises(TypeError, match="synchronise is for all layers; pass it to the constructor"):
+        sparsifier.register_layer(model[0], synchronise=False)
+
+
+def test_a_copy_of_a_watched_model_loses_the_hook():
+    model, _ = small()
+    other = copy.deepcopy(model)
+    other(torch.randn(2, 6))
+    assert not other[0]._forward_pre_hooks
+    assert not other._forward_pre_hooks

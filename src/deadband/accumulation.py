@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deadband.entrywise import is_entrywise
+
 AggregateFn = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -21,24 +23,31 @@ class Accumulator:
         fn: the user's function.
         features: the features to look at, one by one along `feature_dim`; None: the input as a whole.
         zero_start: the first call gets zeros and the first input, as in torch.ao.pruning. Else the first input is where
-            the accumulator starts, in float32 at least, and `fn` is not called for it.
+            the accumulator starts, and `fn` is not called for it.
+        widen: inputs of half precision are given to `fn` in float32.
     """
 
     def __init__(
-        self, name: str, fn: AggregateFn, features: list[int] | None, feature_dim: int | None, zero_start: bool
+        self,
+        name: str,
+        fn: AggregateFn,
+        features: list[int] | None = None,
+        feature_dim: int | None = None,
+        *,
+        zero_start: bool = True,
+        widen: bool = False,
     ) -> None:
-        self.name, self.fn, self.zero_start = name, fn, zero_start
+        self.name, self.fn, self.zero_start, self.widen = name, fn, zero_start, widen
         self.features, self.feature_dim = features, feature_dim
         self.selection = None if features is None else Selection(name, features, feature_dim or 0)
-        self.calls = 0
-        self.pointwise = True
+        self.entrywise = features is not None and is_entrywise(fn)
         self.block: Tensor | None = None  # all chosen features in one tensor; `parts` are views of it
         self.parts: list[Tensor] = []
         self.gaps: dict[int, Tensor] = {}  # entries of what was accumulated that no input has had yet
 
     def reset(self) -> None:
         """Forget what was accumulated."""
-        self.calls, self.pointwise, self.block, self.parts, self.gaps = 0, True, None, [], {}
+        self.block, self.parts, self.gaps = None, [], {}
 
     def release(self) -> None:
         """Leave the tensors given out so far to whoever has them: they will not change any more."""
@@ -46,11 +55,9 @@ class Accumulator:
 
     def add(self, data: Any, x: Tensor) -> Any:
         """What is accumulated after `x`: a tensor, or a list of one tensor for each feature."""
-        if not self.zero_start and x.is_floating_point() and x.dtype.itemsize < 4:
+        if self.widen and x.is_floating_point() and x.dtype.itemsize < 4:
             x = x.float()
-        result = self._add_one(data, x) if self.features is None else self._add_features(data, x)
-        self.calls += 1
-        return result
+        return self._add_one(data, x) if self.features is None else self._add_features(data, x)
 
     def _add_features(self, data: list[Tensor] | None, x: Tensor) -> list[Tensor]:
         assert self.selection is not None
@@ -58,24 +65,27 @@ class Accumulator:
         if not self.features:
             return []
         chosen = self.selection.of(x)
-        if self.pointwise:
+        if self.entrywise:
             block = self._block(data)
             if block is not None or data is None:
-                with _PointwiseWitness(chosen.shape, active=self.calls < 2) as witness:
-                    result = self._add_one(block, chosen)
-                self.pointwise &= witness.pointwise and result.shape == chosen.shape
-                if self.pointwise:
+                result = self._add_one(block, chosen)
+                if result.shape == chosen.shape or block is not None:
                     return self._share(result)
-        self.block = None
-        rows = chosen.split(1, self.feature_dim)
-        return [self._add_one(None if data is None else data[i], row, i + 1) for i, row in enumerate(rows)]
+        self.block, self.parts = None, []
+        # copies, as each may be written to by the function, or kept by it
+        slices = [part.clone(memory_format=torch.contiguous_format) for part in chosen.split(1, self.feature_dim)]
+        return [self._add_one(None if data is None else data[i], part, i + 1) for i, part in enumerate(slices)]
 
     def _block(self, data: list[Tensor] | None) -> Tensor | None:
         if data is None:
             return None
-        if data is self.parts and self.block is not None:
-            return self.block
+        try:
+            if self.block is not None and data == self.parts:  # by identity, fast; see hooks.MaskInput
+                return self.block
+        except RuntimeError:  # somebody put other tensors into the list
+            pass
         assert self.feature_dim is not None
+        self.block = None
         alike = len(set(map(_kind, data))) == 1
         alike = alike and data[0].dim() > 0 and data[0].shape[self.feature_dim] == 1
         return torch.cat(data, self.feature_dim) if alike else None
@@ -88,7 +98,7 @@ class Accumulator:
             assert self.feature_dim is not None
             self.block = result
             self.parts = list(result.split(1, self.feature_dim))
-        return self.parts
+        return list(self.parts)
 
     def _add_one(self, data: Tensor | None, x: Tensor, feature: int = 0) -> Tensor:
         if data is None:
@@ -146,10 +156,7 @@ class Accumulator:
 
 
 class _PointwiseWitness(TorchDispatchMode):
-    """Sees whether all that runs inside works entry by entry on tensors of one shape.
-
-    Then it gives the same for several parts of a tensor taken together as for each of them alone.
-    """
+    """Sees whether all that runs inside works entry by entry on tensors of one shape."""
 
     _NEUTRAL = frozenset(
         (
@@ -163,16 +170,9 @@ class _PointwiseWitness(TorchDispatchMode):
         )
     )
 
-    def __init__(self, shape: torch.Size, active: bool = True) -> None:
+    def __init__(self, shape: torch.Size) -> None:
         super().__init__()
-        self.shape, self.active, self.pointwise = shape, active, True
-
-    def __enter__(self) -> Any:
-        return super().__enter__() if self.active else self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.active:
-            super().__exit__(*error)
+        self.shape, self.pointwise = shape, True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = torch.Tag.pointwise in func.tags or func in self._NEUTRAL

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from deadband import collectives
 from deadband.accumulation import Accumulator, Selection, as_features
 from deadband.aggregate import Aggregate
-from deadband.hooks import MaskInput, attach, detach, forget_compiled
+from deadband.hooks import MaskInput, arguments_of, attach, detach
 from deadband.portable_state import load, portable_state, save
 from deadband.schedule import Schedule
 from deadband.sparsifier_state import load_state, restore_copy, state_for_copy, torch_state
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from deadband.compaction import CompactionReport
 
 _NO_INPUT = "Error: shape unknown, call layer() routine at least once to infer mask (no input has reached {})"
+_OPTIONS = {"zero_start", "widen", "synchronise", "training_only"}
 _FUNCTIONS = ("aggregate_fn", "reduce_fn", "mask_fn")
-_WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
 
 class ActivationSparsifier:
@@ -58,10 +58,14 @@ class ActivationSparsifier:
         features: default for layers: only these features are masked, each on its own (with a function of
             `deadband.aggregate`: together); distinct whole numbers.
         feature_dim: the dimension of `features`, and of what `deadband.aggregate` counts as features.
-        compatible: with False, functions of your own start from the first input instead of zeros (so maxima and
-            products come out right) and get float32 where inputs are of half precision.
+        zero_start: with False, a function of your own starts from the first input instead of zeros, and is first called
+            for the second: right for maxima, products and concatenation, wrong where data are not of the kind of x, as
+            in sums of squares.
+        widen: with True, functions of your own get float32 where inputs are of half precision.
         synchronise: under torch.distributed, `step` puts together what all ranks aggregated, so that they make the same
-            mask. It has to be called on all of them then; with False, each rank is on its own.
+            mask; it has to be called on all of them. A function of your own whose aggregates do not add up by the
+            function itself, as sums and maxima do, gives rank 0's mask, with a warning. With False, each rank is on its
+            own.
         training_only: look only at inputs of layers in training mode.
         sparse_config: keyword arguments for mask_fn.
 
@@ -90,7 +94,8 @@ class ActivationSparsifier:
         features: Any = None,
         feature_dim: int | None = None,
         *,
-        compatible: bool = True,
+        zero_start: bool = True,
+        widen: bool = False,
         synchronise: bool = True,
         training_only: bool = False,
         **sparse_config: Any,
@@ -102,7 +107,8 @@ class ActivationSparsifier:
             aggregate_fn=aggregate_fn, reduce_fn=reduce_fn, mask_fn=mask_fn, features=features, feature_dim=feature_dim
         )
         self.data_groups = defaultdict(dict)
-        self.compatible, self.synchronise, self.training_only = compatible, synchronise, training_only
+        self.zero_start, self.widen = zero_start, widen
+        self.synchronise, self.training_only = synchronise, training_only
         self._state: dict[str, dict[str, Any]] = defaultdict(dict)
         self._schedule: Schedule | None = None
         self._example: tuple[tuple, dict] | None = None
@@ -113,6 +119,7 @@ class ActivationSparsifier:
         self._lock = threading.RLock()
         self._watches: dict[str, WatchInput] = {}
         self._masks: dict[str, MaskInput] = {}
+        self._mask_handles: dict[str, RemovableHandle] = {}
         self._handles: dict[Any, RemovableHandle] = {}
         # hooks that aggregate go with the sparsifier; masks stay, they belong to the model
         weakref.finalize(self, _remove_all, self._handles).atexit = False
@@ -158,6 +165,8 @@ class ActivationSparsifier:
         name = self._name_of(layer)
         if name is None:
             raise LayerError(f"layer not found in the model: this {type(layer).__name__} is no part of it")
+        if reserved := sorted(_OPTIONS & sparse_config.keys()):
+            raise TypeError(f"layer {name!r}: {reserved[0]} is for all layers; pass it to the constructor")
         given = {
             "aggregate_fn": aggregate_fn, "reduce_fn": reduce_fn, "mask_fn": mask_fn, "features": features,
             "feature_dim": feature_dim, "layer": layer,
@@ -182,7 +191,8 @@ class ActivationSparsifier:
         config = self.data_groups[name]
         self._watches[name] = hook = WatchInput(self, name, config)
         config["hook"] = self._handles[name] = attach(config["layer"], hook)
-        if self._example is None and RememberCall not in self._handles:
+        complete = "_forward_pre_hooks" in vars(self.model)  # not so while it is copied, with us as an attribute
+        if complete and self._example is None and RememberCall not in self._handles:
             self._handles[RememberCall] = self.model.register_forward_pre_hook(RememberCall(self), with_kwargs=True)
 
     def unregister_layer(self, name: str | nn.Module) -> None:
@@ -202,6 +212,8 @@ class ActivationSparsifier:
         self._handles.pop(name, None)
         if (handle := config.pop("hook", None)) is not None:
             detach(handle)
+        if (handle := self._mask_handles.pop(name, None)) is not None:
+            detach(handle)
         if (masking := self._masks.pop(name, None)) is not None:
             masking.pull(config["layer"])
             masking.remove_from(config["layer"])
@@ -209,8 +221,15 @@ class ActivationSparsifier:
     def _name_of(self, layer: nn.Module) -> str | None:
         return next((name for name, module in self.model.named_modules() if module is layer), None)
 
+    def _find(self, name: str, names: Mapping[str, Any]) -> str | None:
+        """The one of `names` that means the layer `name`, which may come from a model in other wrappers."""
+        if name in names:
+            return name
+        own = isinstance(self.model, nn.Module) and any(each == name for each, _ in self.model.named_modules())
+        return None if own else same_layer(name, names)
+
     def _registered(self, name: str | nn.Module) -> str:
-        found = self._name_of(name) if isinstance(name, nn.Module) else same_layer(name, self.data_groups)
+        found = self._name_of(name) if isinstance(name, nn.Module) else self._find(name, self.data_groups)
         if found is None or found not in self.data_groups:
             what = repr(name) if isinstance(name, str) else f"this {type(name).__name__}"
             raise LayerError(f"layer with the given name not found: {what}; registered are {some(self.data_groups)}")
@@ -229,7 +248,7 @@ class ActivationSparsifier:
             name = self._name_of(layer)
             if name is None:
                 raise LayerError("layer not found in the specified model")
-        found = same_layer(name, self._state)
+        found = self._find(name, self._state)
         if found is None:
             raise LayerError(
                 f"Error: layer with the given name not found: {name!r}; registered are {some(self.data_groups)}"
@@ -237,6 +256,9 @@ class ActivationSparsifier:
         mask = self.state[found].get("mask")
         if mask is None:
             raise LayerError(_NO_INPUT.format(repr(name)))
+        for each in mask if isinstance(mask, list) else [mask]:
+            if not each.is_nested and each.numel() > 1 and not any(each.stride()):
+                each.data = each.data.contiguous()  # ones that took no memory; somebody may write into them
         return mask
 
     # --------------------------------------------------------------------------------------------------- stepping
@@ -253,9 +275,9 @@ class ActivationSparsifier:
             if self._schedule is None:
                 self._update_masks()
                 return
-            if self._schedule.over:
+            if self._schedule.over and not self._watches:
                 return
-            if self._schedule.due():
+            if self._schedule.due() or self._schedule.over:
                 level = self._schedule.at(self._schedule.step)
                 before = [dict(config["sparse_config"]) for config in self.data_groups.values()]
                 for config in self.data_groups.values():
@@ -276,9 +298,10 @@ class ActivationSparsifier:
         waiting = [
             name
             for name, config in self.data_groups.items()
-            if config.get("hook_state") == "aggregate" and config["mask_fn"] is not None  # else it keeps statistics
+            # without mask_fn, it keeps statistics; what was seen before squash_mask() still counts, as in torch
+            if (config.get("hook_state") == "aggregate" or "data" in config) and config["mask_fn"] is not None
         ]
-        if self.data_groups and not self._watches:
+        if self.data_groups and not self._watches and not waiting:
             raise LayerError("step() after squash_mask(): no layer is watched any more; register layers again first")
         agree = self.synchronise and collectives.ranks() > 1
         everything = {name: self._aggregated(name, agree) for name in waiting}
@@ -305,8 +328,9 @@ class ActivationSparsifier:
             if name in self.data_groups:
                 self.data_groups[name].pop("data", None)
                 self.data_groups[name].pop("rows", None)
-                self._watches[name].begin()
-                self._watches[name].stepped = True
+                if name in self._watches:
+                    self._watches[name].begin()
+                    self._watches[name].stepped = True
 
     def _aggregated(self, name: str, agree: bool) -> tuple[Any, int]:
         config = self.data_groups[name]
@@ -314,14 +338,18 @@ class ActivationSparsifier:
         if not agree or not isinstance(data, (Tensor, list, type(None))):
             return data, rows
         aggregate_fn = config["aggregate_fn"]
-        accumulator = Accumulator(name, aggregate_fn, None, None, self.compatible)
-
-        def merge(data: Tensor, rows: int, other: Tensor, other_rows: int) -> Tensor:
-            if isinstance(aggregate_fn, Aggregate):
-                return aggregate_fn.merge(data, rows, other, other_rows)
-            return accumulator.add(data, other)
-
-        return collectives.merge_over_ranks(data, rows, self._device(name), merge)
+        device = self._device(name)
+        if isinstance(aggregate_fn, Aggregate):
+            return collectives.merge_over_ranks(data, rows, device, aggregate_fn.merge)
+        if not collectives.on_all_ranks(_adds_up(aggregate_fn, data), device):
+            warnings.warn(
+                f"layer {name!r}: what its aggregate_fn gave on several ranks cannot be put together; all take the "
+                "first rank's mask. Use a function of deadband.aggregate, or synchronise=False",
+                stacklevel=4,
+            )
+            return collectives.merge_over_ranks(data, rows, device, lambda first, *_: first)
+        accumulator = Accumulator(name, aggregate_fn, zero_start=self.zero_start)
+        return collectives.merge_over_ranks(data, rows, device, lambda one, _, other, __: accumulator.add(one, other))
 
     def _device(self, name: str) -> torch.device:
         tensor = next(self.data_groups[name]["layer"].parameters(), None)
@@ -363,7 +391,7 @@ class ActivationSparsifier:
             mask.data = chosen.new_ones(data.shape).index_copy(0, index, chosen)
         else:
             for part, target in zip(data, mask, strict=True):
-                target.data = made(part)
+                target.data = made(part.contiguous())
 
     # --------------------------------------------------------------------------------------------------- applying
 
@@ -383,6 +411,11 @@ class ActivationSparsifier:
                 if missing := [name for name in names if self._state[name].get("mask") is None]:
                     raise LayerError(_NO_INPUT.format(some(missing)))
                 made = {name: self._masks.get(name) or self._masking(name) for name in names}
+                for name, masking in made.items():
+                    masking.source = self._state[name]["mask"]
+                    shape = self._watches[name].shape if name in self._watches else None
+                    if shape is not None or not isinstance(masking.source, list):
+                        masking.made(shape)  # raises while nothing has changed yet
             for name, config in self.data_groups.items():
                 shape = self._watches[name].shape if name in self._watches else None
                 in_force = attach_sparsify_hook and self._masks.pop(name, None) is not None
@@ -406,7 +439,8 @@ class ActivationSparsifier:
             dim=feature_dimension(config["layer"], config["feature_dim"]) if ready_made else None,
             features=index,
             feature_dim=config["feature_dim"] or 0,
-            unset=watching is not None and not watching.stepped,
+            unset=watching is not None and not watching.stepped and _keeps_all(mask),
+            order=arguments_of(config["layer"]),
         )
 
     def _mask(self, name: str, masking: MaskInput, shape: torch.Size | None, *, new: bool = True) -> None:
@@ -414,18 +448,21 @@ class ActivationSparsifier:
         if new:
             masking.add_to(config["layer"], shape)
         self._masks[name] = masking
-        config["hook"] = attach(config["layer"], masking)
+        config["hook"] = self._mask_handles[name] = attach(config["layer"], masking)
 
     def _put_in_force(self) -> None:
         """Mask while going on to aggregate: what a schedule does."""
         for name, watching in self._watches.items():
-            layer = self.data_groups[name]["layer"]
-            if watching.masking is None:
-                watching.masking = self._masks[name] = self._masking(name)
-                watching.masking.add_to(layer, watching.shape)
-                forget_compiled()
+            config, mask = self.data_groups[name], self._state[name].get("mask")
+            if mask is None:
+                continue  # registered since the last step
+            if name in self._masks:
+                self._masks[name].follow(mask, config["layer"], watching.shape)
             else:
-                watching.masking.build(layer, watching.shape)
+                watching.in_force = True
+                watch_handle = config["hook"]
+                self._mask(name, self._masking(name), watching.shape)
+                config["hook"] = watch_handle
 
     def schedule(
         self,
@@ -470,21 +507,23 @@ class ActivationSparsifier:
             >>> kept
             [10, 6, 2, 2]
         """
-        done = self._schedule.step if self._schedule is not None else 0
         self._schedule = Schedule(
-            sparsity=sparsity, steps=steps, initial=initial, begin=begin, every=every, curve=curve, argument=argument,
-            step=done,
+            sparsity=sparsity, steps=steps, initial=initial, begin=begin, every=every, curve=curve, argument=argument
         )  # fmt: skip
 
-    def masks(self) -> dict[str, Tensor]:
+    def masks(self, kind: type[nn.Module] = nn.Module) -> dict[str, Tensor]:
         """The masks as one bool for each feature of a layer's input, [features], for `deadband.sparsify_(masks=...)`.
 
         A feature counts as kept if it is kept at any position.
 
+        Args:
+            kind: only of layers of this class: `nn.Linear` for `sparsify_`.
+
         Raises:
             LayerError: a layer has no mask yet.
         """
-        return {name: self._feature_mask(name)[0] for name in self.data_groups}
+        groups = self.data_groups.items()
+        return {name: self._feature_mask(name)[0] for name, config in groups if isinstance(config["layer"], kind)}
 
     def _feature_mask(self, name: str) -> tuple[Tensor, bool]:
         """One bool for each feature, and whether that is all there is to the mask."""
@@ -651,6 +690,9 @@ class ActivationSparsifier:
         """
         self.load_state_dict(load(path), functions)
 
+    def __copy__(self) -> ActivationSparsifier:
+        raise TypeError("a shallow copy would share hooks and masks with the original; use copy.deepcopy")
+
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
             return state_for_copy(self)
@@ -694,20 +736,36 @@ def _keeps_statistics(config: dict[str, Any]) -> bool:
 
 
 def _remember(mask: Any) -> Any:
-    return (
-        [(each, each.data) for each in mask] if isinstance(mask, list) else (mask, None if mask is None else mask.data)
-    )
+    masks = mask if isinstance(mask, list) else [] if mask is None else [mask]
+    return mask, [(each, each.data) for each in masks]
 
 
 def _restore(remembered: Any) -> Any:
-    if isinstance(remembered, list):
-        for mask, data in remembered:
-            mask.data = data
-        return [mask for mask, _ in remembered]
-    mask, data = remembered
-    if mask is not None:
-        mask.data = data
+    mask, contents = remembered
+    for each, data in contents:
+        each.data = data
+    if isinstance(mask, list):
+        mask[:] = [each for each, _ in contents]
     return mask
+
+
+def _keeps_all(mask: Any) -> bool:
+    masks = mask if isinstance(mask, list) else [mask]
+    return all(each.is_nested or each.is_meta or bool((each == 1).all()) for each in masks)
+
+
+def _adds_up(function: Callable[..., Any], data: Any) -> bool:
+    """Whether an aggregate counts as an input like any other: added to nothing, or to itself, it stays what it is."""
+    for part in data if isinstance(data, list) else [] if data is None else [data]:
+        if part.is_nested:
+            return False
+        for start in (torch.zeros_like(part), part.clone()):
+            result = function(start, part.clone())
+            if isinstance(result, Tensor) and result.shape == part.shape and torch.equal(result, part):
+                break
+        else:
+            return False
+    return True
 
 
 def _remove_all(handles: dict[Any, RemovableHandle]) -> None:

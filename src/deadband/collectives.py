@@ -9,10 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_DTYPES = (
-    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool, torch.complex64, torch.complex128,
-)  # fmt: skip
+_DTYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
 _MOST_DIMENSIONS = 12
 
 
@@ -48,31 +45,53 @@ def merge_over_ranks(
     return result, total
 
 
+def on_all_ranks(value: bool, device: torch.device) -> bool:
+    """Whether `value` is true on every rank."""
+    flag = torch.tensor(int(value), device=_wire(device))
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)
+
+
 def broadcast_mask(mask: Any, device: torch.device) -> Any:
     """The mask of rank 0: a mask function may draw at random."""
     return _broadcast(mask, 0, device, 0)[0]
 
 
+def _wire(device: torch.device) -> torch.device:
+    """Where tensors have to be to travel: gloo takes those in main memory, NCCL those on the GPU."""
+    if "nccl" not in dist.get_backend():
+        return torch.device("cpu")
+    return device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
+
+
 def _broadcast(value: Any, rows: int, device: torch.device, source: int) -> tuple[Any, int]:
     mine = dist.get_rank() == source
     tensors = ([] if value is None else value if isinstance(value, list) else [value]) if mine else []
-    device = tensors[0].device if tensors else device
+    alike = len({(tensor.shape, tensor.dtype) for tensor in tensors}) == 1
     kind = -1 if value is None else int(isinstance(value, list))
-    head = torch.tensor([kind, len(tensors), rows], dtype=torch.int64, device=device)
+    head = torch.tensor([kind, len(tensors), rows, alike], dtype=torch.int64, device=_wire(device))
     dist.broadcast(head, source)
-    kind, count, rows = head.tolist()
-    received = [_broadcast_tensor(tensors[i] if mine else None, device, source) for i in range(count)]
+    kind, count, rows, alike = head.tolist()
+    if alike:  # a thousand features travel as one
+        together = torch.stack([tensor.detach() for tensor in tensors]) if mine else None
+        received = list(_broadcast_tensor(together, device, source).unbind(0))
+    else:
+        received = [_broadcast_tensor(tensors[i] if mine else None, device, source) for i in range(count)]
     return (None if kind < 0 else received if kind else received[0]), rows
 
 
 def _broadcast_tensor(tensor: Tensor | None, device: torch.device, source: int) -> Tensor:
-    head = torch.zeros(_MOST_DIMENSIONS + 2, dtype=torch.int64, device=device)
+    device = device if tensor is None else tensor.device
+    head = torch.zeros(_MOST_DIMENSIONS + 2, dtype=torch.int64)
     if tensor is not None:
         head[: tensor.dim() + 2] = torch.tensor([_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape])
+    head = head.to(_wire(device))
     dist.broadcast(head, source)
     dtype, dimensions, *shape = head.tolist()
     if tensor is None:
-        tensor = torch.empty(shape[:dimensions], dtype=_DTYPES[dtype], device=device)
-    tensor = tensor.contiguous()
-    dist.broadcast(tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor, source)
-    return tensor
+        tensor = torch.empty(shape[:dimensions], dtype=_DTYPES[dtype])
+    # as bytes, whatever the type; a copy, since what is received is written into it
+    tensor = tensor.detach().to(_wire(device)).clone(memory_format=torch.contiguous_format)
+    if tensor.numel():
+        dist.broadcast(tensor.reshape(-1).view(torch.uint8), source)
+    return tensor.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -21,13 +22,26 @@ _BITS = {
 }
 
 
-def take_input(name: str, args: tuple, kwargs: dict) -> Tensor:
+def arguments_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of a layer's arguments, in the order in which it declares them."""
+    try:
+        return tuple(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def take_input(name: str, args: tuple, kwargs: dict, order: tuple[str, ...] = ()) -> Tensor:
     """The tensor that a hook looks at: the first positional argument or, if there is none, the first keyword tensor.
+
+    Args:
+        name: of the layer, for messages.
+        args, kwargs: of one call.
+        order: what comes first among keywords: see `arguments_of`.
 
     Raises:
         TypeError: it is not a dense tensor.
     """
-    given: Any = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+    given: Any = args[0] if args else kwargs.get(_first_tensor(kwargs, order))
     if not isinstance(given, Tensor):
         what = f"got {type(given).__name__} as its first argument" if args else "was called without a tensor"
         raise TypeError(f"layer {name!r} {what}; expected a tensor. Register the layer inside it that takes the tensor")
@@ -36,12 +50,18 @@ def take_input(name: str, args: tuple, kwargs: dict) -> Tensor:
     return given
 
 
-def with_input(args: tuple, kwargs: dict, x: Tensor) -> tuple[tuple, dict]:
+def with_input(args: tuple, kwargs: dict, x: Tensor, order: tuple[str, ...] = ()) -> tuple[tuple, dict]:
     """The same arguments with `x` in the place of the tensor that `take_input` found."""
     if args:
         return (x, *args[1:]), kwargs
-    name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
-    return args, {**kwargs, name: x}
+    return args, {**kwargs, _first_tensor(kwargs, order): x}
+
+
+def _first_tensor(kwargs: dict, order: tuple[str, ...]) -> str:
+    for name in (*order, *kwargs):
+        if isinstance(kwargs.get(name), Tensor):
+            return name
+    return ""
 
 
 def attach(module: nn.Module, hook: Any) -> RemovableHandle:
@@ -90,7 +110,7 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
 
 def _traced_or_transformed(x: Tensor) -> bool:
     """Under a compiler, vmap, grad or forward-mode AD, which do not see through a change of dtype."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_neg():
         return True
     return torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0
 
@@ -99,14 +119,17 @@ class MaskInput:
     """A forward pre-hook that masks a layer's input with a buffer of that layer.
 
     It needs nothing but the module that it is called with, so a masked model can be moved, saved, copied, compiled and
-    exported on its own. Where a sparsifier stands behind it, writes into the sparsifier's mask are seen here, too.
+    exported on its own. Where a sparsifier stands behind it, writes into the sparsifier's mask are seen here, too (by
+    compiled code, from the next call outside of it on).
 
     Attributes:
         name: of the layer, for messages.
+        order: of the layer's arguments.
         buffer: name of the layer's buffer: bool, unless the mask scales.
         source: what the buffer is made from: one mask, or a list of masks for `features`.
         dim: where a one-dimensional mask lies along the input; None: masks broadcast as they are.
         features: [k] int64, the features of the masks in a list, along `feature_dim`.
+        unset: no step was made, so that the mask keeps everything, whatever its shape.
     """
 
     def __init__(
@@ -114,18 +137,22 @@ class MaskInput:
         name: str,
         source: Tensor | list[Tensor],
         *,
+        order: tuple[str, ...] = (),
         dim: int | None = None,
         features: Tensor | None = None,
         feature_dim: int = 0,
         unset: bool = False,
     ) -> None:
-        self.name, self.source, self.dim = name, source, dim
+        self.name, self.order, self.source, self.dim = name, order, source, dim
         self.features, self.feature_dim = features, feature_dim
-        self.unset = unset  # no step was made: whatever its shape, the mask keeps everything
+        self.unset = unset
         self.buffer = BUFFER
-        self.seen: Any = None  # the source when the buffer was made
-        self.written: Any = None  # the buffer when it was made
-        self.watched: list[Tensor] = []
+        self.elements: list[Tensor] = []  # of a list
+        self.contents: list[Tensor] = []  # the source, and a copy of it as it was when the buffer was made
+        self.scales = any(_as_bool(mask).dtype is not torch.bool for mask in self._masks())
+
+    def _masks(self) -> list[Tensor]:
+        return self.source if isinstance(self.source, list) else [self.source]
 
     def add_to(self, module: nn.Module, shape: torch.Size | None) -> None:
         """Register the buffer; without the `shape` of an input, masks of features wait for the first one."""
@@ -140,19 +167,81 @@ class MaskInput:
         """Take the buffer away."""
         module._buffers.pop(self.buffer, None)
 
+    def follow(self, source: Tensor | list[Tensor], module: nn.Module, shape: torch.Size | None) -> None:
+        """Take another mask from now on."""
+        self.source = source
+        self.build(module, shape)
+
     def build(self, module: nn.Module, shape: torch.Size | None) -> None:
         """Make the buffer from the source."""
         before = module._buffers.get(self.buffer)
-        mask = torch.ones((), dtype=torch.bool) if self.unset else _as_bool(self._full(shape))
-        device = self._source_device() if before is None else before.device
-        mask = mask.to(device)
-        mask = mask if mask.is_nested else mask.contiguous()
-        module._buffers[self.buffer] = mask
-        self.seen, self.written = self._state_of_source(), _mark(mask)
+        with torch.inference_mode(False), torch.no_grad():
+            mask = self.made(shape)
+            device = before.device if before is not None else mask.device
+            module._buffers[self.buffer] = mask.clone().to(device)
+            self.scales = mask.dtype is not torch.bool
+            self._watch_source()
 
-    def _source_device(self) -> torch.device:
-        first = self.source[0] if isinstance(self.source, list) and self.source else self.source
-        return first.device if isinstance(first, Tensor) else torch.device("cpu")
+    def made(self, shape: torch.Size | None) -> Tensor:
+        """The source as one mask, bool unless it scales, for inputs of `shape`.
+
+        Raises:
+            ValueError: masks of features that do not fit such inputs.
+        """
+        if self.unset:
+            return torch.ones((), dtype=torch.bool, device=self._masks()[0].device if self._masks() else None)
+        mask = _as_bool(self._full(shape))
+        return mask if mask.is_nested else mask.contiguous()
+
+    def _watch_source(self) -> None:
+        masks = self._masks()
+        self.elements = list(masks)
+        if len(masks) > 1 and len({(mask.shape, mask.dtype, mask.device) for mask in masks}) == 1:
+            # a thousand masks become parts of one tensor, to be looked at as one
+            together = torch.stack([mask.detach() for mask in masks])
+            for mask, part in zip(masks, together.unbind(0), strict=True):
+                mask.data = part
+            masks = [together]
+        self.contents = [*masks, *(mask.detach().clone() for mask in masks)]
+
+    def _source_changed(self) -> bool:
+        """By contents: writes through `.data` or numpy leave no other trace."""
+        masks = self._masks()
+        count = len(self.contents) // 2
+        try:
+            # a list compares by identity, fast; a mask that took another's place compares by its values, each time
+            if isinstance(self.source, list) and self.elements != masks:
+                return True
+            if count == 1 < len(masks) and not _lies_in(masks[0], self.contents[0]):
+                return True
+            return not all(map(_equal, self.contents[:count], self.contents[count:]))
+        except RuntimeError:  # masks of several values, or of another shape
+            return True
+
+    def pull(self, module: nn.Module) -> None:
+        """Bring the source up to date after the model was moved or loaded a state dict, or the buffer after a write."""
+        mask = module._buffers.get(self.buffer)
+        if mask is None or self.unset or mask.is_meta or mask.is_nested:
+            return
+        if self._source_changed():
+            if not isinstance(self.source, list):
+                self.build(module, None)
+            return
+        masks = self._masks()
+        device = masks[0].device if masks else mask.device
+        shape = mask.shape
+        if not mask.dim() or (mask.device == device and torch.equal(self.made(shape), mask)):
+            return
+        parts = [mask]
+        if isinstance(self.source, list):
+            assert self.features is not None
+            dim = self.feature_dim % mask.dim()
+            parts = list(mask.index_select(dim, self.features.to(mask.device)).split(1, dim))
+        with torch.inference_mode(False), torch.no_grad():
+            for part, target in zip(parts, masks, strict=True):
+                part = part.reshape(target.shape) if part.numel() == target.numel() else part
+                target.data = part.to(target.dtype).clone()
+            self._watch_source()
 
     def _full(self, shape: torch.Size | None) -> Tensor:
         """The source as one mask that broadcasts to inputs of `shape`."""
@@ -181,55 +270,14 @@ class MaskInput:
         full = chosen.new_ones([*common[:dim], shape[dim], *common[dim + 1 :]])
         return full.index_copy(dim, self.features.to(full.device), chosen)
 
-    def _state_of_source(self) -> Any:
-        if not isinstance(self.source, list):
-            return _mark(self.source)
-        if len({(mask.shape, mask.dtype, mask.device) for mask in self.source}) == 1:
-            # views of one tensor share its version, so that a thousand masks are looked at as one
-            self.source[:] = torch.stack([mask.detach() for mask in self.source]).unbind(0)
-            self.watched = self.source[:1]
-        else:
-            self.watched = list(self.source)
-        return list(self.source), [_mark(mask) for mask in self.watched]
-
-    def _source_changed(self) -> bool:
-        if not isinstance(self.source, list):
-            return _mark(self.source) != self.seen
-        elements, marks = self.seen
-        try:
-            # by identity, fast; a mask that took another's place is compared by its values, each time
-            if elements != self.source:
-                return True
-        except RuntimeError:  # of several values, or of another shape
-            return True
-        return [_mark(mask) for mask in self.watched] != marks
-
-    def pull(self, module: nn.Module) -> None:
-        """Bring the source up to date after the model was moved or loaded a state dict."""
-        mask = module._buffers.get(self.buffer)
-        if mask is None or self.unset or _mark(mask) == self.written or mask.is_meta:
-            return
-        if isinstance(self.source, list):
-            assert self.features is not None
-            dim = self.feature_dim % mask.dim() if mask.dim() else 0
-            if not mask.dim():
-                return
-            for part, target in zip(
-                mask.index_select(dim, self.features.to(mask.device)).split(1, dim), self.source, strict=True
-            ):
-                part = part.reshape(target.shape) if part.numel() == target.numel() else part
-                target.data = part.to(target.dtype).clone()
-        else:
-            self.source.data = mask.to(self.source.dtype).clone()
-        self.seen, self.written = self._state_of_source(), _mark(mask)
-
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments with the layer's input masked."""
-        x = take_input(self.name, args, kwargs)
+        x = take_input(self.name, args, kwargs, self.order)
         mask = module._buffers[self.buffer]
         if torch.compiler.is_compiling():
             if mask is None:
-                mask = _as_bool(self._full(x.shape)).to(x.device)
+                mask = self._full(x.shape).to(x.device)
+                mask = mask if self.scales else mask != 0
         elif mask is None or self._source_changed():
             self.unset = self.unset and mask is None
             self.build(module, x.shape)
@@ -238,8 +286,10 @@ class MaskInput:
         if self.dim is not None and mask.dim() == 1:
             after = x.dim() - self.dim - 1 if self.dim >= 0 else -self.dim - 1
             mask = mask.view((-1,) + (1,) * after)
+        while mask.dim() > x.dim() and mask.shape[0] == 1:  # made from batches, used without one
+            mask = mask[0]
         self._check_shape(x, mask)
-        return with_input(args, kwargs, apply_mask(x, mask))
+        return with_input(args, kwargs, apply_mask(x, mask), self.order)
 
     def _check_shape(self, x: Tensor, mask: Tensor) -> None:
         if x.is_nested:
@@ -253,11 +303,14 @@ class MaskInput:
             )
 
 
-def _mark(tensor: Tensor) -> Any:
-    """What changes when a tensor is written to, moved, or given other data."""
-    if tensor.is_inference() or tensor.is_nested:
-        return (0, id(tensor))
-    return (tensor._version, tensor.data_ptr() if not tensor.is_meta else id(tensor), tensor.shape)
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.is_nested or a.is_meta:
+        return True
+    return a.dtype is b.dtype and torch.equal(a, b)
+
+
+def _lies_in(part: Tensor, whole: Tensor) -> bool:
+    return part.data_ptr() == whole.data_ptr() or not part.numel()
 
 
 def _as_bool(mask: Tensor) -> Tensor:

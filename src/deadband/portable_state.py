@@ -18,7 +18,7 @@ from torch import Tensor
 from deadband import aggregate, mask, reduce
 from deadband.files import replacing
 from deadband.schedule import Schedule
-from deadband.watching import facts_of, saved_hook_state
+from deadband.watching import facts_of, same_layer, saved_hook_state
 
 if TYPE_CHECKING:
     from deadband.activation_sparsifier import ActivationSparsifier
@@ -27,7 +27,10 @@ FORMAT = "deadband.activation_sparsifier"
 VERSION = 1
 _ROLES = ("aggregate_fn", "reduce_fn", "mask_fn")
 _READY_MADE: dict[str, Any] = {
-    **{f"deadband.aggregate:{name}": getattr(aggregate, name) for name in ("sum", "mean", "mean_abs", "max_abs")},
+    **{
+        f"deadband.aggregate:{name}": getattr(aggregate, name)
+        for name in ("sum", "mean", "mean_abs", "max_abs", "statistics")
+    },
     "deadband.aggregate:Ema": aggregate.Ema,
     **{f"deadband.reduce:{name}": getattr(reduce, name) for name in ("mean", "l2_norm", "quantile")},
     **{
@@ -89,11 +92,13 @@ def from_portable(
     """
     if state.get("version") != VERSION:
         raise ValueError(f"the state has version {state.get('version')!r}; this deadband reads version {VERSION}")
-    known = [sparsifier.defaults, *sparsifier.data_groups.values()]
     tensors = state["tensors"]
 
-    def configuration(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
-        config = defaultdict(None, {role: _find(saved[role], role, functions, known, where) for role in _ROLES})
+    def configuration(saved: Mapping[str, Any], layer: str | None) -> dict[str, Any]:
+        own = None if layer is None else same_layer(layer, sparsifier.data_groups)
+        known = [sparsifier.data_groups[own]] if own is not None else []
+        known += [sparsifier.defaults, *sparsifier.data_groups.values()]
+        config = defaultdict(None, {role: _find(saved[role], role, functions, known, layer) for role in _ROLES})
         config.update(
             features=saved["features"], feature_dim=saved["feature_dim"], sparse_config=dict(saved["sparse_config"])
         )
@@ -101,7 +106,7 @@ def from_portable(
 
     groups, states, facts = {}, {}, {}
     for name, saved in state["groups"].items():
-        groups[name] = configuration(saved, f"layer {name!r}")
+        groups[name] = configuration(saved, name)
         groups[name]["hook_state"] = saved["hook_state"]
         if (data := _unpack(tensors, f"{name}.data", saved["data"])) is not None:
             groups[name]["data"] = data
@@ -120,7 +125,7 @@ def from_portable(
                 "the state was saved under a schedule that is a function; call schedule(...) again before loading"
             )
         schedule.step = step
-    result = {"state": states, "data_groups": groups, "defaults": configuration(state["defaults"], "the defaults")}
+    result = {"state": states, "data_groups": groups, "defaults": configuration(state["defaults"], None)}
     return result, facts, schedule
 
 
@@ -156,10 +161,10 @@ def describe(function: Any) -> dict[str, Any] | None:
     """A function by name, with the keywords that a partial of a ready-made one was given."""
     if function is None:
         return None
-    if isinstance(function, functools.partial) and not function.args:
+    if isinstance(function, functools.partial) and not function.args and _is_json(function.keywords):
         inner = describe(function.func)
-        if inner is not None and inner["name"] in _READY_MADE and _is_json(function.keywords):
-            return {"name": inner["name"], "keywords": dict(function.keywords)}
+        assert inner is not None
+        return {"name": inner["name"], "keywords": {**inner["keywords"], **function.keywords}}
     if type(function) is aggregate.Ema:
         return {"name": "deadband.aggregate:Ema", "keywords": {"decay": function.decay}}
     for name, ready_made in _READY_MADE.items():
@@ -171,21 +176,35 @@ def describe(function: Any) -> dict[str, Any] | None:
 
 
 def _find(
-    description: Mapping[str, Any] | None, role: str, functions: Mapping[str, Any], known: list[Any], where: str
+    description: Mapping[str, Any] | None,
+    role: str,
+    functions: Mapping[str, Any],
+    known: list[Any],
+    layer: str | None,
 ) -> Any:
     if description is None:
         return None
     name, keywords = description["name"], description["keywords"]
-    for key in (name, role):
-        if key in functions:
-            return functions[key]
+    for given, key in ((functions.get(layer or ""), role), (functions, name), (functions, role)):
+        if isinstance(given, Mapping) and callable(given.get(key)):
+            return given[key]
     if name == "deadband.aggregate:Ema":
         return aggregate.Ema(**keywords)
     if name in _READY_MADE:
         return functools.partial(_READY_MADE[name], **keywords) if keywords else _READY_MADE[name]
-    for config in known:
-        if describe(config[role]) == description:
-            return config[role]
+    found = [config[role] for config in known if describe(config.get(role)) == description]
+    if found and all(each is found[0] for each in found[1:]):
+        return found[0]
+    if layer is None:  # only layers to come need a default
+        return known[0][role]
+    where = f"layer {layer!r}"
+    if found:  # the layer's own comes first, if it is registered here
+        if known and known[0].get("layer") is not None and describe(known[0].get(role)) == description:
+            return found[0]
+        raise ValueError(
+            f"{role} of {where} was {name!r}, and several functions here have that name; pass "
+            f"functions={{{layer!r}: {{{role!r}: ...}}}}"
+        )
     # nothing is imported by name: a file of data must not decide what code runs
     raise ValueError(
         f"{role} of {where} was {name!r}, which is not known here; pass functions={{{role!r}: ...}} "
@@ -241,7 +260,7 @@ def _plain_schedule(schedule: Schedule) -> dict[str, Any]:
 
 def _plain(values: dict[str, Any], where: str) -> dict[str, Any]:
     for key, value in values.items():
-        if not _is_json(value):
+        if not _is_json(value) or (isinstance(value, dict) and not all(isinstance(each, str) for each in value)):
             raise ValueError(
                 f"sparse_config of {where} holds {key}={type(value).__name__}, which JSON cannot hold; use numbers, "
                 "strings, lists and mappings, or state_dict() without portable"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deadband.accumulation import Selection
 from deadband.hooks import MaskInput
 from deadband.portable_state import FORMAT, from_portable
-from deadband.watching import LayerError, WatchInput, facts_of, input_features, same_layer, saved_hook_state
+from deadband.watching import LayerError, facts_of, input_features, kind_of, same_layer, saved_hook_state
 
 if TYPE_CHECKING:
     from deadband.activation_sparsifier import ActivationSparsifier
@@ -40,7 +40,7 @@ def load_state(
     if saved.get("format") == FORMAT:
         saved, facts, schedule = from_portable(sparsifier, saved, functions)
     defaults, given, states = saved["defaults"], saved["data_groups"], _converted(saved["state"], Tensor.to_dense)
-    modules = dict(sparsifier.model.named_modules())
+    modules = dict(sparsifier.model.named_modules(remove_duplicate=False))
     names = {name: same_layer(name, modules) for name in given}
     for name, config in given.items():
         found = names[name]
@@ -56,7 +56,8 @@ def load_state(
     state: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, config in given.items():
         layer = modules[names[name] or ""]
-        groups[names[name] or ""] = {**_without(config, "hook", "layer"), "layer": layer}
+        own = {key: value if _may_share(key, value) else copy.deepcopy(value) for key, value in config.items()}
+        groups[names[name] or ""] = {**_without(own, "hook", "layer"), "layer": layer}
     for name, entry in states.items():
         target = names.get(name) or name
         layer = groups[target]["layer"] if target in groups else None
@@ -74,8 +75,9 @@ def load_state(
 def state_for_copy(sparsifier: ActivationSparsifier) -> dict[str, Any]:
     """What `copy.deepcopy` and `pickle` take: everything but hooks and lock; the model's copy brings its own hooks."""
     _release(sparsifier)
-    kept = _without(sparsifier.__dict__, "_lock", "_watches", "_masks", "_handles")
-    hooked = {name: config["hook"].id for name, config in sparsifier.data_groups.items() if "hook" in config}
+    kept = _without(sparsifier.__dict__, "_lock", "_watches", "_masks", "_handles", "_mask_handles", "_example")
+    hooked = [(name, handle.id) for name, handle in sparsifier._handles.items() if name in sparsifier.data_groups]
+    hooked += [(name, handle.id) for name, handle in sparsifier._mask_handles.items()]
     return {**kept, "_everything": _everything(sparsifier), "_hooked": hooked}
 
 
@@ -83,15 +85,14 @@ def restore_copy(sparsifier: ActivationSparsifier, kept: dict[str, Any]) -> None
     """Make a copy work: hooks that came with the model's copy are put up anew, so that they feed this sparsifier."""
     defaults, groups, state, facts = kept.pop("_everything")
     hooked = kept.pop("_hooked")
-    sparsifier.__dict__.update(kept)
+    sparsifier.__dict__.update(kept, _example=None)
     sparsifier._begin()
-    for name, number in hooked.items():
+    for name, number in hooked:
         layer = groups[name]["layer"]
         layer._forward_pre_hooks_with_kwargs.pop(number, None)
         hook = layer._forward_pre_hooks.pop(number, None)
-        masking = hook.masking if isinstance(hook, WatchInput) else hook
-        if isinstance(masking, MaskInput):
-            masking.remove_from(layer)
+        if isinstance(hook, MaskInput):
+            hook.remove_from(layer)
     _replace(sparsifier, defaults, groups, state, facts)
     _resume_schedule(sparsifier)
 
@@ -140,12 +141,12 @@ def _release(sparsifier: ActivationSparsifier) -> None:
 
 
 def _check_layer(name: str, layer: nn.Module, facts: Mapping[str, Any]) -> None:
-    now = {"layer": type(layer).__name__, "features": input_features(layer)}
-    if any(key in facts and facts[key] != value for key, value in now.items()):
-        raise ValueError(
-            f"layer {name!r} is a {now['layer']} of {now['features']} input features; the state was saved for a "
-            f"{facts['layer']} of {facts['features']}"
-        )
+    for key, value in kind_of(layer).items():
+        if None not in (value, facts.get(key)) and facts[key] != value:
+            raise ValueError(
+                f"layer {name!r} is a {type(layer).__name__} of {input_features(layer)} input features; the state was "
+                f"saved for a {facts['layer']} of {facts['features']}"
+            )
 
 
 def _converted(states: Mapping[str, Any], convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -159,6 +160,10 @@ def _converted(states: Mapping[str, Any], convert: Callable[[Tensor], Tensor]) -
             mask = convert(mask.detach()).clone()
         result[name] = {**copy.deepcopy(_without(state, "mask")), "mask": mask}
     return result
+
+
+def _may_share(key: str, value: Any) -> bool:
+    return key != "data" or isinstance(value, (Tensor, list))  # statistics are added to in place
 
 
 def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:

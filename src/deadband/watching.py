@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from deadband.accumulation import Accumulator, as_features
 from deadband.aggregate import Aggregate, rows_of
-from deadband.hooks import MaskInput, take_input
+from deadband.hooks import arguments_of, take_input
 from deadband.ops.watch import issue_ticket, watch
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class WatchInput:
     def __init__(self, owner: ActivationSparsifier, name: str, config: dict[str, Any]) -> None:
         self.owner: Any = weakref.ref(owner)
         self.name = name
-        self.masking: MaskInput | None = None
+        self.order = arguments_of(config["layer"])
+        self.in_force = False  # the last step's mask is: a schedule's
         self.shape: torch.Size | None = None  # of the last input
         self.stepped = False
         self.ready_made: Aggregate | None = None
@@ -46,13 +48,18 @@ class WatchInput:
         else:
             features = None if config["features"] is None else as_features(config["features"])
             self.accumulator = Accumulator(
-                name, config["aggregate_fn"], features, config["feature_dim"], owner.compatible
+                name,
+                config["aggregate_fn"],
+                features,
+                config["feature_dim"],
+                zero_start=owner.zero_start,
+                widen=owner.widen,
             )
         self.ticket: Tensor | None = issue_ticket(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model alone is not watched: its inputs are not those of the model that is."""
-        return {"name": self.name, "masking": self.masking, "owner": None, "ticket": None}
+        return {"name": self.name, "owner": None, "ticket": None}
 
     def begin(self) -> None:
         """Start again after a step."""
@@ -64,15 +71,18 @@ class WatchInput:
         if self.accumulator is not None:
             self.accumulator.release()
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Look at the input."""
-        if self.ticket is not None and not torch.compiler.is_exporting():
-            x = take_input(self.name, args, kwargs)
-            if torch.compiler.is_compiling():
-                watch(x.detach(), self.ticket)
-            else:
-                self.see(x)
-        return self.masking(module, args, kwargs) if self.masking is not None else None
+        if torch.compiler.is_exporting():
+            return
+        if self.ticket is None:  # came with a copy of the model
+            _remove_hook(module, self)
+            return
+        x = take_input(self.name, args, kwargs, self.order)
+        if torch.compiler.is_compiling():
+            watch(x.detach(), self.ticket)
+        else:
+            self.see(x)
 
     def see(self, x: Tensor) -> None:
         """Aggregate one input, unless it is computed again in the backward pass (activation checkpointing)."""
@@ -99,6 +109,7 @@ class WatchInput:
         x = x.detach()
         before = _on(x.device, config.get("data"))  # the model may have moved since
         if self.ready_made is not None:
+            self._check_features(before, x)
             rows = config.get("rows", 0)
             with torch.no_grad():
                 new = self.ready_made(before, rows, x, self.dim)
@@ -106,7 +117,7 @@ class WatchInput:
         else:
             assert self.accumulator is not None
             new = self.accumulator.add(before, x)
-        if "data" not in config and self.masking is None:
+        if "data" not in config and not self.in_force:
             owner._state[self.name]["mask"] = self._keep_all(x)
             self.stepped = False
         config["data"] = new
@@ -123,11 +134,28 @@ class WatchInput:
             return []
         return list(ones_like(self.accumulator.selection.of(x)).split(1, self.accumulator.feature_dim))
 
+    def _check_features(self, before: Any, x: Tensor) -> None:
+        shape = tuple(x.shape)
+        if not -x.dim() <= self.dim < x.dim():
+            raise IndexError(f"layer {self.name!r}: its input of shape {shape} has no dimension {self.dim} of features")
+        if isinstance(before, Tensor) and before.shape != (shape[self.dim],):
+            raise ValueError(
+                f"layer {self.name!r}: its input of shape {shape} has {shape[self.dim]} features along dimension "
+                f"{self.dim}; the inputs before had {before.numel()}. Name their dimension with feature_dim="
+            )
+
 
 def _on(device: torch.device, data: Any) -> Any:
     if isinstance(data, list):
         return data if all(each.device == device for each in data[:1]) else [each.to(device) for each in data]
     return data.to(device) if isinstance(data, Tensor) else data
+
+
+def _remove_hook(module: nn.Module, hook: Any) -> None:
+    for number, each in list(module._forward_pre_hooks.items()):
+        if each is hook:
+            del module._forward_pre_hooks[number]
+            module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 class RememberCall:
@@ -141,28 +169,31 @@ class RememberCall:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Keep the arguments, once."""
-        owner = self.owner() if self.owner is not None else None
-        if owner is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
-        if owner._example is None:
+        owner = self.owner() if self.owner is not None else None
+        if owner is not None and owner._example is None:
             with torch.inference_mode(False), torch.no_grad():
                 owner._example = _few_rows(args, kwargs)
-        if (handle := owner._handles.pop(RememberCall, None)) is not None:
-            handle.remove()
+            owner._handles.pop(RememberCall, None)
+        _remove_hook(module, self)
 
 
-def _few_rows(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    one_batch = not any(tensor.is_nested or tensor.dim() < 2 for tensor in tensors)
-    one_batch = one_batch and len({tensor.shape[0] for tensor in tensors}) == 1
+def _few_rows(args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """The arguments with two rows of each tensor that has the batch's; None if they hold more than plain values."""
+    leaves = tree_leaves((args, kwargs))
+    plain = (Tensor, bool, int, float, str, type(None))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not all(isinstance(leaf, plain) for leaf in leaves) or any(leaf.is_nested for leaf in tensors):
+        return None
+    rows = tensors[0].shape[0] if tensors and tensors[0].dim() else None
 
     def kept(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return (value[:2] if one_batch else value).detach().clone()
-        return value
+        if not isinstance(value, Tensor):
+            return value
+        return (value[:2] if value.dim() and value.shape[0] == rows else value).detach().clone()
 
-    plain = (Tensor, bool, int, float, str, type(None))
-    return tuple(map(kept, args)), {name: kept(value) for name, value in kwargs.items() if isinstance(value, plain)}
+    return tree_map(kept, (args, kwargs))
 
 
 def feature_dimension(layer: nn.Module, given: int | None = None) -> int:
@@ -171,11 +202,10 @@ def feature_dimension(layer: nn.Module, given: int | None = None) -> int:
         return given
     if isinstance(layer, nn.modules.conv._ConvNd):
         return -len(layer.kernel_size) - 1
-    if isinstance(layer, (nn.BatchNorm2d, nn.InstanceNorm2d)):
-        return -3
-    if isinstance(layer, (nn.BatchNorm3d, nn.InstanceNorm3d)):
-        return -4
-    if isinstance(layer, (nn.BatchNorm1d, nn.GroupNorm)):
+    for kind, dim in ((nn.InstanceNorm1d, -2), (nn.InstanceNorm2d, -3), (nn.InstanceNorm3d, -4)):
+        if isinstance(layer, kind):
+            return dim
+    if isinstance(layer, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
         return 1
     return -1
 
@@ -188,6 +218,15 @@ def input_features(layer: nn.Module) -> int | None:
     return None
 
 
+def kind_of(layer: nn.Module) -> dict[str, Any]:
+    """What a layer has to have in common with the one that a state was saved for."""
+    families = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    return {
+        "layer": next((family.__name__ for family in families if isinstance(layer, family)), None),
+        "features": input_features(layer),
+    }
+
+
 def facts_of(sparsifier: ActivationSparsifier, name: str) -> dict[str, Any]:
     """What loading a layer has to know beyond what torch's class saves."""
     watching, masking = sparsifier._watches.get(name), sparsifier._masks.get(name)
@@ -197,8 +236,7 @@ def facts_of(sparsifier: ActivationSparsifier, name: str) -> dict[str, Any]:
         buffer = layer._buffers.get(masking.buffer)
         shape = buffer.shape if buffer is not None and buffer.dim() else None
     return {
-        "layer": type(layer).__name__,
-        "features": input_features(layer),
+        **kind_of(layer),
         "shape": None if shape is None else list(shape),
         "unset": masking.unset if masking is not None else watching is not None and not watching.stepped,
     }
