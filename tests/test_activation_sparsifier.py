@@ -2006,3 +2006,29 @@ def test_a_copy_of_a_watched_model_loses_the_hook():
     other(torch.randn(2, 6))
     assert not other[0]._forward_pre_hooks
     assert not other._forward_pre_hooks
+
+
+def test_a_mask_replaced_after_squashing_holds_from_the_next_squash():
+    results = []
+    for sparsifier_class in (ActivationSparsifier, TorchSparsifier):
+        model, sparsifier = only(nn.Identity(), sparsifier_class)
+        x = torch.arange(12.0).view(3, 4)
+        model(x)
+        sparsifier.step()
+        sparsifier.squash_mask()
+        sparsifier.state["0"]["mask"] = torch.zeros(4)
+        results.append(model(x))
+        sparsifier.squash_mask()
+        results.append(model(x))
+    same(results[:2], results[2:])
+
+
+def test_data_that_were_taken_away_do_not_change():
+    model, sparsifier = only(nn.Identity(), features=[0, 2], feature_dim=1)
+    x = torch.ones(3, 4)
+    model(x)
+    model(x)
+    taken = sparsifier.data_groups["0"].pop("data")
+    model(x)
+    same(taken, [torch.full((3, 1), 2.0)] * 2)
+    same(sparsifier.data_groups["0"]["data"], [torch.full((3, 1), 1.0)] * 2)

@@ -78,6 +78,7 @@ class Accumulator:
 
     def _block(self, data: list[Tensor] | None) -> Tensor | None:
         if data is None:
+            self.release()
             return None
         try:
             if self.block is not None and data == self.parts:  # by identity, fast; see hooks.MaskInput

@@ -447,6 +447,8 @@ class ActivationSparsifier:
         config = self.data_groups[name]
         if new:
             masking.add_to(config["layer"], shape)
+        elif shape is not None or not isinstance(masking.source, list):
+            masking.build(config["layer"], shape)
         self._masks[name] = masking
         config["hook"] = self._mask_handles[name] = attach(config["layer"], masking)
 
