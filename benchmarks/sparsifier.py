@@ -157,7 +157,7 @@ def memory() -> dict:
         with torch.no_grad():
             for _ in range(20):
                 model(torch.randn(64, 1000))
-        kept = (sparsifier.data_groups["0"]["data"], sparsifier.get_mask("0"))
+        kept = (sparsifier.data_groups["0"]["data"], sparsifier.state["0"]["mask"])
         rows[name] = {"bytes": sum(tensor.untyped_storage().nbytes() for tensor in kept)}
     return {"what": "memory", "rows": rows}
 

@@ -112,8 +112,9 @@ class Accumulator:
             result = self._add_other_shape(data, x, feature)
         if not isinstance(result, Tensor):
             raise TypeError(f"layer {self.name!r}: aggregate_fn returned {type(result).__name__}, expected a tensor")
-        result = result.detach()
-        if result.is_inference() or _aliases(result, x):
+        if result.requires_grad:
+            result = result.detach()
+        if result is x or result.is_inference() or (result._is_view() and _aliases(result, x)):
             result = result.clone()  # the activation itself may be changed in place later
         return result
 

@@ -106,7 +106,8 @@ class WatchInput:
                 self._add(owner, config, x)
 
     def _add(self, owner: ActivationSparsifier, config: dict[str, Any], x: Tensor) -> None:
-        x = x.detach()
+        if x.requires_grad:
+            x = x.detach()
         before = _on(x.device, config.get("data"))  # the model may have moved since
         if self.ready_made is not None:
             self._check_features(before, x)
@@ -148,7 +149,7 @@ class WatchInput:
 def _on(device: torch.device, data: Any) -> Any:
     if isinstance(data, list):
         return data if all(each.device == device for each in data[:1]) else [each.to(device) for each in data]
-    return data.to(device) if isinstance(data, Tensor) else data
+    return data.to(device) if isinstance(data, Tensor) and data.device != device else data
 
 
 def _remove_hook(module: nn.Module, hook: Any) -> None:
