@@ -1,3 +1,4 @@
+import gc
 import json
 
 import pytest
@@ -12,10 +13,15 @@ from deadband.ops import kernels
 def test_candidates_take_turns():
     order = []
     times = bench.interleave(
-        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=1, progress=False
-    )
-    assert order == ["a", "b"] * 4
-    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+        {name: lambda name=name: order.append((name, gc.isenabled())) for name in "abc"},
+        rounds=9, warmup=1, progress=False,
+    )  # fmt: skip
+    rounds = ["".join(name for name, _ in order[start : start + 3]) for start in range(0, 30, 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    assert len(set(rounds)) > 2  # in another order each time
+    assert not any(collecting for _, collecting in order)
+    assert gc.isenabled()
+    assert {name: len(values) for name, values in times.items()} == {"a": 9, "b": 9, "c": 9}
     assert bench.median([3.0, 1.0, 100.0]) == 3.0
 
 

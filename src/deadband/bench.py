@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of every call, candidate by candidate in turn, so that a change of the machine's speed meets all alike.
 
-    Python's garbage collector waits meanwhile, as in timeit: one candidate would pay for what another left.
+    Each round has another order, as what one candidate leaves in the caches is what the next one finds. Python's
+    garbage collector waits meanwhile, as in timeit: one candidate would pay for what another left.
 
     Example:
         >>> times = interleave({"a": lambda: sum(range(10)), "b": lambda: None}, rounds=3, progress=False)
@@ -34,13 +36,14 @@ def interleave(
         3
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    order = random.Random(0)
     collecting = gc.isenabled()
     gc.disable()
     try:
         for index in progress_bar(range(-warmup, rounds), what, progress):
-            for name, call in candidates.items():
+            for name in order.sample(list(candidates), len(candidates)):
                 start = time.perf_counter()
-                call()
+                candidates[name]()
                 if index >= 0:
                     times[name].append(time.perf_counter() - start)
     finally:
