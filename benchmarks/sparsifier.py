@@ -107,8 +107,8 @@ def watching(name: str, rounds: int, count: int) -> dict:
 def features(rounds: int, count: int) -> dict:
     """Seconds with 1,024 of 4,096 features, scattered at random, batch 64: while aggregating and while masking.
 
-    The libraries are timed one after the other, each in turn with a multiplication: torch's loops leave thousands of
-    freed tensors behind, and the allocation that meets them next takes milliseconds.
+    The libraries are timed one after the other: torch's loops leave thousands of freed tensors behind, and the
+    allocation that meets them next, a multiplication's among them, takes milliseconds.
     """
     x, keep = torch.randn(64, 4096), (torch.rand(4096) > 0.5).float()
     chosen = torch.randperm(4096)[:1024].tolist()
@@ -127,9 +127,10 @@ def features(rounds: int, count: int) -> dict:
             calls[phase] = lambda model=model: model(x)
         with threads(count), torch.no_grad():
             times = interleave({key: repeated(call) for key, call in calls.items()}, rounds=9 * rounds, what="features")
-        seconds = {key: median(values) / CALLS for key, values in times.items()}
-        for key, value in seconds.items():
-            rows[f"{library}, {key}"] = {"us": 1e6 * value, "of_one_multiplication": value / seconds["x * mask"]}
+        rows |= {f"{library}, {key}": {"us": 1e6 * median(values) / CALLS} for key, values in times.items()}
+    one = rows["deadband, x * mask"]["us"]
+    for row in rows.values():
+        row["of_one_multiplication"] = row["us"] / one
     return {"what": "features", "threads": count, "rows": rows}
 
 
