@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from deadband.linear import SparseLinear
     from deadband.sparsify import SparsityConfig, SparsityReport, dense, densify_, sparse_prefill, sparsify_, sparsity
     from deadband.trainer_callback import SparsifierTrainerCallback
+    from deadband.watching import LayerError
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOME = {
     "Calibration": "calibration",
     "CompactionReport": "compaction",
     "Evaluation": "evaluation",
+    "LayerError": "watching",
     "SparseLinear": "linear",
     "SparsityConfig": "sparsify",
     "SparsityReport": "sparsify",

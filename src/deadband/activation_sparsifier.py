@@ -253,7 +253,9 @@ class ActivationSparsifier:
             raise LayerError(
                 f"Error: layer with the given name not found: {name!r}; registered are {some(self.data_groups)}"
             )
-        mask = self.state[found].get("mask")
+        if (masking := self._masks.get(found)) is not None:
+            masking.pull(self.data_groups[found]["layer"])
+        mask = self._state[found].get("mask")
         if mask is None:
             raise LayerError(_NO_INPUT.format(repr(name)))
         for each in mask if isinstance(mask, list) else [mask]:
@@ -318,9 +320,9 @@ class ActivationSparsifier:
                 if agree:
                     self._copy_mask(name, collectives.broadcast_mask(self._state[name]["mask"], self._device(name)))
         except BaseException as error:
-            for name, mask in before.items():
-                if name in self.data_groups:
-                    self._state[name]["mask"] = _restore(mask)
+            for other, mask in before.items():
+                if other in self.data_groups:
+                    self._state[other]["mask"] = _restore(mask)
             if hasattr(error, "add_note"):
                 error.add_note(f"while making the mask of layer {name!r}; no mask has changed")
             raise
@@ -534,7 +536,8 @@ class ActivationSparsifier:
         watching = self._watches.get(name)
         if watching is not None and not watching.stepped:
             raise LayerError(f"layer {name!r} has no mask yet; call step() first")
-        dim = feature_dimension(layer, config["feature_dim"])
+        # without features, feature_dim says nothing about masks of one's own functions
+        dim = feature_dimension(layer, config["feature_dim"] if isinstance(mask, list) else None)
         count = input_features(layer)
         full = mask
         if isinstance(mask, list):
@@ -612,9 +615,8 @@ class ActivationSparsifier:
             if name in report.left:
                 self._mask(name, hooks[name][0], None)
             else:
-                self._masks.pop(name)
-                self._state.pop(name)
-                self.data_groups.pop(name)
+                for own in (self._masks, self._mask_handles, self._state, self.data_groups):
+                    own.pop(name)
         report.left.update(left)
         return report
 

@@ -90,7 +90,8 @@ def sparsify_(
         thresholds: what `Calibration.allocate` returned, or a mapping from site names (or ends of names, where only
             one site ends so) to thresholds, which have to be finite and not negative.
         masks: static masks by site name, bool [in_features], False where a feature is always skipped, by every token:
-            what `ActivationSparsifier.masks` returns. A site without a threshold gets a threshold of zero.
+            what `ActivationSparsifier.masks` returns. A site without a threshold gets a threshold of zero. Masks of an
+            earlier call hold only if they are passed again.
         exact: instead of thresholds, a threshold of zero at every site that `include` and `exclude` choose (as in
             `deadband.calibrate`): only true zeros are skipped, so nothing is lost. For ReLU-type models.
         criterion: `magnitude` (the default) or `weighted_magnitude`, when `thresholds` is a plain mapping.
