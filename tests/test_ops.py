@@ -67,7 +67,7 @@ def allowed_error(x, weight, bias):
     if not exact.numel():
         return 0.0
     terms = F.linear(x.double().abs(), weight.double().abs()).max().item()
-    sums = 4 * torch.finfo(torch.float32).eps * terms / max(x.shape[-1], 1) ** 0.5
+    sums = 8 * torch.finfo(torch.float32).eps * terms / max(x.shape[-1], 1) ** 0.5
     result = torch.finfo(x.dtype).eps * exact.abs().max().item()
     return 2 * max(torchs, sums + result)
 
