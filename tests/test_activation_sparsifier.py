@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import io
+import math
 import operator
 import pickle
 import subprocess
@@ -29,6 +30,7 @@ import deadband
 from deadband import aggregate, mask, reduce
 from deadband.activation_sparsifier import ActivationSparsifier, LayerError
 from deadband.entrywise import is_entrywise
+from deadband.hooks import apply_mask
 
 KEYS = {
     "aggregate_fn", "feature_dim", "features", "hook", "hook_state", "layer", "mask_fn", "reduce_fn", "sparse_config",
@@ -2032,3 +2034,39 @@ def test_data_that_were_taken_away_do_not_change():
     model(x)
     same(taken, [torch.full((3, 1), 2.0)] * 2)
     same(sparsifier.data_groups["0"]["data"], [torch.full((3, 1), 1.0)] * 2)
+
+
+def test_a_load_that_fails_late_leaves_a_schedule_going():
+    model, sparsifier = only(nn.Identity(), features=[0, 2], feature_dim=1)
+    x = torch.ones(3, 4)
+    model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    saved = sparsifier.state_dict(portable=True)
+    saved["groups"]["0"]["facts"]["shape"] = [3, 1]  # too few features for the masks
+    target_model = nn.Sequential(nn.Identity())
+    target = ready(target_model)
+    target.register_layer(target_model[0])
+    target.schedule(0.5, steps=2, curve="linear")
+    for _ in range(2):
+        target_model(x)
+        target.step()
+    expected = target_model(x)
+    functions = {"aggregate_fn": add, "reduce_fn": batch_mean, "mask_fn": above}
+    with pytest.raises(IndexError, match="feature 2 is out of range"):
+        target.load_state_dict(saved, functions)
+    assert torch.equal(target_model(x), expected)
+    target.step()
+    assert target.get_mask("0").sum() == 2
+    assert target.data_groups["0"]["hook_state"] == "sparsify"
+
+
+@pytest.mark.parametrize("rows", [1, 2000])
+def test_small_and_large_inputs_are_masked_alike(rows):
+    x = torch.randn(rows, 8)
+    x[0, :4] = torch.tensor([math.nan, math.inf, -math.inf, -0.0])
+    keep = torch.arange(8) >= 4
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        masked = apply_mask(x.to(dtype), keep)
+        assert torch.equal(masked, torch.where(keep, x.to(dtype), 0))
+    assert torch.equal(apply_mask(x, torch.rand(rows, 8) > 2), torch.zeros(rows, 8))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from deadband import aggregate, mask, reduce
@@ -84,6 +85,17 @@ def alone(rank):
     return {}
 
 
+def sharded(rank):
+    model = fully_shard(network())
+    sparsifier = ActivationSparsifier(model, aggregate.mean_abs, reduce.mean, mask.magnitude, sparsity=0.5)
+    sparsifier.register_layer(model[2])
+    model(batches(rank)[0]).sum().backward()
+    sparsifier.step()
+    sparsifier.squash_mask()
+    model(batches(rank)[0]).sum().backward()
+    return {"mask": sparsifier.get_mask("2")}
+
+
 def worker(rank, port, job, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -142,6 +154,13 @@ def test_ranks_agree(tmp_path):
 @pytest.mark.slow
 def test_a_rank_without_input_makes_the_same_mask(tmp_path):
     first, second = on_two_ranks(one_rank_idle, tmp_path)
+    assert torch.equal(first["mask"], second["mask"])
+    assert first["mask"].sum() == 4
+
+
+@pytest.mark.slow
+def test_sharded_models_agree_too(tmp_path):
+    first, second = on_two_ranks(sharded, tmp_path)
     assert torch.equal(first["mask"], second["mask"])
     assert first["mask"].sum() == 4
 

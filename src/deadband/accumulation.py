@@ -68,9 +68,7 @@ class Accumulator:
         if self.entrywise:
             block = self._block(data)
             if block is not None or data is None:
-                result = self._add_one(block, chosen)
-                if result.shape == chosen.shape or block is not None:
-                    return self._share(result)
+                return self._share(self._add_one(block, chosen))
         self.block, self.parts = None, []
         # copies, as each may be written to by the function, or kept by it
         slices = [part.clone(memory_format=torch.contiguous_format) for part in chosen.split(1, self.feature_dim)]

@@ -100,9 +100,10 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask != 0, (x * mask).to(x.dtype), torch.zeros((), dtype=x.dtype, device=x.device))
     if not (x.is_floating_point() or x.is_complex()):
         return x * mask  # integers have no NaN that would survive
-    plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype in _BITS
+    plain = x.numel() > 4096 and type(x) is Tensor and x.device.type == "cpu" and x.dtype in _BITS
     if plain and not (x.requires_grad and torch.is_grad_enabled()) and not _traced_or_transformed(x):
-        # torch.where takes 3 to 7 times as long as a product on CPUs; an `and` with all ones or zeros takes no longer
+        # torch.where takes 3 to 7 times as long as a product on CPUs (a few thousand entries aside); an `and` with all
+        # ones or all zeros takes no longer
         integer = _BITS[x.dtype]
         return (x.view(integer) & -mask.to(integer)).view(x.dtype)
     return torch.where(mask, x, 0)
@@ -148,7 +149,7 @@ class MaskInput:
         self.unset = unset
         self.buffer = BUFFER
         self.elements: list[Tensor] = []  # of a list
-        self.contents: list[Tensor] = []  # the source, and a copy of it as it was when the buffer was made
+        self.contents: list[tuple[Tensor, Tensor | int]] = []  # the source, and what it was when the buffer was made
         self.scales = any(_as_bool(mask).dtype is not torch.bool for mask in self._masks())
 
     def _masks(self) -> list[Tensor]:
@@ -202,19 +203,17 @@ class MaskInput:
             for mask, part in zip(masks, together.unbind(0), strict=True):
                 mask.data = part
             masks = [together]
-        self.contents = [*masks, *(mask.detach().clone() for mask in masks)]
+        self.contents = [(mask, _as_it_is(mask)) for mask in masks]
 
     def _source_changed(self) -> bool:
-        """By contents: writes through `.data` or numpy leave no other trace."""
         masks = self._masks()
-        count = len(self.contents) // 2
         try:
             # a list compares by identity, fast; a mask that took another's place compares by its values, each time
             if isinstance(self.source, list) and self.elements != masks:
                 return True
-            if count == 1 < len(masks) and not _lies_in(masks[0], self.contents[0]):
+            if len(self.contents) == 1 < len(masks) and not _lies_in(masks[0], self.contents[0][0]):
                 return True
-            return not all(map(_equal, self.contents[:count], self.contents[count:]))
+            return any(_differs(mask, before) for mask, before in self.contents)
         except RuntimeError:  # masks of several values, or of another shape
             return True
 
@@ -224,13 +223,12 @@ class MaskInput:
         if mask is None or self.unset or mask.is_meta or mask.is_nested:
             return
         if self._source_changed():
-            if not isinstance(self.source, list):
-                self.build(module, None)
+            if mask.dim() or not isinstance(self.source, list):
+                self.build(module, mask.shape)
             return
         masks = self._masks()
         device = masks[0].device if masks else mask.device
-        shape = mask.shape
-        if not mask.dim() or (mask.device == device and torch.equal(self.made(shape), mask)):
+        if not mask.dim() or (mask.device == device and torch.equal(self.made(mask.shape), mask)):
             return
         parts = [mask]
         if isinstance(self.source, list):
@@ -303,10 +301,18 @@ class MaskInput:
             )
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    if a.is_nested or a.is_meta:
-        return True
-    return a.dtype is b.dtype and torch.equal(a, b)
+def _as_it_is(mask: Tensor) -> Tensor | int:
+    """What tells later whether a mask was written to: on CPUs its contents, as writes through `.data` or numpy leave no
+    other trace; elsewhere its version, as comparing would wait for the device on each call."""
+    if mask.device.type == "cpu" and not mask.is_nested:
+        return mask.detach().clone()
+    return mask._version
+
+
+def _differs(mask: Tensor, before: Tensor | int) -> bool:
+    if isinstance(before, int):
+        return mask._version != before
+    return mask.dtype is not before.dtype or not torch.equal(mask, before)
 
 
 def _lies_in(part: Tensor, whole: Tensor) -> bool:

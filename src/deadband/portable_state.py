@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -124,7 +125,7 @@ def from_portable(
             raise ValueError(
                 "the state was saved under a schedule that is a function; call schedule(...) again before loading"
             )
-        schedule.step = step
+        schedule = dataclasses.replace(schedule, step=step)
     result = {"state": states, "data_groups": groups, "defaults": configuration(state["defaults"], None)}
     return result, facts, schedule
 

@@ -62,13 +62,15 @@ def load_state(
         target = names.get(name) or name
         layer = groups[target]["layer"] if target in groups else None
         state[target] = {**entry, "mask": _moved(entry["mask"], layer)}
-    kept = _everything(sparsifier)
+    kept, schedule_before = _everything(sparsifier), sparsifier._schedule
     try:
         _replace(sparsifier, copy.copy(defaults), groups, state, {names[each]: about for each, about in facts.items()})
         sparsifier._schedule = schedule
         _resume_schedule(sparsifier)
     except BaseException:
         _replace(sparsifier, *kept)
+        sparsifier._schedule = schedule_before
+        _resume_schedule(sparsifier)
         raise
 
 

@@ -31,7 +31,7 @@ class LayerError(ValueError, KeyError, AssertionError):
 
 
 class WatchInput:
-    """A forward pre-hook that hands a layer's input to the sparsifier and, under a schedule, masks it."""
+    """A forward pre-hook that hands a layer's input to the sparsifier."""
 
     def __init__(self, owner: ActivationSparsifier, name: str, config: dict[str, Any]) -> None:
         self.owner: Any = weakref.ref(owner)
