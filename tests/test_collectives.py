@@ -102,6 +102,7 @@ def worker(rank, port, job, folder):
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
         torch.save(job(rank), f"{folder}/{rank}.pt")
+        dist.barrier()  # the other may still be gathering
     finally:
         dist.destroy_process_group()
 

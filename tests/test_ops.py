@@ -66,8 +66,10 @@ def allowed_error(x, weight, bias):
     torchs = error_against_float64(F.linear(x, weight.contiguous(), bias), x, weight, bias)
     if not exact.numel():
         return 0.0
-    terms = F.linear(x.double().abs(), weight.double().abs()).max().item()
-    sums = 8 * torch.finfo(torch.float32).eps * terms / max(x.shape[-1], 1) ** 0.5
+    # one chain of n additions: n roundings of sums about as large as the result, or as the root of the sum of squares
+    walk = F.linear(x.double().square(), weight.double().square()).sqrt().max().item()
+    largest = max(exact.abs().max().item(), 2 * walk)
+    sums = torch.finfo(torch.float32).eps / 2 * max(x.shape[-1], 1) ** 0.5 * largest
     result = torch.finfo(x.dtype).eps * exact.abs().max().item()
     return 2 * max(torchs, sums + result)
 
