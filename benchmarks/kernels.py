@@ -31,7 +31,7 @@ def measure(dtype: torch.dtype, in_features: int, out_features: int, sparsity: f
     candidates = {
         "torch": lambda: F.linear(x, next(usual)),
         "dense": lambda: dense_linear(x, next(dense), None),
-        "sparse": lambda: sparse_linear(x, next(sparse), None, threshold, None, 4, None),
+        "sparse": lambda: sparse_linear(x, next(sparse), None, threshold, None, None, None, False, 4, None),
         "read": lambda: kernels.read(next(read)),
     }
     for count in counts:

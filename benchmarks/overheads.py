@@ -13,6 +13,7 @@ from torch import nn
 
 import deadband
 from deadband.bench import interleave, median, threads
+from deadband.criterion import Rule
 from deadband.linear import make_sparse_
 from deadband.models import load_model, smollm2
 from deadband.running import evaluating, run
@@ -23,7 +24,7 @@ CALLS = 200
 def call_cost(dtype: torch.dtype, rounds: int) -> dict:
     """Microseconds of a call of nn.Linear and of SparseLinear, 64x64, one row, one thread."""
     plain = nn.Linear(64, 64, dtype=dtype).requires_grad_(False).eval()
-    sparse = make_sparse_(nn.Linear(64, 64, dtype=dtype).requires_grad_(False).eval(), 0.5)
+    sparse = make_sparse_(nn.Linear(64, 64, dtype=dtype).requires_grad_(False).eval(), Rule(0.5))
     x = torch.randn(1, 1, 64).to(dtype)
 
     def repeated(module: nn.Module):

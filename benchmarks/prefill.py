@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deadband.bench import interleave, median, threads
+from deadband.criterion import Rule
 from deadband.linear import make_sparse_
 
 SHAPES = [(4096, 4096), (2048, 2048), (2048, 8192), (8192, 2048)]  # in_features, out_features
@@ -19,7 +20,7 @@ TOKENS = (4, 8, 16, 64, 256)
 def layer(weight: torch.Tensor) -> nn.Module:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    return make_sparse_(linear.eval(), 0.5)
+    return make_sparse_(linear.eval(), Rule(0.5))
 
 
 def main() -> None:

@@ -121,13 +121,14 @@ using namespace deadband;
 
 int deadband_sparse_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
                            int64_t weight_stride, int64_t out, const void* bias, const float* threshold,
-                           const float* scale, void* y, int threads, int64_t* counts) {
+                           const float* scale, const float* center, const float* offset, int relative, void* y,
+                           int threads, int64_t* counts) {
   if (int error = check_linear(dtype, x, rows, x_stride, in, weight, weight_stride, in, out, y, out)) return error;
   if (rows > DEADBAND_STREAM_ROWS) return DEADBAND_BAD_SIZE;
-  if (!threshold) return DEADBAND_BAD_POINTER;
+  if (!threshold || !center != !offset) return DEADBAND_BAD_POINTER;
   if (!rows) return 0;
-  return kernels()->stream(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, threshold, scale, y,
-                           threads < 1 ? 1 : threads, counts);
+  return kernels()->stream(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, offset,
+                           Rule{threshold, scale, center, relative != 0}, y, threads < 1 ? 1 : threads, counts);
 }
 
 int deadband_dense_linear(int dtype, int layout, const void* x, int64_t rows, int64_t x_stride, int64_t in,
@@ -142,7 +143,7 @@ int deadband_dense_linear(int dtype, int layout, const void* x, int64_t rows, in
   if (threads < 1) threads = 1;
   if (layout == 1) return kernels()->dot(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, y, threads);
   if (rows <= DEADBAND_STREAM_ROWS)
-    return kernels()->stream(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, nullptr, nullptr, y,
+    return kernels()->stream(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, nullptr, Rule{}, y,
                              threads, nullptr);
   return kernels()->gemm(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, y, threads);
 }

@@ -10,13 +10,20 @@
 
 namespace deadband {
 
+// What decides whether an entry is kept: kernels.h explains it. threshold == nullptr: everything is.
+struct Rule {
+  const float* threshold;
+  const float* scale;
+  const float* center;
+  bool relative;
+};
+
 // One instruction set's kernels. dispatch.cpp has checked their arguments, and no size is zero except `in` and `cols`.
 struct KernelTable {
   const char* name;
-  // threshold == nullptr: nothing is skipped.
   int (*stream)(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
-                int64_t weight_stride, int64_t out, const void* bias, const float* threshold, const float* scale,
-                void* y, int threads, int64_t* counts);
+                int64_t weight_stride, int64_t out, const void* bias, const float* offset, const Rule& rule, void* y,
+                int threads, int64_t* counts);
   int (*dot)(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
              int64_t weight_stride, int64_t out, const void* bias, void* y, int threads);
   int (*gemm)(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,

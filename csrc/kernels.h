@@ -32,16 +32,19 @@ enum deadband_error {
 //
 // x: [rows, in], x_stride elements between rows. weight: [in, out], the weights of one input contiguous, weight_stride
 // elements between inputs. bias: [out] or NULL. y: [rows, out], contiguous. All of the one dtype.
-// threshold: one float. scale: float[in], or NULL.
+// threshold: one float. scale: float[in], or NULL. center: float[in], or NULL; then offset is float[out], the product
+// of center and weight, else NULL.
 //
-// An entry is skipped if score <= threshold, where score = |x| (* scale[i] with a scale) in float32. So a NaN score is
-// kept: NaN and infinity surface as they do in the dense product. The weights of an input are read if any row keeps it;
-// those of an input that no row keeps are never met, whatever they hold.
-// counts: NULL, or int64[2], which {entries skipped, entries seen} are added to atomically.
+// An entry is skipped if score <= limit, where score = |x - center[i]| * scale[i] in float32 (without those that are
+// NULL), and limit is the threshold or, with relative != 0, the threshold times the norm of the row of x. So a NaN
+// score is kept: NaN and infinity surface as they do in the dense product, also in a row whose norm is not finite, of
+// which everything is kept. A skipped entry counts as center[i], or as zero. The weights of an input are read if any
+// row keeps it; those of an input that no row keeps are never met, whatever they hold. counts: NULL, or int64[2], which
+// {entries skipped, entries seen} are added to atomically.
 DEADBAND_API int deadband_sparse_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
                                         const void* weight, int64_t weight_stride, int64_t out, const void* bias,
-                                        const float* threshold, const float* scale, void* y, int threads,
-                                        int64_t* counts);
+                                        const float* threshold, const float* scale, const float* center,
+                                        const float* offset, int relative, void* y, int threads, int64_t* counts);
 
 // y = x . W + bias, with nothing skipped.
 // layout 0: weight [in, out] as above; any number of rows. layout 1: weight [out, in], the usual one; 0 to 4 rows.

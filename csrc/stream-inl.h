@@ -13,7 +13,7 @@ constexpr int kDepth = 4;
 // Inputs added up before the sums go to the totals: a long chain loses accuracy with its length. No measurable time.
 constexpr int64_t kChain = 64;
 
-// The kept inputs: which, and the `rows` values of each, zero for a row that skips it.
+// The kept inputs: which, and the `rows` values of each (less the center), zero for a row that skips it.
 struct Kept {
   int32_t* index;
   float* value;
@@ -21,10 +21,36 @@ struct Kept {
 };
 
 template <class T>
-int64_t select_inputs(const T* x, int64_t rows, int64_t x_stride, int64_t in, const float* threshold,
-                      const float* scale, Kept* kept) {
+float norm_of(const T* x, int64_t in) {
+  constexpr int kParts = 32;  // sums side by side: as many as there are lanes, so that the compiler uses them
+  float part[kParts] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + kParts <= in; i += kParts)
+    for (int k = 0; k < kParts; ++k) {
+      float value = to_float(x[i + k]);
+      part[k] += value * value;
+    }
+  for (; i < in; ++i) {
+    float value = to_float(x[i]);
+    sum += value * value;
+  }
+  for (float each : part) sum += each;
+  return __builtin_sqrtf(sum);
+}
+
+// What the scores of one row are compared with. Below every score if the row's norm is infinite or NaN.
+template <class T>
+float limit_of(const T* x, int64_t in, const Rule& rule) {
+  if (!rule.relative) return *rule.threshold;
+  float limit = *rule.threshold * norm_of(x, in);
+  return limit < __builtin_inff() ? limit : -1.0f;
+}
+
+template <class T, int R>
+int64_t select_inputs(const T* x, int64_t x_stride, int64_t in, const Rule& rule, Kept* kept) {
+  constexpr int64_t rows = R;
   int64_t count = 0, skipped = 0;
-  if (!threshold) {
+  if (!rule.threshold) {
     for (int64_t i = 0; i < in; ++i) {
       kept->index[i] = (int32_t)i;
       for (int64_t r = 0; r < rows; ++r) kept->value[i * rows + r] = to_float(x[r * x_stride + i]);
@@ -32,14 +58,17 @@ int64_t select_inputs(const T* x, int64_t rows, int64_t x_stride, int64_t in, co
     kept->count = in;
     return 0;
   }
-  float limit = *threshold;
+  float limit[R];
+  for (int r = 0; r < R; ++r) limit[r] = limit_of(x + r * x_stride, in, rule);
+  const float *scale = rule.scale, *center = rule.center;
   for (int64_t i = 0; i < in; ++i) {
     bool any = false;
     for (int64_t r = 0; r < rows; ++r) {
       float value = to_float(x[r * x_stride + i]);
+      if (center) value -= center[i];
       float score = __builtin_fabsf(value);
       if (scale) score *= scale[i];
-      bool skip = score <= limit;
+      bool skip = score <= limit[r];
       kept->value[count * rows + r] = skip ? 0.0f : value;
       skipped += skip;
       any |= !skip;
@@ -85,14 +114,30 @@ DEADBAND_INLINE void add_inputs(const T* const* weight, const float* value, cons
   }
 }
 
+// `count` float32 entries in the order that a pair of the other argument's type has.
+DEADBAND_INLINE Pair load_offset(const float*, const float* p, int64_t count) { return load_pair_part(p, count); }
+DEADBAND_INLINE Pair load_offset(const bf16*, const float* p, int64_t count) {
+  float block[kBlock] = {}, even[kLanes], odd[kLanes];
+  memcpy(block, p, count * sizeof(float));
+  for (int lane = 0; lane < kLanes; ++lane) {
+    even[lane] = block[2 * lane];
+    odd[lane] = block[2 * lane + 1];
+  }
+  return {load(even), load(odd)};
+}
+
 // One tile of outputs: weight, bias and y point at its first one. sums, totals: [R][stride], stride >= the width in
 // blocks.
 template <class T, int R>
-void stream_tile(const Kept& kept, const T* weight, int64_t weight_stride, int64_t width, const T* bias, T* y,
-                 int64_t y_stride, float* sums, float* totals, int64_t stride) {
+void stream_tile(const Kept& kept, const T* weight, int64_t weight_stride, int64_t width, const T* bias,
+                 const float* offset, T* y, int64_t y_stride, float* sums, float* totals, int64_t stride) {
   for (int64_t j = 0; j < width; j += kBlock) {
     Pair start = {};
     if (bias) start = j + kBlock <= width ? load_pair(bias + j) : load_pair_part(bias + j, width - j);
+    if (offset) {
+      Pair more = load_offset(y, offset + j, min_of(kBlock, width - j));
+      start = {start.a + more.a, start.b + more.b};
+    }
     for (int r = 0; r < R; ++r) {
       store_pair(totals + r * stride + j, start);
       store_pair(sums + r * stride + j, Pair{});
@@ -133,7 +178,7 @@ void stream_tile(const Kept& kept, const T* weight, int64_t weight_stride, int64
 
 template <class T, int R>
 int stream_rows(const T* x, int64_t x_stride, int64_t in, const T* weight, int64_t weight_stride, int64_t out,
-                const T* bias, const float* threshold, const float* scale, T* y, int threads, int64_t* counts) {
+                const T* bias, const float* offset, const Rule& rule, T* y, int threads, int64_t* counts) {
   threads = threads_for(in * out * (int64_t)sizeof(T), kBytesPerThread, threads);
   int64_t tile = kTile / R;
   int64_t stride = min_of(tile, round_up(out, kBlock));
@@ -144,7 +189,7 @@ int stream_rows(const T* x, int64_t x_stride, int64_t in, const T* weight, int64
   Kept kept = {(int32_t*)shared, (float*)(shared + index_bytes), 0};
   float* scratch = (float*)(shared + index_bytes + value_bytes);
 
-  int64_t skipped = select_inputs(x, R, x_stride, in, threshold, scale, &kept);
+  int64_t skipped = select_inputs<T, R>(x, x_stride, in, rule, &kept);
   if (counts) {
     __atomic_fetch_add(&counts[0], skipped, __ATOMIC_RELAXED);
     __atomic_fetch_add(&counts[1], in * R, __ATOMIC_RELAXED);
@@ -158,7 +203,7 @@ int stream_rows(const T* x, int64_t x_stride, int64_t in, const T* weight, int64
       Range cut = share(mine.end - mine.begin, kBlock, (int)t, (int)tiles);
       int64_t first = mine.begin + cut.begin;
       stream_tile<T, R>(kept, weight + first, weight_stride, cut.end - cut.begin, bias ? bias + first : nullptr,
-                        y + first, out, sums, sums + R * stride, stride);
+                        offset ? offset + first : nullptr, y + first, out, sums, sums + R * stride, stride);
     }
   });
   return 0;
@@ -166,20 +211,20 @@ int stream_rows(const T* x, int64_t x_stride, int64_t in, const T* weight, int64
 
 template <class T>
 int stream_typed(const T* x, int64_t rows, int64_t x_stride, int64_t in, const T* weight, int64_t weight_stride,
-                 int64_t out, const T* bias, const float* threshold, const float* scale, T* y, int threads,
+                 int64_t out, const T* bias, const float* offset, const Rule& rule, T* y, int threads,
                  int64_t* counts) {
   constexpr decltype(&stream_rows<T, 1>) kByRows[] = {stream_rows<T, 1>, stream_rows<T, 2>, stream_rows<T, 3>,
                                                       stream_rows<T, 4>, stream_rows<T, 5>, stream_rows<T, 6>,
                                                       stream_rows<T, 7>, stream_rows<T, 8>};
-  return kByRows[rows - 1](x, x_stride, in, weight, weight_stride, out, bias, threshold, scale, y, threads, counts);
+  return kByRows[rows - 1](x, x_stride, in, weight, weight_stride, out, bias, offset, rule, y, threads, counts);
 }
 
 int stream(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
-           int64_t weight_stride, int64_t out, const void* bias, const float* threshold, const float* scale, void* y,
+           int64_t weight_stride, int64_t out, const void* bias, const float* offset, const Rule& rule, void* y,
            int threads, int64_t* counts) {
   if (dtype == DEADBAND_FLOAT32)
     return stream_typed((const float*)x, rows, x_stride, in, (const float*)weight, weight_stride, out,
-                        (const float*)bias, threshold, scale, (float*)y, threads, counts);
+                        (const float*)bias, offset, rule, (float*)y, threads, counts);
   return stream_typed((const bf16*)x, rows, x_stride, in, (const bf16*)weight, weight_stride, out, (const bf16*)bias,
-                      threshold, scale, (bf16*)y, threads, counts);
+                      offset, rule, (bf16*)y, threads, counts);
 }

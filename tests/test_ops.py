@@ -11,13 +11,14 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from deadband import ops
 from deadband.bench import threads
-from deadband.criterion import keep_mask, scale_of
-from deadband.ops import dense_linear, kernels, sparse_linear, sparse_linear_reference
+from deadband.criterion import keep_mask, scale_of, score
+from deadband.ops import dense_linear, kernels, sparse_linear_reference
 from deadband.ops.cpu import SPARSE_ROWS
 from deadband.ops.observe import BINS, FIRST_NONFINITE, observe, observe_reference
 
@@ -36,6 +37,11 @@ def instruction_set(name):
     finally:
         if before is not None:
             kernels.set_isa(before)
+
+
+def sparse_linear(x, weight, bias, threshold, scale, sparse_rows, counts, center=None, relative=False):
+    offset = None if center is None else weight.float() @ center
+    return ops.sparse_linear(x, weight, bias, threshold, scale, center, offset, relative, sparse_rows, counts)
 
 
 def operands(rows, inputs, outputs, dtype, *, bias=True, weighted=False, layout="in_out", seed=0):
@@ -74,11 +80,14 @@ def allowed_error(x, weight, bias):
     return 2 * max(torchs, sums + result)
 
 
-def check_sparse(x, weight, bias, threshold, scale, sparse_rows=ALL):
+def check_sparse(x, weight, bias, threshold, scale, sparse_rows=ALL, center=None, relative=False):
     counts = torch.zeros(2, dtype=torch.int64)
-    y = sparse_linear(x, weight, bias, torch.tensor(threshold), scale, sparse_rows, counts)
-    keep = keep_mask(x, threshold, scale)
-    masked = torch.where(keep, x, 0)
+    if relative and x.shape[-1]:  # another order of summing a norm must not decide whether an entry is kept
+        ratio = score(x, scale, center) / x.float().norm(dim=-1, keepdim=True)
+        assume(bool(((ratio / threshold - 1).abs() > 1e-5).all()) or threshold <= 0)
+    y = sparse_linear(x, weight, bias, torch.tensor(threshold), scale, sparse_rows, counts, center, relative)
+    keep = keep_mask(x, threshold, scale, center, relative)
+    masked = torch.where(keep, x, 0 if center is None else center.to(x.dtype))
     assert y.shape == (*x.shape[:-1], weight.shape[0])
     assert y.dtype == x.dtype
     assert y.is_contiguous()
@@ -97,18 +106,25 @@ def check_sparse(x, weight, bias, threshold, scale, sparse_rows=ALL):
     bias=st.booleans(),
     weighted=st.booleans(),
     layout=st.sampled_from(["in_out", "out_in", "padded", "strided"]),
+    centered=st.booleans(),
+    relative=st.booleans(),
     threshold=st.sampled_from([-1.0, 0.0, 0.3, 0.7, 2.0, 100.0]),
     count=st.sampled_from([1, 2]),
     seed=st.integers(0, 2**30),
 )
 def test_sparse_linear_matches_float64(
-    isa, rows, inputs, outputs, dtype, bias, weighted, layout, threshold, count, seed
+    isa, rows, inputs, outputs, dtype, bias, weighted, layout, centered, relative, threshold, count, seed
 ):
     x, weight, bias, scale = operands(
         rows, inputs, outputs, dtype, bias=bias, weighted=weighted, layout=layout, seed=seed
     )
+    center = (
+        torch.randn(inputs, generator=torch.Generator().manual_seed(seed + 1)).to(dtype).float() if centered else None
+    )
+    if relative and threshold > 0:
+        threshold *= inputs**-0.5  # so that a part is kept, not all
     with instruction_set(isa), threads(count):
-        check_sparse(x, weight, bias, threshold, scale)
+        check_sparse(x, weight, bias, threshold, scale, center=center, relative=relative)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -225,7 +241,7 @@ def test_non_contiguous_and_many_dimensional_x():
     x, weight, bias, _ = operands(12, 30, 20, torch.float32)
     threshold = torch.tensor(0.5)
     folded = x.view(2, 3, 2, 30)
-    expected = sparse_linear_reference(x, weight, bias, threshold, None, ALL, None).view(2, 3, 2, 20)
+    expected = sparse_linear_reference(x, weight, bias, threshold, None, None, None, False, ALL, None).view(2, 3, 2, 20)
     torch.testing.assert_close(sparse_linear(folded, weight, bias, threshold, None, ALL, None), expected)
     strided = x.t().contiguous().t()[::4]  # 3 rows, served by the kernel
     torch.testing.assert_close(
@@ -274,7 +290,10 @@ def test_thresholds_and_scales_of_other_dtypes_mean_the_same():
 def test_opcheck(dtype, rows, options):
     x, weight, bias, scale = operands(rows, 40, 24, dtype, bias=options[1], weighted=options[0] is not None)
     counts = torch.zeros(2, dtype=torch.int64) if options[1] else None
-    torch.library.opcheck(sparse_linear, (x, weight, bias, torch.tensor(0.5), scale, 4, counts))
+    center = torch.rand(40) if options[1] else None
+    offset = None if center is None else weight.float() @ center
+    rest = (scale, center, offset, options[1], 4, counts)
+    torch.library.opcheck(ops.sparse_linear, (x, weight, bias, torch.tensor(0.5), *rest))
     torch.library.opcheck(dense_linear, (x, weight, bias))
 
 
@@ -321,7 +340,7 @@ def test_environment_chooses_what_runs(variable):
     value, expected = {"DEADBAND_KERNELS": ("0", "None"), "DEADBAND_ISA": (ISAS[0], ISAS[0])}[variable]
     code = (
         "from deadband.ops import kernels, sparse_linear; import torch;"
-        "y = sparse_linear(torch.ones(1, 2), torch.ones(3, 2), None, torch.tensor(0.), None, 4, None);"
+        "y = sparse_linear(torch.ones(1, 2), torch.ones(3, 2), None, torch.tensor(0.), None, None, None, False, 4, None);"
         "print(kernels.isa(), y.sum().item())"
     )
     import os

@@ -296,10 +296,10 @@ def test_weighted_magnitude():
     sparsify_(model, {"0": 0.7}, criterion="weighted_magnitude")
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected)
-    assert "0.column_norm" in model.state_dict()
+    assert "0.scale" in model.state_dict()
     with torch.no_grad():
         torch.testing.assert_close(model.bfloat16()(x.bfloat16()).float(), expected, rtol=0.05, atol=0.05)
-    assert model[0].column_norm.dtype == torch.float32
+    assert model[0].scale.dtype == torch.float32
 
 
 @pytest.mark.parametrize("gradient", ["exact", "straight_through"])

@@ -20,10 +20,20 @@ if TYPE_CHECKING:
     from deadband.allocation import Thresholds
     from deadband.calibration import Calibration, calibrate
     from deadband.compaction import CompactionReport, load_compact_
-    from deadband.evaluation import Evaluation, evaluate
+    from deadband.criterion import Rule
+    from deadband.evaluation import (
+        Comparison,
+        Evaluation,
+        GenerationReport,
+        compare,
+        compare_generation,
+        evaluate,
+    )
+    from deadband.inspection import Inspection, inspect
     from deadband.lightning_callback import SparsifierLightningCallback
     from deadband.linear import SparseLinear
     from deadband.sparsify import SparsityConfig, SparsityReport, dense, densify_, sparse_prefill, sparsify_, sparsity
+    from deadband.tasks import run_tasks
     from deadband.trainer_callback import SparsifierTrainerCallback
     from deadband.watching import LayerError
 
@@ -33,19 +43,27 @@ _HOME = {
     "ActivationSparsifier": "activation_sparsifier",
     "Calibration": "calibration",
     "CompactionReport": "compaction",
+    "Comparison": "evaluation",
     "Evaluation": "evaluation",
+    "GenerationReport": "evaluation",
+    "Inspection": "inspection",
     "LayerError": "watching",
+    "Rule": "criterion",
     "SparseLinear": "linear",
     "SparsityConfig": "sparsify",
     "SparsityReport": "sparsify",
     "Thresholds": "allocation",
     "calibrate": "calibration",
+    "compare": "evaluation",
+    "compare_generation": "evaluation",
     "SparsifierLightningCallback": "lightning_callback",
     "SparsifierTrainerCallback": "trainer_callback",
     "dense": "sparsify",
     "densify_": "sparsify",
     "evaluate": "evaluation",
+    "inspect": "inspection",
     "load_compact_": "compaction",
+    "run_tasks": "tasks",
     "sparse_prefill": "sparsify",
     "sparsify_": "sparsify",
     "sparsity": "sparsify",

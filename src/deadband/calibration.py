@@ -14,11 +14,11 @@ import safetensors
 from safetensors.numpy import save_file
 from torch import nn
 
-from deadband.criterion import check_criterion
+from deadband.criterion import Rule, check_criterion, scale_of
 from deadband.files import replacing
 from deadband.observation import SiteStatistics, observe_model
 from deadband.ops.observe import FIRST_NONFINITE
-from deadband.sites import Patterns, find_sites
+from deadband.sites import Patterns, find_sites, matrix_of
 
 if TYPE_CHECKING:
     from deadband.allocation import Thresholds
@@ -42,11 +42,15 @@ class Calibration:
 
     def allocate(
         self,
-        sparsity: float,
-        method: str = "uniform",
+        sparsity: float | None = None,
+        method: str = "auto",
         *,
+        max_kl: float | None = None,
+        max_perplexity_increase: float | None = None,
         model: nn.Module | None = None,
         batches: Iterable[Any] | None = None,
+        relative: bool | None = None,
+        center: bool | None = None,
         step: float = 0.05,
         tokens: int = 512,
         progress: bool = True,
@@ -58,14 +62,27 @@ class Calibration:
         on such data is then within 1 % of the budget.
 
         Args:
-            sparsity: fraction of the sites' weight bytes to skip, from 0 up to but not 1.
-            method: `uniform`: the same sparsity everywhere. `greedy`: TEAL's Algorithm 1 (Liu et al. 2024, arXiv
+            sparsity: fraction of the sites' weight bytes to skip, from 0 up to but not 1. Exactly one of this,
+                `max_kl` and `max_perplexity_increase` is given.
+            method: `auto`: the method, form and criterion that do best on a part of `batches` held out for that; what
+                it picked and why is in the result's `reason`. Without `model` and `batches` it is `uniform`.
+                `uniform`: the same sparsity everywhere.
+                `greedy`: TEAL's Algorithm 1 (Liu et al. 2024, arXiv
                 2408.14690): in each block, step by step, the site whose next step harms the block's output least
-                gives; all blocks give the same. Needs `model` and `batches`. Unlike the paper's, no step moves a site
+                gives; all blocks give the same. Unlike the paper's, no step moves a site
                 by more than 0.1, steps of different bytes are compared by harm per byte, and a site whose harm was far
                 from the least a step ago is not tried again each time.
+                `sensitivity`: water-filling over all sites by the loss that each is expected to cause, from backward
+                passes (`deadband.sensitivity`); its thresholds are on scores of criterion `sensitivity`.
+            max_kl: find the largest sparsity whose KL(dense ‖ sparse) on held-out batches is at most this, in nats a
+                token.
+            max_perplexity_increase: the same for the relative increase of perplexity, such as 0.01.
             model: the dense model that was calibrated. Nothing in it changes.
             batches: calibration data, as for `calibrate`.
+            relative: compare scores with the threshold times the norm of each token's input. None: not, but for
+                `sensitivity` and `auto`, which choose for each site.
+            center: a skipped entry counts as the mean of what its channel skips, not as zero; costs nothing at run
+                time. None: not, but for `sensitivity` (yes) and `auto` (whichever does better).
             step: greedy's step, as a fraction of the block's weight bytes.
             tokens: greedy compares block outputs on the first batches, until they hold so many tokens.
             progress: show progress bars on a terminal.
@@ -75,12 +92,19 @@ class Calibration:
 
         Raises:
             ValueError: a sparsity out of range, an unknown method, a model that the calibration does not fit or that
-                is sparse, `greedy` without a model, or only one of `model` and `batches`.
+                is sparse, a method that needs a model without one, only one of `model` and `batches`, or a quality
+                that even the smallest sparsity does not keep.
         """
         from deadband.allocation import allocate
+        from deadband.auto import allocate_for_quality
 
-        options: dict[str, Any] = {"step": step, "tokens": tokens, "progress": progress}
-        return allocate(self, [sparsity], method, model=model, batches=batches, **options)[0]
+        options: dict[str, Any] = {"relative": relative, "center": center, "step": step, "tokens": tokens}
+        if [sparsity, max_kl, max_perplexity_increase].count(None) != 2:
+            raise ValueError("pass exactly one of sparsity=, max_kl= and max_perplexity_increase=")
+        if sparsity is None:
+            limits = {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase}
+            return allocate_for_quality(self, method, model, batches, **limits, **options, progress=progress)
+        return allocate(self, [sparsity], method, model=model, batches=batches, **options, progress=progress)[0]
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file; histograms are cut to the bins in use."""
@@ -205,6 +229,8 @@ def calibrate(
         >>> list(calibrate(model, [torch.randn(8, 4)], progress=False).sites)
         ['0', '2']
     """
+    check_criterion(criterion)
     names = list(find_sites(model, include, exclude))
-    sites = observe_model(model, batches, names, check_criterion(criterion), None, "calibrate", progress)
+    rules = {name: Rule(0.0, scale_of(criterion, matrix_of(model.get_submodule(name)))) for name in names}
+    sites = observe_model(model, batches, rules, "calibrate", progress, masked=False)
     return Calibration(sites, criterion)

@@ -33,6 +33,29 @@ Sites = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Names,
 
 
 @app.command()
+def inspect(
+    model: Model,
+    data: Data,
+    include: Sites = None,
+    exclude: Sites = None,
+    tokens: Tokens = 8192,
+    window: Window = 512,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """How sparse a model is by nature: zeros, tails and channels of each site."""
+    text = read(data)
+    network, tokenizer = load(model, dtype, threads)
+    from deadband import inspection
+    from deadband.text import token_windows
+
+    batches = token_windows(tokenizer, text, tokens=tokens, window=window)
+    result = inspection.inspect(network, batches, include=include, exclude=exclude)
+    show({"tokens": len(batches) * window, **result.to_dict()}, str(result), as_json)
+
+
+@app.command()
 def calibrate(
     model: Model,
     data: Data,
@@ -141,23 +164,84 @@ def generate(
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    data: Data,
+    data: Annotated[Path | None, typer.Option("--data", metavar="FILE", help="A UTF-8 text file to judge on.")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="Which tokens of a window are sparse: all, dense-prompt or dense-first.")
+    ] = "all",
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of the prompt (dense-prompt, --continue); half a window by default."),
+    ] = None,
+    continuations: Annotated[
+        int, typer.Option("--continue", metavar="N", min=0, help="Continue the beginnings of N windows, both models.")
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add with --continue.")] = 256,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness, every token sparse.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder with YAML files of more tasks.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; all by default.")] = None,
     tokens: Tokens = 8192,
     window: Window = 512,
     dtype: Dtype = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity, KL and agreement beside the dense model, every token through the sparse path."""
-    text = read(data)
-    network, tokenizer = load(model, dtype, threads)
+    """Quality beside the dense model: perplexity, KL and agreement on a text (--data), and tasks (--tasks)."""
+    if data is None and tasks is None:
+        raise ValueError("there is nothing to judge on; give --data FILE, --tasks A,B, or both")
+    if continuations and data is None:
+        raise ValueError("--continue continues windows of a text; give --data FILE too")
+    names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
+    if tasks is not None and not names:
+        raise ValueError("--tasks is empty; expected names of tasks, separated by commas")
+    if tasks is None and (include_path is not None or limit is not None):
+        raise ValueError("--include-path and --limit go with --tasks")
+    if include_path is not None and not include_path.is_dir():
+        raise ValueError(f"there is no folder {str(include_path)!r} to look for tasks in")
+    text = read(data) if data is not None else None
     import dataclasses
 
     from deadband import evaluation
-    from deadband.text import token_windows
 
-    result = evaluation.evaluate(network, token_windows(tokenizer, text, tokens=tokens, window=window))
-    show(dataclasses.asdict(result), str(result), as_json)
+    split = evaluation.protocol_name(protocol) == evaluation.PROTOCOLS["dense-prompt"]
+    if prompt_tokens is not None and not split and not continuations:
+        raise ValueError("--prompt-tokens goes with --protocol dense-prompt and with --continue")
+    if prompt_tokens is not None and prompt_tokens > (window - 2 if split else window):
+        raise ValueError(f"--prompt-tokens {prompt_tokens} is too long for a window of {window} tokens")
+    if names:
+        from deadband import tasks as harness
+
+        try:
+            harness.require_lm_eval()
+        except ImportError as error:  # a user's mistake like any other
+            raise ValueError(str(error)) from None
+    network, tokenizer = load(model, dtype, threads)
+    from deadband.sparsify import sparse_sites
+
+    if (names or continuations) and not sparse_sites(network):
+        raise ValueError(f"{model!r} is a dense model; --tasks and --continue compare a sparse one with its dense form")
+    figures: dict[str, Any] = {}
+    shown = []
+    if text is not None:
+        from deadband.text import token_windows
+
+        windows = token_windows(tokenizer, text, tokens=tokens, window=window)
+        length = prompt_tokens if split else None
+        result = evaluation.evaluate(network, windows, protocol=protocol, prompt_tokens=length)
+        figures |= dataclasses.asdict(result)
+        shown.append(result.table())
+        if continuations:
+            beginnings = [each["input_ids"][:, : prompt_tokens or window // 2] for each in windows[:continuations]]
+            written = evaluation.compare_generation(network, tokenizer, beginnings, max_new_tokens=max_new_tokens)
+            figures["generation"] = dataclasses.asdict(written)
+            shown.append(f"{written}\n\n{written.texts()}")
+    if names:
+        figures["tasks"] = harness.run_tasks(network, tokenizer, names, limit=limit, include_path=include_path)
+        shown.append(harness.tasks_table(figures["tasks"]))
+    show(figures, "\n\n".join(shown), as_json)
 
 
 @app.command()

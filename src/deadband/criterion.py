@@ -2,18 +2,22 @@
 
     magnitude            |x_i|                  TEAL (Liu et al. 2024, arXiv 2408.14690)
     weighted_magnitude   |x_i| * ||W[:, i]||    WINA (Chen et al. 2025, arXiv 2505.19427)
+    sensitivity          |x_i| * rms(dL/dx_i)   the loss's gradient over calibration data, see deadband/sensitivity.py
 
-Both are `|x_i| * scale_i` with `scale` either nothing or the column norms of the weight, which is all that the rest of
-the library knows of a criterion. Scores are float32 whatever the dtype of x. A NaN score is kept: what is broken in
-the dense model has to surface in the sparse one too.
+All are `|x_i| * scale_i`, which is all that the rest of the library knows of a criterion. Scores are float32 whatever
+the dtype of x. A NaN score is kept: what is broken in the dense model has to surface in the sparse one too.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
-CRITERIA = ("magnitude", "weighted_magnitude")
+from deadband.hooks import apply_mask
+
+CRITERIA = ("magnitude", "weighted_magnitude", "sensitivity")
 
 
 def check_criterion(criterion: str) -> str:
@@ -27,29 +31,105 @@ def scale_of(criterion: str, matrix: Tensor) -> Tensor | None:
     """What |x| is multiplied by under `criterion`, for a weight of shape [out_features, in_features].
 
     Returns None for `magnitude` and the float32 column norms, [in_features], for `weighted_magnitude`.
+
+    Raises:
+        ValueError: an unknown criterion, or `sensitivity`, whose scale a weight does not tell.
     """
     if check_criterion(criterion) == "magnitude":
         return None
+    if criterion == "sensitivity":
+        raise ValueError(
+            "criterion 'sensitivity' takes backward passes through the model, which "
+            "Calibration.allocate(sparsity, 'sensitivity', model=model, batches=batches) runs"
+        )
     wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     return torch.linalg.vector_norm(matrix.detach(), dim=0, dtype=wide).float()
 
 
-def score(x: Tensor, scale: Tensor | None = None) -> Tensor:
+def score(x: Tensor, scale: Tensor | None = None, center: Tensor | None = None) -> Tensor:
     """Float32 scores of the entries of `x` [..., in_features].
 
     Example:
         >>> score(torch.tensor([-2.0, 1.0]), scale=torch.tensor([1.0, 3.0]))
         tensor([2., 3.])
     """
-    magnitude = x.abs().float()
+    magnitude = x.abs().float() if center is None else (x.float() - center).abs()
     return magnitude if scale is None else magnitude * scale
 
 
-def keep_mask(x: Tensor, threshold: Tensor | float, scale: Tensor | None = None) -> Tensor:
-    """Bool mask of the entries of `x` that are kept: score > threshold, or NaN.
+def limit_of(x: Tensor, threshold: Tensor | float, relative: bool) -> Tensor | float:
+    """What scores are compared with: the threshold, or with `relative` its product with the norm of each token.
+
+    A token whose norm is infinite or NaN gets a limit below every score: what is broken surfaces.
+    """
+    if not relative:
+        return threshold
+    limit = threshold * torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # [..., 1]
+    return torch.where(limit.isfinite(), limit, -1.0)
+
+
+def keep_mask(
+    x: Tensor,
+    threshold: Tensor | float,
+    scale: Tensor | None = None,
+    center: Tensor | None = None,
+    relative: bool = False,
+) -> Tensor:
+    """Bool mask of the entries of `x` that are kept: score > threshold, or NaN. `Rule` explains the arguments.
 
     Example:
         >>> keep_mask(torch.tensor([0.5, -2.0, float("nan")]), 0.5)
         tensor([False,  True,  True])
     """
-    return ~(score(x, scale) <= threshold)
+    return ~(score(x, scale, center) <= limit_of(x, threshold, relative))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What one site skips: an entry is kept if and only if `|x_i - center_i| * scale_i > threshold` (or it is NaN).
+
+    Attributes:
+        threshold: at least 0.
+        scale: float32 [in_features], or None for ones: set by the criterion.
+        center: float32 [in_features], or None for zeros: the value that a skipped entry is taken to have. Its product
+            with the weight is a constant, so that a skipped column of the weight is not read for it.
+        relative: compare with `threshold * ‖x‖` instead, the norm of each token's own input.
+
+    Example:
+        >>> Rule(0.5).apply(torch.tensor([0.4, -2.0]))
+        tensor([ 0., -2.])
+        >>> Rule(0.5, relative=True).apply(torch.tensor([3.0, -4.0, 2.0]))
+        tensor([ 3., -4.,  0.])
+        >>> Rule(0.5, center=torch.tensor([0.25, 0.0])).apply(torch.tensor([0.4, -2.0]))
+        tensor([ 0.2500, -2.0000])
+    """
+
+    threshold: float
+    scale: Tensor | None = None
+    center: Tensor | None = None
+    relative: bool = False
+
+    def __str__(self) -> str:
+        parts = (("x‖x‖", self.relative), ("scaled", self.scale is not None), ("centered", self.center is not None))
+        return f"{self.threshold:9.4g}" + "".join(f" {word}" for word, used in parts if used)
+
+    def compared(self, x: Tensor) -> Tensor:
+        """What has a score of `|x| * scale` that the bare threshold is compared with: `x`, centered and divided."""
+        y = x if self.center is None else x.float() - self.center
+        if not self.relative:
+            return y
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return y.float() / norm.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Bool mask of what is kept of `x` [..., in_features]."""
+        return keep_mask(x, self.threshold, self.scale, self.center, self.relative)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """`x` with the skipped entries replaced by their center."""
+        return fill(x, self.keep(x), self.center)
+
+
+def fill(x: Tensor, keep: Tensor, center: Tensor | None) -> Tensor:
+    """`x` where kept, else the center (zero without one), in the dtype of `x`."""
+    return apply_mask(x, keep) if center is None else torch.where(keep, x, center.to(x.dtype))

@@ -1,10 +1,15 @@
-"""Quality of a sparse model beside the dense one: perplexity, KL divergence, top-1 agreement."""
+"""Quality of a sparse model beside the dense one: perplexity, KL, agreement, and what both write.
+
+Every figure has a standard error over windows, and a difference has a paired one: both models meet the same windows, so
+what makes a window hard cancels (Miller 2024, arXiv 2411.00640, sections 3.1 and 4).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,21 +19,35 @@ from torch.nn import functional as F
 from deadband.running import evaluating, progress_bar, run
 from deadband.sparsify import dense, sparse_prefill, sparse_sites, sparsity
 
-PROTOCOL = "all tokens sparse"
+PROTOCOLS = {
+    "all": "all tokens sparse",
+    "dense-prompt": "dense prompt, sparse continuation",
+    "dense-first": "dense first token",
+}
+"""Which tokens take the sparse path while a model is judged, by their short names."""
+PROTOCOL = PROTOCOLS["all"]
+GENERATION = "prompt as in generate (dense if longer than 4 tokens), each new token sparse"
+NGRAM = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Quality on some windows of text, every token through the sparse path.
+    """Quality on some windows of text; `_error` is one standard error over windows, NaN if there is only one.
 
     Attributes:
-        perplexity: exp of the mean negative log-likelihood of the next token.
-        dense_perplexity: the same for the dense model on the same weights.
-        kl: mean KL(dense ‖ sparse) of the next-token distributions, in nats.
-        agreement: the fraction of positions where both models' likeliest next token is the same.
-        sparsity: achieved on these tokens, weighted by weight bytes; NaN if the model does not count.
+        perplexity, perplexity_error: exp of the mean negative log-likelihood of the next token.
+        dense_perplexity, dense_perplexity_error: the same for the dense model on the same weights.
+        kl, kl_error: mean KL(dense ‖ sparse) of the next-token distributions, in nats.
+        agreement, agreement_error: the fraction of positions where both models' likeliest next token is the same.
+        sparsity: achieved by the tokens that took the sparse path, weighted by weight bytes; NaN if the model does not
+            count.
         tokens, windows: how much was judged.
         protocol: which tokens were sparse.
+        perplexity_increase, perplexity_increase_error: perplexity / dense_perplexity - 1. The error is paired, so it is
+            much smaller than those of the two perplexities.
+        prompt_tokens: tokens at the beginning of each window that went dense; None if it differs between windows.
+        per_window: for each window {"tokens": judged, "nll", "dense_nll", "kl", "agreement": means over them,
+            "checksum": CRC-32 of its token ids}, for `compare`.
     """
 
     perplexity: float
@@ -39,19 +58,164 @@ class Evaluation:
     tokens: int
     windows: int
     protocol: str = PROTOCOL
+    perplexity_increase: float = math.nan
+    perplexity_error: float = math.nan
+    dense_perplexity_error: float = math.nan
+    kl_error: float = math.nan
+    agreement_error: float = math.nan
+    perplexity_increase_error: float = math.nan
+    prompt_tokens: int | None = 0
+    per_window: tuple[Mapping[str, float], ...] = ()
 
     def __str__(self) -> str:
         return (
-            f"sparsity {self.sparsity:.1%}   perplexity {self.perplexity:.3f} (dense {self.dense_perplexity:.3f})   "
-            f"KL {self.kl:.4f} nats   top-1 agreement {self.agreement:.1%}   "
+            f"sparsity {self.sparsity:.1%}   perplexity {self.perplexity:.3f} (dense {self.dense_perplexity:.3f}, "
+            f"{_signed(self.perplexity_increase, self.perplexity_increase_error)})   "
+            f"KL {self.kl:.4f}{_error(self.kl_error, '.4f')} nats   "
+            f"top-1 agreement {self.agreement:.1%}{_error(self.agreement_error, '.1%')}   "
             f"({self.tokens:,} tokens in {self.windows} windows, {self.protocol})"
         )
 
+    def table(self) -> str:
+        """Dense and sparse side by side, with one standard error each."""
+        dense_perplexity = f"{self.dense_perplexity:.3f}{_error(self.dense_perplexity_error, '.3f')}"
+        rows = [
+            ("", "dense", "sparse", "paired difference"),
+            (
+                "perplexity",
+                dense_perplexity,
+                f"{self.perplexity:.3f}{_error(self.perplexity_error, '.3f')}",
+                _signed(self.perplexity_increase, self.perplexity_increase_error),
+            ),
+            ("KL to dense, nats", "0", f"{self.kl:.4f}{_error(self.kl_error, '.4f')}", ""),
+            ("top-1 agreement", "100%", f"{self.agreement:.1%}{_error(self.agreement_error, '.1%')}", ""),
+            ("sparsity achieved", "0%", f"{self.sparsity:.1%}", ""),
+        ]
+        prompt = f" ({self.prompt_tokens} dense in each window)" if self.prompt_tokens else ""
+        note = "±: one standard error over windows" if self.windows > 1 else "one window: no standard errors"
+        return (
+            f"{columns(rows)}\nprotocol: {self.protocol}{prompt}; {self.tokens:,} tokens judged in {self.windows} "
+            f"window{'s' * (self.windows > 1)}\n{note}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The first evaluation less the second, with paired standard errors over the windows that both judged.
+
+    Attributes:
+        kl, kl_error: difference of KL to the dense model, in nats; negative if the first is nearer.
+        nll, nll_error: difference of the mean negative log-likelihood: the logarithm of the ratio of perplexities.
+        agreement, agreement_error: difference of the fractions of agreement.
+        tokens, windows: how much was judged.
+    """
+
+    kl: float
+    kl_error: float
+    nll: float
+    nll_error: float
+    agreement: float
+    agreement_error: float
+    tokens: int
+    windows: int
+
+    def __str__(self) -> str:
+        return (
+            f"KL {self.kl:+.4f}{_error(self.kl_error, '.4f')} nats   nll {self.nll:+.4f}{_error(self.nll_error, '.4f')}"
+            f"   top-1 agreement {_signed(self.agreement, self.agreement_error)}   "
+            f"({self.tokens:,} tokens in {self.windows} windows, paired)"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """What the dense and the sparse model write after one prompt.
+
+    Attributes:
+        prompt: the prompt as text.
+        dense_text, text: the dense and the sparse model's continuation.
+        dense_tokens, tokens: their lengths in tokens.
+        first_divergence: index of the first new token that differs, or where only one of them ends; None if equal.
+        equal_tokens: the fraction of positions of the longer one where both have the same token.
+        dense_repetition, repetition: the fraction of the 4-grams of tokens that occurred before (seq-rep-4 of
+            Welleck et al. 2020, arXiv 1908.04319); NaN below four tokens.
+    """
+
+    prompt: str
+    dense_text: str
+    text: str
+    dense_tokens: int
+    tokens: int
+    first_divergence: int | None
+    equal_tokens: float
+    dense_repetition: float
+    repetition: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationReport:
+    """Greedy continuations of the sparse model beside its dense form's; `_error` is a paired standard error.
+
+    Attributes:
+        continuations: one for each prompt.
+        identical: the fraction of prompts that both continue alike to the end.
+        median_divergence: median index of the first new token that differs; the length where none does.
+        dense_repetition, repetition: means over the prompts, see `Continuation`.
+        repetition_increase, repetition_increase_error: repetition - dense_repetition; the error is over prompts, NaN if
+            there is only one.
+        sparsity: achieved by the tokens that took the sparse path; NaN if the model does not count.
+        max_new_tokens, protocol: how it was run.
+    """
+
+    continuations: tuple[Continuation, ...]
+    identical: float
+    median_divergence: float
+    dense_repetition: float
+    repetition: float
+    repetition_increase: float
+    repetition_increase_error: float
+    sparsity: float
+    max_new_tokens: int
+    protocol: str = GENERATION
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("prompt", "first differs", "equal tokens", "repeated 4-grams, dense", "sparse")]
+        for index, each in enumerate(self.continuations):
+            where = "never" if each.first_divergence is None else str(each.first_divergence)
+            shares = (each.equal_tokens, each.dense_repetition, each.repetition)
+            rows.append((str(index), where, *(f"{share:.1%}" for share in shares)))
+        return (
+            f"{columns(rows)}\nidentical {self.identical:.1%}   median first difference {self.median_divergence:g}   "
+            f"repeated 4-grams {_signed(self.repetition_increase, self.repetition_increase_error)}   "
+            f"sparsity {self.sparsity:.1%}\nprotocol: {self.protocol}; up to {self.max_new_tokens} tokens each"
+        )
+
+    def texts(self) -> str:
+        """What both wrote, prompt by prompt, each behind the end of its prompt."""
+        lines = []
+        for index, each in enumerate(self.continuations):
+            end = each.prompt if len(each.prompt) <= 60 else "..." + each.prompt[-60:]
+            lines += [f"{index}       {end!r}", f"  dense  {each.dense_text!r}", f"  sparse {each.text!r}"]
+        return "\n".join(lines)
+
 
 def dense_logits(model: nn.Module, windows: Sequence[Any], *, progress: bool = True) -> list[Tensor]:
-    """Logits of the dense model for each window, [batch, tokens, vocabulary]: `reference` for several evaluations."""
+    """Logits of the dense model for each window, [batch, tokens, vocabulary]: `reference` for several evaluations.
+
+    They stay in the model's dtype, all of them at once: tokens × vocabulary × bytes of an entry. A window of 512 tokens
+    takes 50 MB in bfloat16 with a vocabulary of 49k and 268 MB with one of 262k. Where that is too much, leave the
+    reference out: `evaluate` then runs the dense model beside the sparse one and keeps one window.
+
+    Args:
+        model: a causal language model, sparse or dense.
+        windows: as for `evaluate`.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: a window's token ids or mask have a bad shape.
+    """
     with evaluating(model):
-        return [_dense(model, window) for window in progress_bar(windows, "dense", progress)]
+        return [_dense(model, _parts(window), window) for window in progress_bar(windows, "dense", progress)]
 
 
 def evaluate(
@@ -59,77 +223,474 @@ def evaluate(
     windows: Sequence[Any],
     *,
     reference: Sequence[Tensor] | None = None,
+    protocol: str = PROTOCOL,
+    prompt_tokens: int | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Compare a language model with its own dense form, every token through the sparse path.
+    """Compare a language model with its own dense form on windows of text.
+
+    Of logits, one window's of each form is held at a time.
 
     Args:
         model: a causal language model whose output has `logits`, sparse or dense (then it is compared with itself).
-        windows: batches with `input_ids` [batch, tokens], as `deadband.text.token_windows` makes; padding that their
-            `attention_mask` marks is left out.
-        reference: what `dense_logits` returned for the same windows; otherwise the dense model runs too.
+        windows: batches with `input_ids` [batch, tokens], as `deadband.text.token_windows` makes. A row that its
+            `attention_mask` [batch, tokens] pads, left or right, is judged by itself, without the padding. Standard
+            errors take windows as independent: give each its own batch.
+        reference: what `dense_logits` returned for the same windows, for any protocol; otherwise the dense model runs
+            too.
+        protocol: which tokens are sparse, by the long name or the short one:
+            "all tokens sparse" ("all"): every one.
+            "dense prompt, sparse continuation" ("dense-prompt"): the first `prompt_tokens` tokens go dense and fill the
+            key-value cache, as prefill does; the rest is sparse, and only its positions are judged.
+            "dense first token" ("dense-first"): only the first token, on which attention leans most, goes dense; all
+            positions are judged.
+        prompt_tokens: tokens of the dense prompt; half of each window by default.
         progress: show a progress bar on a terminal.
 
     Raises:
-        ValueError: there are no windows, or `reference` has another number of them.
+        ValueError: there are no windows, a window has nothing to judge or a bad shape, `reference` does not fit, the
+            protocol is unknown or `prompt_tokens` does not go with it, or the model has no key-value cache to keep a
+            dense prompt in.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+        >>> from deadband import sparsify_
+        >>> model = sparsify_(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).eval(), exact=True)
+        >>> windows = [{"input_ids": torch.arange(3, 13)[None]}, {"input_ids": torch.arange(20, 30)[None]}]
+        >>> result = evaluate(model, windows, protocol="dense-prompt", prompt_tokens=4, progress=False)
+        >>> result.protocol, result.tokens
+        ('dense prompt, sparse continuation', 10)
     """
+    protocol = protocol_name(protocol)
     if not windows:
         raise ValueError("windows is empty; expected at least one batch of token ids")
     if reference is not None and len(reference) != len(windows):
         raise ValueError(f"reference has {len(reference)} windows, expected {len(windows)}")
-    is_sparse = bool(sparse_sites(model))
-    counts = all(module.counts is not None for module in sparse_sites(model).values())
-    achieved = math.nan if is_sparse else 0.0
-    if is_sparse and counts:
-        sparsity(model, reset=True)
-    totals = torch.zeros(5, dtype=torch.float64)
+    if prompt_tokens is not None and protocol != PROTOCOLS["dense-prompt"]:
+        raise ValueError(f"prompt_tokens goes with the protocol {PROTOCOLS['dense-prompt']!r}, got {protocol!r}")
+    if prompt_tokens is not None and prompt_tokens < 1:
+        raise ValueError(f"prompt_tokens={prompt_tokens}; expected at least one dense token")
+    parts = [_parts(window) for window in windows]
+    plans = [_plan(index, each, protocol, prompt_tokens) for index, each in enumerate(parts)]
+    for index, logits in enumerate(reference or ()):
+        shape = tuple(windows[index]["input_ids"].shape)
+        if tuple(logits.shape[:2]) != shape:
+            raise ValueError(f"reference[{index}] has shape {tuple(logits.shape)}, expected {shape} and the vocabulary")
+    is_sparse, counts = bool(sparse_sites(model)), count_anew(model)
+    sums = []
     with evaluating(model):
         for index, window in enumerate(progress_bar(windows, "evaluate", progress)):
-            before = reference[index] if reference is not None else _dense(model, window)
-            after = _sparse(model, window) if is_sparse else before
-            totals += _compare(before, after, window)
-    nll, dense_nll, kl, same, tokens = totals.tolist()
-    return Evaluation(
-        perplexity=math.exp(nll / tokens),
-        dense_perplexity=math.exp(dense_nll / tokens),
-        kl=kl / tokens,
-        agreement=same / tokens,
-        sparsity=sparsity(model).total if is_sparse and counts else achieved,
-        tokens=int(tokens),
-        windows=len(windows),
+            before = _dense(model, parts[index], window) if reference is None else reference[index]
+            judged = torch.zeros(5, dtype=torch.float64)
+            for part, prompt in plans[index]:
+                judged += _judge(model, part, before[part.rows, part.columns], prompt, protocol, is_sparse)
+            del before  # or it would still be there while the next window's are made
+            sums.append(judged.tolist())
+    prompts = {prompt for plan in plans for _, prompt in plan}
+    return _evaluation(
+        [_window_figures(window, values) for window, values in zip(windows, sums, strict=True)],
+        sparsity=sparsity(model).total if counts else math.nan if is_sparse else 0.0,
+        protocol=protocol,
+        prompt_tokens=prompts.pop() if len(prompts) == 1 else None,
     )
 
 
-def _dense(model: nn.Module, window: Any) -> Tensor:
+def compare(first: Evaluation, second: Evaluation) -> Comparison:
+    """The difference of two evaluations on the same windows, `first` less `second`, with paired standard errors.
+
+    Each window is judged by both, so only how their difference varies between windows counts. Differences of the
+    windows' means are weighted by tokens.
+
+    Args:
+        first, second: what `evaluate` returned for the same windows: two budgets, two methods, two models with one
+            tokenizer, or two protocols that judge the same positions.
+
+    Raises:
+        ValueError: they did not judge the same positions of the same windows.
+
+    Example:
+        >>> windows = [{"tokens": 9, "nll": 2.0, "dense_nll": 1.0, "kl": kl, "agreement": 1.0} for kl in (0.1, 0.3)]
+        >>> better = [{**window, "kl": window["kl"] - 0.05} for window in windows]
+        >>> round(compare(_evaluation(windows), _evaluation(better)).kl, 4)
+        0.05
+    """
+    if len(first.per_window) != len(second.per_window) or not first.per_window:
+        raise ValueError(
+            f"the evaluations have figures of {len(first.per_window)} and {len(second.per_window)} windows; "
+            "expected the same windows"
+        )
+    for index, (one, other) in enumerate(zip(first.per_window, second.per_window, strict=True)):
+        if any(one.get(key) != other.get(key) for key in ("checksum", "tokens")):
+            raise ValueError(
+                f"the evaluations judged other tokens in window {index} ({one['tokens']} and {other['tokens']} of "
+                "them); evaluate both on the same windows with protocols that judge the same positions"
+            )
+    tokens = [window["tokens"] for window in first.per_window]
+    figures = {}
+    for name in ("kl", "nll", "agreement"):
+        differences = [a[name] - b[name] for a, b in zip(first.per_window, second.per_window, strict=True)]
+        figures[name], figures[f"{name}_error"] = mean_and_error(differences, tokens)
+    return Comparison(**figures, tokens=int(sum(tokens)), windows=len(tokens))
+
+
+def compare_generation(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | Tensor],
+    *,
+    max_new_tokens: int = 256,
+    progress: bool = True,
+) -> GenerationReport:
+    """Greedy continuations of a sparse model beside those of its dense form: where they part, how they repeat.
+
+    Both take the likeliest token each time, one prompt at a time, without penalties, and stop at the model's end token.
+    The sparse model runs as `generate` runs it: a prompt of more than four tokens goes dense, every new token sparse.
+
+    Args:
+        model: a sparse transformers language model.
+        tokenizer: its tokenizer.
+        prompts: texts, or token ids [tokens] or [1, tokens].
+        max_new_tokens: tokens to add at most.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: the model is not sparse or keeps no key-value cache, there are no prompts, one is empty, or one is
+            too long for the model's positions.
+    """
+    if isinstance(prompts, (str, Tensor)) or not prompts:
+        raise ValueError(f"prompts is {type(prompts).__name__} or empty; expected a list of texts or of token ids")
     if not sparse_sites(model):
-        return run(model, window, use_cache=False).logits
+        raise ValueError(f"no layer of this {type(model).__name__} is sparse; there is nothing to compare")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}; expected at least one")
+    every = [_prompt_ids(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
+    stops = _end_tokens(model)
+    continuations = []
+    counts = count_anew(model)
+    with evaluating(model):
+        for ids in progress_bar(every, "generate", progress):
+            with dense(model):
+                before = _greedy(model, ids, max_new_tokens, stops)
+            continuations.append(_continuation(tokenizer, ids, before, _greedy(model, ids, max_new_tokens, stops)))
+    where = [each.tokens if each.first_divergence is None else each.first_divergence for each in continuations]
+    pairs = [(each.dense_repetition, each.repetition) for each in continuations if each.repetition == each.repetition]
+    pairs = [pair for pair in pairs if pair[0] == pair[0]]
+    increase, increase_error = mean_and_error([after - before for before, after in pairs])
+    return GenerationReport(
+        continuations=tuple(continuations),
+        identical=sum(each.first_divergence is None for each in continuations) / len(continuations),
+        median_divergence=torch.tensor(where, dtype=torch.float64).quantile(0.5).item(),
+        dense_repetition=mean_and_error([pair[0] for pair in pairs])[0],
+        repetition=mean_and_error([pair[1] for pair in pairs])[0],
+        repetition_increase=increase,
+        repetition_increase_error=increase_error,
+        sparsity=sparsity(model).total if counts else math.nan,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def protocol_name(protocol: str) -> str:
+    """The long name of a protocol.
+
+    Raises:
+        ValueError: it is unknown.
+
+    Example:
+        >>> protocol_name("dense-first")
+        'dense first token'
+    """
+    if protocol not in (*PROTOCOLS, *PROTOCOLS.values()):
+        names = ", ".join(f"{name!r} ({short!r})" for short, name in PROTOCOLS.items())
+        raise ValueError(f"protocol {protocol!r} is not known; expected one of {names}")
+    return PROTOCOLS.get(protocol, protocol)
+
+
+def mean_and_error(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
+    """Weighted mean and its standard error, NaN for fewer than two values.
+
+    Values are means of clusters whose sizes are the weights, so this is the ratio estimator of Cochran, Sampling
+    Techniques, 3rd edition 1977, chapter 9A; with equal weights it is the usual error of a mean.
+
+    Example:
+        >>> mean_and_error([1.0, 2.0, 3.0, 4.0])
+        (2.5, 0.6454972243679028)
+    """
+    if not values:
+        return math.nan, math.nan
+    total = math.fsum(weights) if weights is not None else len(values)
+    shares = [weight / total for weight in weights] if weights is not None else [1 / len(values)] * len(values)
+    mean = math.fsum(share * value for share, value in zip(shares, values, strict=True))
+    if len(values) < 2:
+        return mean, math.nan
+    squares = math.fsum((share * (value - mean)) ** 2 for share, value in zip(shares, values, strict=True))
+    return mean, math.sqrt(squares * len(values) / (len(values) - 1))
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as an aligned table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A window, or one row of it, without padding."""
+
+    inputs: dict[str, Any]
+    rows: slice
+    columns: slice  # where its tokens stand in the window
+
+    @property
+    def length(self) -> int:
+        return self.inputs["input_ids"].shape[1]
+
+
+def _parts(window: Mapping[str, Any]) -> list[_Part]:
+    """The window itself, or each padded row's own tokens: no mask and no position can then be wrong."""
+    ids, mask = window["input_ids"], window.get("attention_mask")
+    if ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(ids.shape)}, expected [batch, tokens]")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(ids.shape)} like input_ids")
+    inputs = {name: value for name, value in window.items() if name not in ("attention_mask", "labels")}
+    if mask is None or bool(mask.all()):
+        return [_Part(inputs, slice(None), slice(None))]
+    parts = []
+    for row in range(len(ids)):
+        kept = mask[row].nonzero().flatten().tolist()
+        if not kept:
+            continue
+        own = slice(kept[0], kept[-1] + 1)
+        if own.stop - own.start != len(kept):
+            raise ValueError(f"attention_mask has zeros between the tokens of row {row}; expected padding at the ends")
+        rows = slice(row, row + 1)
+        parts.append(_Part({name: _cut(value, ids, rows, own) for name, value in inputs.items()}, rows, own))
+    return parts
+
+
+def _cut(value: Any, ids: Tensor, rows: slice, columns: slice) -> Any:
+    """The rows and tokens of what has as many as the token ids; of other inputs, everything."""
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != ids.shape[1]:
+        return value
+    return value[rows, columns] if value.shape[0] == ids.shape[0] else value[:, columns]
+
+
+def _plan(index: int, parts: list[_Part], protocol: str, prompt_tokens: int | None) -> list[tuple[_Part, int]]:
+    """The parts of window `index` that have something to judge, and how many of their first tokens go dense."""
+    plan = []
+    for part in parts:
+        prompt, judged = int(protocol == PROTOCOLS["dense-first"]), part.length - 1
+        if protocol == PROTOCOLS["dense-prompt"]:
+            prompt = prompt_tokens if prompt_tokens is not None else max(part.length // 2, 1)
+            judged -= prompt
+            if judged < 1:  # not left out, which would choose among the texts by their lengths
+                raise ValueError(
+                    f"window {index} has a row of {part.length} tokens, {prompt} of them dense: no next token is left "
+                    "to judge; give longer windows or a shorter prompt"
+                )
+        if judged > 0:
+            plan.append((part, prompt))
+    if not plan:
+        raise ValueError(f"window {index} has no next token to judge; expected rows of at least two tokens")
+    return plan
+
+
+def _dense(model: nn.Module, parts: list[_Part], window: Any) -> Tensor:
+    """Logits of a whole window; zeros where it is padded."""
+    made = None
+    for part in parts:
+        if sparse_sites(model):
+            with dense(model):
+                logits = run(model, part.inputs, use_cache=False).logits
+        else:
+            logits = run(model, part.inputs, use_cache=False).logits
+        if part.columns == slice(None):
+            return logits
+        if made is None:
+            made = logits.new_zeros(*window["input_ids"].shape, logits.shape[-1])
+        made[part.rows, part.columns] = logits
+    if made is None:
+        raise ValueError("a window holds nothing but padding")
+    return made
+
+
+def _sparse(model: nn.Module, part: _Part, prompt: int) -> Tensor:
+    """Logits of the tokens after the first `prompt` ones, which go dense into the key-value cache."""
+    if prompt == 0:
+        with sparse_prefill(model):
+            return run(model, part.inputs, use_cache=False).logits
+    ids = part.inputs["input_ids"]
+    halves = (slice(0, prompt), slice(prompt, None))
+    first, rest = ({name: _cut(value, ids, slice(None), at) for name, value in part.inputs.items()} for at in halves)
     with dense(model):
-        return run(model, window, use_cache=False).logits
-
-
-def _sparse(model: nn.Module, window: Any) -> Tensor:
+        cache = _cache(model, run(model, first, use_cache=True, logits_to_keep=1))
     with sparse_prefill(model):
-        return run(model, window, use_cache=False).logits
+        return run(model, {**rest, "past_key_values": cache}, use_cache=True).logits
 
 
-def _compare(before: Tensor, after: Tensor, window: Any) -> Tensor:
-    """Sums over predicted positions: sparse and dense negative log-likelihood, KL, agreements, and their number."""
-    ids = window["input_ids"].to(before.device)
-    mask = window.get("attention_mask", torch.ones_like(ids)).to(before.device)
-    valid = (mask[:, :-1] * mask[:, 1:]).bool()
-    targets = ids[:, 1:][valid]
-    p, q = before[:, :-1][valid], after[:, :-1][valid]  # [positions, vocabulary]
-    sums = torch.zeros(5, dtype=torch.float64)
-    for part in torch.arange(len(targets)).split(128):  # log-probabilities in float32, a few positions at a time
-        log_p, log_q = F.log_softmax(p[part].float(), -1), F.log_softmax(q[part].float(), -1)
-        chosen = targets[part, None]
-        sums += torch.stack(
-            [
-                -log_q.gather(-1, chosen).double().sum(),
-                -log_p.gather(-1, chosen).double().sum(),
-                (log_p.exp() * (log_p - log_q)).sum(-1).double().sum(),
-                (log_p.argmax(-1) == log_q.argmax(-1)).double().sum(),
-                torch.tensor(float(len(part)), dtype=torch.float64, device=before.device),
-            ]
-        ).cpu()
+def _cache(model: nn.Module, output: Any) -> Any:
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        raise ValueError(f"{type(model).__name__} returns no past_key_values; a key-value cache has to hold the prompt")
+    return cache
+
+
+def _judge(model: nn.Module, part: _Part, before: Tensor, prompt: int, protocol: str, is_sparse: bool) -> Tensor:
+    ids = part.inputs["input_ids"]
+    after = _sparse(model, part, prompt) if is_sparse else before[:, prompt:]
+    sums = _compare(before[:, prompt:], after, ids[:, prompt:])
+    if protocol == PROTOCOLS["dense-first"]:  # its own logits are the dense model's
+        sums += _compare(before[:, :prompt], before[:, :prompt], ids[:, : prompt + 1])
     return sums
+
+
+def _compare(before: Tensor, after: Tensor, ids: Tensor) -> Tensor:
+    """Sums over predicted positions: sparse and dense negative log-likelihood, KL, agreements, and their number.
+
+    before, after: [batch, tokens, vocabulary]; ids: [batch, tokens], with one more token to predict or without.
+    """
+    targets = ids[:, 1:].to(after.device)
+    sums = torch.zeros(5, dtype=torch.float64)
+    size = max(_ENTRIES // after.shape[-1], 1)
+    for row in range(targets.shape[0]):
+        for start in range(0, targets.shape[1], size):  # log-probabilities in float32, a few positions at a time
+            at = slice(start, min(start + size, targets.shape[1]))
+            log_p = F.log_softmax(before[row, at].to(after.device).float(), -1)
+            log_q = F.log_softmax(after[row, at].float(), -1)
+            chosen = targets[row, at, None]
+            p = log_p.exp()
+            sums += torch.stack(
+                [
+                    -log_q.gather(-1, chosen).double().sum(),
+                    -log_p.gather(-1, chosen).double().sum(),
+                    torch.where(p > 0, p * (log_p - log_q), 0).sum(-1).double().sum(),  # 0 log 0 is 0
+                    (log_p.argmax(-1) == log_q.argmax(-1)).double().sum(),
+                    torch.tensor(float(len(chosen)), dtype=torch.float64, device=after.device),
+                ]
+            ).cpu()
+    return sums
+
+
+_ENTRIES = 2**22  # of logits that are float32 at a time: 16 MB
+
+
+def _window_figures(window: Any, sums: list[float]) -> dict[str, float]:
+    nll, dense_nll, kl, same, tokens = sums
+    ids = window["input_ids"].cpu().contiguous()
+    return {
+        "tokens": int(tokens),
+        "nll": nll / tokens,
+        "dense_nll": dense_nll / tokens,
+        "kl": kl / tokens,
+        "agreement": same / tokens,
+        "checksum": zlib.crc32(repr((tuple(ids.shape), ids.tolist())).encode()),
+    }
+
+
+def _evaluation(per_window: Sequence[Mapping[str, float]], **settings: Any) -> Evaluation:
+    tokens = [window["tokens"] for window in per_window]
+
+    def mean(name: str, less: str | None = None) -> tuple[float, float]:
+        return mean_and_error([each[name] - (each[less] if less else 0.0) for each in per_window], tokens)
+
+    nll, dense_nll, increase = mean("nll"), mean("dense_nll"), mean("nll", "dense_nll")
+    kl, agreement = mean("kl"), mean("agreement")
+    perplexity, dense_perplexity, ratio = _exp(nll[0]), _exp(dense_nll[0]), _exp(increase[0])
+    return Evaluation(
+        perplexity=perplexity,
+        dense_perplexity=dense_perplexity,
+        kl=kl[0],
+        agreement=agreement[0],
+        tokens=int(sum(tokens)),
+        windows=len(tokens),
+        perplexity_increase=ratio - 1,
+        perplexity_error=perplexity * nll[1],  # delta method: d exp(m) = exp(m) dm
+        dense_perplexity_error=dense_perplexity * dense_nll[1],
+        kl_error=kl[1],
+        agreement_error=agreement[1],
+        perplexity_increase_error=ratio * increase[1],
+        per_window=tuple(per_window),
+        **{"sparsity": math.nan, **settings},
+    )
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:  # a model broken by too much sparsity still gets its figures
+        return math.inf
+
+
+def count_anew(model: nn.Module) -> bool:
+    """Start counting what is skipped anew; False if the model does not count or is not sparse."""
+    try:
+        sparsity(model, reset=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _prompt_ids(model: Any, tokenizer: Any, prompt: str | Tensor, max_new_tokens: int) -> Tensor:
+    ids = prompt if isinstance(prompt, Tensor) else tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+        raise ValueError(f"a prompt has token ids of shape {tuple(ids.shape)}, expected [1, tokens] with one or more")
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] + max_new_tokens > longest:
+        raise ValueError(
+            f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's {longest} positions; "
+            "give a shorter prompt or fewer new tokens"
+        )
+    return ids.long()
+
+
+def _end_tokens(model: Any) -> Collection[int]:
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return () if end is None else tuple(end) if isinstance(end, (list, tuple)) else (end,)
+
+
+def _greedy(model: Any, ids: Tensor, count: int, stops: Collection[int]) -> list[int]:
+    """New tokens, each the likeliest; the end token is the last of them."""
+    tokens: list[int] = []
+    inputs: dict[str, Any] = {"input_ids": ids}
+    while True:
+        output = run(model, inputs, use_cache=True, logits_to_keep=1)
+        tokens.append(int(output.logits[0, -1].argmax()))
+        if tokens[-1] in stops or len(tokens) == count:
+            return tokens
+        inputs = {"input_ids": ids.new_tensor([tokens[-1:]]), "past_key_values": _cache(model, output)}
+
+
+def _continuation(tokenizer: Any, ids: Tensor, before: list[int], after: list[int]) -> Continuation:
+    longer = max(len(before), len(after))
+    equal = [one == other for one, other in zip(before, after, strict=False)]
+    differs = next((index for index, same in enumerate(equal) if not same), len(equal))
+    return Continuation(
+        prompt=tokenizer.decode(ids[0], skip_special_tokens=True),
+        dense_text=tokenizer.decode(before, skip_special_tokens=True),
+        text=tokenizer.decode(after, skip_special_tokens=True),
+        dense_tokens=len(before),
+        tokens=len(after),
+        first_divergence=differs if differs < longer else None,
+        equal_tokens=sum(equal) / longer,
+        dense_repetition=_repetition(before),
+        repetition=_repetition(after),
+    )
+
+
+def _repetition(tokens: list[int]) -> float:
+    grams = [tuple(tokens[start : start + NGRAM]) for start in range(len(tokens) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else math.nan
+
+
+def _error(error: float, form: str) -> str:
+    return "" if math.isnan(error) else f" ± {error:{form}}"
+
+
+def _signed(value: float, error: float) -> str:
+    return f"{value:+.2%}{_error(error, '.2%')}"

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from deadband.criterion import Rule
 from deadband.linear import (
     SPARSE_CLASSES,
     SparseSite,
@@ -77,13 +78,14 @@ class DeadbandQuantizer(HfQuantizer):
             if not name:
                 raise ValueError(f"config.json names site {written!r}, which {type(model).__name__} does not have")
             module = model.get_submodule(name)
-            norm = mask = None
-            if config.criterion == "weighted_magnitude":
-                norm = torch.empty(matrix_of(module).shape[1], dtype=torch.float32, device="meta")
-            if written in config.masked:
-                mask = torch.empty(matrix_of(module).shape[1], dtype=torch.bool, device="meta")
+            features = matrix_of(module).shape[1]
+            vectors = {
+                part: torch.empty(features, dtype=dtype, device="meta") if written in getattr(config, part) else None
+                for part, dtype in (("scaled", torch.float32), ("centered", torch.float32), ("masked", torch.bool))
+            }
             # -1 keeps everything: a threshold that the checkpoint lacks is told apart from one that is zero
-            make_sparse_(module, -1.0, norm, mask=mask, gradient=config.gradient)
+            rule = Rule(-1.0, vectors["scaled"], vectors["centered"], written in config.relative)
+            make_sparse_(module, rule, mask=vectors["masked"], gradient=config.gradient)
         if config.output_layer is not None and config.output_layer in names:
             use_dense_product_(model.get_submodule(config.output_layer))
 
@@ -94,7 +96,7 @@ class DeadbandQuantizer(HfQuantizer):
                     f"site {name!r} is offloaded by device_map, and an offloaded layer cannot be sparse; "
                     "choose a device_map that keeps it on a device, or load the dense model"
                 )
-            for buffer in ("threshold", "column_norm", "mask"):
+            for buffer in ("threshold", "scale", "center", "mask"):
                 value = getattr(module, buffer)
                 if value is not None and not getattr(value, "_is_hf_initialized", False):
                     raise ValueError(
@@ -105,6 +107,7 @@ class DeadbandQuantizer(HfQuantizer):
                 "counts", torch.zeros(2, dtype=torch.int64, device=module.weight.device), persistent=False
             )
             lay_out_(module)
+            module.refresh_offset_()
 
     def is_serializable(self) -> bool:
         """Sparse models can be saved."""

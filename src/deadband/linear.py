@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deadband.criterion import keep_mask
+from deadband.criterion import Rule, keep_mask
 from deadband.hooks import apply_mask
 from deadband.ops import count_skipped_, dense_linear, sparse_linear
 from deadband.ops.kernels import advise_huge_pages
@@ -34,7 +34,10 @@ class SparseSite(nn.Module):
     weight: Any  # nn.Parameter, as the dense class declares it
     bias: Any
     threshold: Tensor  # [] float32
-    column_norm: Tensor | None  # [in_features] float32, for weighted_magnitude
+    scale: Tensor | None  # [in_features] float32
+    center: Tensor | None  # [in_features] float32
+    offset: Tensor | None  # [out_features] float32, the product of weight and center; not saved
+    relative: bool
     mask: Tensor | None  # [in_features] bool, False where an input feature is always skipped
     counts: Tensor | None  # [2] int64: entries skipped, entries seen
     sparse_rows: int
@@ -46,30 +49,51 @@ class SparseSite(nn.Module):
         return weight.t() if cls.stored_in_out else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = W · (x where kept, else 0) + bias: while training always, else for at most `sparse_rows` rows."""
+        """y = W · (x where kept, else the center, or 0) + bias: while training always, else for at most `sparse_rows` rows."""
         # attribute access to parameters and buffers goes through nn.Module.__getattr__, 1 us in all
         parameters: Any = self._parameters
         buffers: Any = self._buffers
         weight, bias = parameters["weight"], parameters["bias"]
         if self.stored_in_out:
             weight = weight.t()
-        threshold, norm = buffers["threshold"], buffers["column_norm"]
+        threshold, scale, center = buffers["threshold"], buffers["scale"], buffers["center"]
         if buffers["mask"] is not None and self.sparse_rows:
             x = apply_mask(x, buffers["mask"])  # true zeros, which the product skips
         needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         mixed = x.dtype is not weight.dtype  # autocast: torch's own linear knows what to do, or to say
         if self.training or mixed or (needs_gradient and not torch.compiler.is_exporting()):
             if self.sparse_rows and (self.training or x.shape[:-1].numel() <= self.sparse_rows):
-                keep = keep_mask(x.detach(), threshold, norm)
+                keep = keep_mask(x.detach(), threshold, scale, center, self.relative)
                 if buffers["counts"] is not None and not self.training:
                     count_skipped_(buffers["counts"], keep)
-                x = _StraightThrough.apply(x, keep) if self.gradient == "straight_through" else _masked(x, keep)
+                x = (
+                    _StraightThrough.apply(x, keep, center)
+                    if self.gradient == "straight_through"
+                    else _masked(x, keep, center)
+                )
             return F.linear(x, weight, bias)
-        return sparse_linear(x, weight, bias, threshold, norm, self.sparse_rows, buffers["counts"])
+        offset, relative, counts = buffers["offset"], self.relative, buffers["counts"]
+        return sparse_linear(x, weight, bias, threshold, scale, center, offset, relative, self.sparse_rows, counts)
+
+    @property
+    def rule(self) -> Rule:
+        """What the layer skips."""
+        return Rule(self.threshold.item(), self.scale, self.center, self.relative)
+
+    def train(self, mode: bool = True) -> SparseSite:
+        """As of every module; after training, the weights that `offset` was made of may be others."""
+        super().train(mode)
+        self.refresh_offset_()
+        return self
+
+    def refresh_offset_(self) -> None:
+        """Compute `offset` again, after weight or center changed."""
+        if self.center is not None and not (self.center.is_meta or self.weight.is_meta):
+            self.offset = self.matrix_view(self.weight.detach()).float() @ self.center
 
     def settings(self) -> dict[str, Any]:
         """Everything that `make_sparse_` sets, for `restore`."""
-        names = ("threshold", "column_norm", "mask", "counts", "sparse_rows", "gradient")
+        names = ("threshold", "scale", "center", "offset", "relative", "mask", "counts", "sparse_rows", "gradient")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, settings: dict[str, Any]) -> None:
@@ -78,7 +102,7 @@ class SparseSite(nn.Module):
             setattr(self, name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseSite:
-        exact = {name: getattr(self, name) for name in ("threshold", "column_norm")}
+        exact = {name: getattr(self, name) for name in ("threshold", "scale", "center", "offset")}
         super()._apply(fn, recurse)
         for name, before in exact.items():  # model.to(bfloat16) must not round a threshold
             after = getattr(self, name)
@@ -89,23 +113,32 @@ class SparseSite(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         lay_out_(self)  # load_state_dict(assign=True) brings the strides of the checkpoint
+        self.refresh_offset_()
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
         threshold = "meta" if self.threshold.is_meta else f"{self.threshold.item():.4g}"
-        weighted = ", weighted_magnitude" if self.column_norm is not None else ""
+        form = "".join(
+            f", {word}"
+            for word, used in (
+                ("relative", self.relative),
+                ("scaled", self.scale is not None),
+                ("centered", self.center is not None),
+            )
+            if used
+        )
         masked = "" if self.mask is None or self.mask.is_meta else f", masked={int((~self.mask).sum())}"
-        return f"{super().extra_repr()}, threshold={threshold}{weighted}{masked}"
+        return f"{super().extra_repr()}, threshold={threshold}{form}{masked}"
 
 
 class SparseLinear(SparseSite, nn.Linear):
     """`nn.Linear` whose input entries inside the deadband are treated as zero; made by `deadband.sparsify_`.
 
-    The state dict has nn.Linear's names, plus `threshold` (`column_norm` for weighted_magnitude, `mask` for a static
-    mask).
+    The state dict has nn.Linear's names, plus `threshold`, and where they are in use `scale` and `center` (see
+    `deadband.criterion.Rule`) and `mask` (a static mask).
 
     Example:
-        >>> layer = make_sparse_(nn.Linear(3, 2, bias=False), threshold=0.5)
+        >>> layer = make_sparse_(nn.Linear(3, 2, bias=False), Rule(0.5))
         >>> x = torch.tensor([[0.1, 2.0, -0.3]])
         >>> with torch.no_grad():
         ...     torch.equal(layer(x), layer(torch.tensor([[0.0, 2.0, 0.0]])))
@@ -138,22 +171,21 @@ class _StraightThrough(torch.autograd.Function):
     """Masked forward; the gradient passes as if nothing had been masked (Bengio et al. 2013, arXiv 1308.3432)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor) -> Tensor:
-        return _masked(x, keep)
+    def forward(ctx: Any, x: Tensor, keep: Tensor, center: Tensor | None) -> Tensor:
+        return _masked(x, keep, center)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
 
 
-def _masked(x: Tensor, keep: Tensor) -> Tensor:
-    return torch.where(keep, x, 0)
+def _masked(x: Tensor, keep: Tensor, center: Tensor | None) -> Tensor:
+    return torch.where(keep, x, 0 if center is None else center.to(x.dtype))
 
 
 def make_sparse_(
     module: nn.Module,
-    threshold: float,
-    column_norm: Tensor | None = None,
+    rule: Rule,
     *,
     mask: Tensor | None = None,
     gradient: str = "exact",
@@ -161,26 +193,33 @@ def make_sparse_(
 ) -> SparseSite:
     """Turn a dense linear layer into its sparse twin, in place, or give a sparse one new settings."""
     device = cast(Tensor, module.weight).device
-    limit = torch.full((), threshold, dtype=torch.float32, device=device)
+    limit = torch.full((), rule.threshold, dtype=torch.float32, device=device)
+    center = rule.center
+    if center is not None and mask is not None and not center.is_meta:
+        center = torch.where(mask, center, 0)  # what a mask skips counts as zero
     counts = torch.zeros(2, dtype=torch.int64, device=device) if count else None
     if not isinstance(module, SparseSite):
         change_class_(module, SPARSE_CLASSES[type(module)])
     assert isinstance(module, SparseSite)
     module.register_buffer("threshold", limit)
-    module.register_buffer("column_norm", column_norm)
+    module.register_buffer("scale", rule.scale)
+    module.register_buffer("center", center)
+    module.register_buffer("offset", None, persistent=False)
     module.register_buffer("mask", mask)
     module.register_buffer("counts", counts, persistent=False)
     module.sparse_rows = DECODE_ROWS
     module.gradient = gradient
+    module.relative = rule.relative
     lay_out_(module)
+    module.refresh_offset_()
     return module
 
 
 def make_dense_(module: SparseSite) -> nn.Module:
     """Turn a sparse layer back into its dense class, in place, with the weight's usual strides and the same bits."""
-    for name in ("threshold", "column_norm", "mask", "counts"):
+    for name in ("threshold", "scale", "center", "offset", "mask", "counts"):
         delattr(module, name)
-    del module.sparse_rows, module.gradient
+    del module.sparse_rows, module.gradient, module.relative
     change_class_(module, module.dense_class)
     module.weight.data = module.weight.data.contiguous()
     return module

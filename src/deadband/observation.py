@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deadband.criterion import keep_mask, scale_of
-from deadband.hooks import apply_mask, attach, detach, take_input, with_input
+from deadband.criterion import Rule
+from deadband.hooks import attach, detach, take_input, with_input
 from deadband.ops.observe import FIRST_NONFINITE, Statistics, observe
 from deadband.running import evaluating, progress_bar, run
 from deadband.sites import matrix_of, weight_bytes, weight_sample
 
 _EDGES = (np.arange(FIRST_NONFINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
 _EDGES[-1] = 2.0**128
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass
@@ -139,6 +141,23 @@ class SiteStatistics:
         share = (target - before) / (after - before)
         return float(_EDGES[position] + share * (_EDGES[position + 1] - _EDGES[position]))
 
+    def energy_below(self, fraction: float) -> float:
+        """The share of the sum of squared scores that the smallest `fraction` (0 to 1) of the entries carry.
+
+        Right to 0.005, and to 1.6 % of itself, as a bin is 0.8 % wide; exact if `discrete`. NaN without any energy.
+        """
+        low, high = _EDGES[:-1], _EDGES[1:]
+        square = low**2 if self.discrete else (low**2 + low * high + high**2) / 3  # the mean over a bin
+        square[0] = 0.0  # zeros, and what is smaller than any normal number
+        energy = np.concatenate([[0.0], np.cumsum(self.histogram * square)])
+        if not energy[-1]:
+            return math.nan
+        count = np.concatenate([[0], np.cumsum(self.histogram)])
+        position = int(np.searchsorted(count[1:], fraction * count[-1]))  # the bin in which the fraction is reached
+        position = min(position, FIRST_NONFINITE - 1)
+        within = fraction * count[-1] - count[position]
+        return min(float((energy[position] + within * square[position]) / energy[-1]), 1.0)
+
     def __add__(self, other: SiteStatistics) -> SiteStatistics:
         if (self.in_features, self.out_features) != (other.in_features, other.out_features):
             raise ValueError(
@@ -159,63 +178,98 @@ class SiteStatistics:
 
 
 def observe_model(
-    model: nn.Module,
-    batches: Iterable[Any],
-    names: list[str],
-    criterion: str,
-    thresholds: Mapping[str, float] | None,
-    what: str,
-    progress: bool,
+    model: nn.Module, batches: Iterable[Any], rules: Mapping[str, Rule], what: str, progress: bool, *, masked: bool
 ) -> dict[str, SiteStatistics]:
-    """Statistics of the named sites over `batches`; with thresholds, of what they see when all of them are sparse.
+    """Statistics of the sites that `rules` names: histograms of the scores that each rule compares with its threshold.
+
+    With `masked`, of what the sites see when all of them are sparse by these rules. The moments are of the inputs as
+    they are compared: less the center, divided by the norm of a relative rule.
 
     Raises:
         ValueError: no batch, or a site that was never reached or saw no number.
     """
-    modules = {name: model.get_submodule(name) for name in names}
-    sites = {name: SiteStatistics.empty(module) for name, module in modules.items()}
-    scales = {name: scale_of(criterion, matrix_of(module)) for name, module in modules.items()}
-    observer = _Observer(scales, sites, thresholds)
-    count = 0
-    with observer.watching(modules), evaluating(model):
-        for batch in progress_bar(batches, what, progress):
-            count += 1
-            observer.begin(batch)
-            run(model, batch, use_cache=False, logits_to_keep=1)  # neither is looked at
-    if not count:
-        raise ValueError("batches is empty; expected at least one batch to calibrate on")
+    sites = {name: SiteStatistics.empty(model.get_submodule(name)) for name in rules}
+    _Observer(rules, sites, masked).watch(model, batches, list(rules), what, progress)
+    require_numbers(sites)
+    return sites
+
+
+def skipped_means(
+    model: nn.Module, batches: Iterable[Any], rules: Mapping[str, Rule], what: str, progress: bool
+) -> dict[str, Tensor]:
+    """Float32 means of the entries of each channel that the rules skip, [in_features] by site, on the sparse model."""
+    watcher = _SkippedMeans(rules)
+    watcher.watch(model, batches, list(rules), what, progress)
+    return {name: (total / count.clamp(min=1)).float() for name, (total, count) in watcher.sums.items()}
+
+
+def require_numbers(sites: Mapping[str, SiteStatistics]) -> None:
+    """A ValueError names the first site that was never reached or saw no number."""
     for name, site in sites.items():
         if not site.entries:
             why = (
                 f"saw {site.nonfinite} NaN or infinite entries and no number" if site.nonfinite else "was never reached"
             )
-            raise ValueError(f"site {name!r} {why}; leave it out with exclude=, or calibrate on data that reaches it")
-    return sites
+            raise ValueError(f"site {name!r} {why}; leave it out with exclude=, or give data that reaches it")
 
 
-class _Observer:
-    """Accumulates statistics from forward pre-hooks, which with `thresholds` also mask what they have seen."""
+class InputWatcher:
+    """One pass of data through a model that gives each site's input to `see`, from forward pre-hooks."""
 
-    def __init__(
-        self,
-        scales: dict[str, Tensor | None],
-        sites: dict[str, SiteStatistics],
-        thresholds: Mapping[str, float] | None,
-    ) -> None:
-        self.scales, self.sites, self.thresholds = scales, sites, thresholds
+    def __init__(self) -> None:
         self.keep: Tensor | None = None  # [batch, tokens], False where padded
         self.decoder_keep: Tensor | None = None  # the same for the decoder of an encoder-decoder model
         # q, k and v (gate and up) get the same tensor: it is looked at once. Holding it keeps its identity from reuse.
-        self.last: tuple[Tensor, int | None, tuple] | None = None
+        self.last: tuple[Tensor, int | None, Any] | None = None
 
-    def begin(self, batch: Any) -> None:
+    def see(self, name: str, x: Tensor) -> Tensor | None:
+        """What to do with the input [..., in_features] of one call of a site; returns what the site gets instead."""
+        raise NotImplementedError
+
+    def rows(self, name: str, x: Tensor) -> Tensor:
+        """The unpadded rows [rows, in_features] of what a site sees, or of anything of that shape."""
+        return _unpadded(x, self.decoder_keep if "decoder" in name.split(".") else self.keep)
+
+    def step(self, model: nn.Module, batch: Any) -> None:
+        """Run one batch, without gradients."""
+        run(model, batch, use_cache=False, logits_to_keep=1)  # neither is looked at
+
+    def look(self, name: str, x: Tensor, function: Callable[[Tensor], Result], *, shared: bool = True) -> Result:
+        """`function` of the unpadded rows [rows, in_features] of `x`.
+
+        With `shared`, a call with the tensor of the call before gives the result of then.
+        """
+        version = None if x.is_inference() else x._version  # changed in place: not the same input any more
+        if shared and self.last is not None and self.last[0] is x and self.last[1] == version:
+            return self.last[2]
+        result = function(self.rows(name, x))
+        self.last = (x, version, result) if shared and version is not None else None
+        return result
+
+    def watch(self, model: nn.Module, batches: Iterable[Any], names: list[str], what: str, progress: bool) -> None:
+        """Run all batches in eval mode, without gradients, with hooks on the named sites; `what` labels the progress.
+
+        Raises:
+            ValueError: no batch.
+        """
+        modules = {name: model.get_submodule(name) for name in names}
+        count = 0
+        with self._watching(modules), evaluating(model):
+            for batch in progress_bar(batches, what, progress):
+                count += 1
+                self._begin(batch)
+                self.step(model, batch)
+        if not count:
+            raise ValueError("batches is empty; expected at least one batch")
+
+    def _begin(self, batch: Any) -> None:
         self.keep = self.decoder_keep = _padding_mask(batch, "attention_mask")
         if isinstance(batch, Mapping) and "decoder_input_ids" in batch:
             self.decoder_keep = _padding_mask(batch, "decoder_attention_mask")
         self.last = None
 
     @contextlib.contextmanager
-    def watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:
+    def _watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:
         handles = []
         try:
             for name, module in modules.items():
@@ -227,25 +281,45 @@ class _Observer:
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            x = take_input(name, args, kwargs)
-            self._add(name, x)
-            if self.thresholds is None:
-                return None
-            keep = keep_mask(x, self.thresholds[name], self.scales[name])
-            return with_input(args, kwargs, apply_mask(x, keep))
+            instead = self.see(name, take_input(name, args, kwargs))
+            return None if instead is None else with_input(args, kwargs, instead)
 
         return hook
 
-    def _add(self, name: str, x: Tensor) -> None:
-        scale = self.scales[name]
-        version = None if x.is_inference() else x._version  # changed in place: not the same input any more
-        if scale is None and self.last is not None and self.last[0] is x and self.last[1] == version:
-            delta = self.last[2]
-        else:
-            keep = self.decoder_keep if "decoder" in name.split(".") else self.keep
-            delta = observe(_unpadded(x, keep), scale)
-            self.last = (x, version, delta) if scale is None and version is not None else None
-        self.sites[name].add(delta, scale is None and x.dtype == torch.bfloat16)
+
+class _Observer(InputWatcher):
+    """Accumulates statistics, and with `masked` also applies the rules to what it has seen."""
+
+    def __init__(self, rules: Mapping[str, Rule], sites: dict[str, SiteStatistics], masked: bool) -> None:
+        super().__init__()
+        self.rules, self.sites, self.masked = rules, sites, masked
+
+    def see(self, name: str, x: Tensor) -> Tensor | None:
+        rule = self.rules[name]
+        plain = rule.scale is None and rule.center is None and not rule.relative
+        delta = self.look(name, x, lambda rows: observe(rule.compared(rows), rule.scale), shared=plain)
+        self.sites[name].add(delta, plain and x.dtype == torch.bfloat16)
+        return rule.apply(x) if self.masked else None
+
+
+class _SkippedMeans(InputWatcher):
+    """Accumulates sum and number of the skipped entries of each channel, and applies the rules."""
+
+    def __init__(self, rules: Mapping[str, Rule]) -> None:
+        super().__init__()
+        self.rules, self.sums = rules, dict[str, tuple[Tensor, Tensor]]()
+
+    def see(self, name: str, x: Tensor) -> Tensor | None:
+        rule = self.rules[name]
+
+        def skipped(rows: Tensor) -> tuple[Tensor, Tensor]:
+            skip = ~rule.keep(rows)
+            return torch.where(skip, rows, 0).sum(0, dtype=torch.float64), skip.sum(0)
+
+        total, count = self.look(name, x, skipped, shared=False)
+        before = self.sums.get(name, (0, 0))
+        self.sums[name] = (before[0] + total, before[1] + count)
+        return rule.apply(x)
 
 
 def _padding_mask(batch: Any, name: str) -> Tensor | None:
@@ -261,22 +335,19 @@ def _unpadded(x: Tensor, keep: Tensor | None) -> Tensor:  # -> [rows, in_feature
 
 
 @contextlib.contextmanager
-def masking(
-    sites: Mapping[str, nn.Module], thresholds: Mapping[str, float], scales: Mapping[str, Tensor | None]
-) -> Iterator[None]:
-    """Inside the block, hooks mask the input of each site: the sparse model, without changing a layer."""
+def masking(sites: Mapping[str, nn.Module], rules: Mapping[str, Rule]) -> Iterator[None]:
+    """Inside the block, hooks apply the rules to the input of each site: the sparse model, without changing a layer."""
     handles = []
 
     def hook(name: str) -> Any:
         def mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            x = take_input(name, args, kwargs)
-            return with_input(args, kwargs, apply_mask(x, keep_mask(x, thresholds[name], scales[name])))
+            return with_input(args, kwargs, rules[name].apply(take_input(name, args, kwargs)))
 
         return mask
 
     try:
         for name, module in sites.items():
-            if thresholds[name] > 0:
+            if rules[name].threshold > 0:
                 handles.append(attach(module, hook(name)))
         yield
     finally:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deadband.allocation import Thresholds, check_model, check_sparsity
-from deadband.criterion import check_criterion, scale_of
+from deadband.criterion import Rule, check_criterion, scale_of
 from deadband.linear import (
     ALL_ROWS,
     GRADIENTS,
@@ -33,6 +33,9 @@ VERSION = 1
 class SparsityConfig:
     """What was done to a model, in plain JSON values. Stored in `config.json`; the thresholds lie beside the weights.
 
+    `sites` are all sparse layers by name; `scaled`, `centered` and `relative` those whose `deadband.criterion.Rule` has
+    such a part, `masked` those with a static mask.
+
     Example:
         >>> SparsityConfig(sites=("fc",), sparsity=0.4).criterion
         'magnitude'
@@ -44,12 +47,15 @@ class SparsityConfig:
     method: str | None = None
     gradient: str = "exact"
     output_layer: str | None = None
+    scaled: tuple[str, ...] = ()
+    centered: tuple[str, ...] = ()
+    relative: tuple[str, ...] = ()
     masked: tuple[str, ...] = ()
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sites", tuple(self.sites))
-        object.__setattr__(self, "masked", tuple(self.masked))
+        for name in _NAMES:
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         check_criterion(self.criterion)
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
@@ -63,12 +69,15 @@ class SparsityConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**dataclasses.asdict(self), "sites": list(self.sites), "masked": list(self.masked)}
+        return {**dataclasses.asdict(self), **{name: list(getattr(self, name)) for name in _NAMES}}
+
+
+_NAMES = ("sites", "scaled", "centered", "relative", "masked")
 
 
 def sparsify_(
     model: nn.Module,
-    thresholds: Mapping[str, float] | None = None,
+    thresholds: Mapping[str, float | Rule] | None = None,
     *,
     masks: Mapping[str, Tensor] | None = None,
     exact: bool = False,
@@ -88,7 +97,7 @@ def sparsify_(
     Args:
         model: any module. Layers that are sparse already get the new thresholds, or become dense if they get none.
         thresholds: what `Calibration.allocate` returned, or a mapping from site names (or ends of names, where only
-            one site ends so) to thresholds, which have to be finite and not negative.
+            one site ends so) to thresholds, which have to be finite and not negative, or to `deadband.Rule`s.
         masks: static masks by site name, bool [in_features], False where a feature is always skipped, by every token:
             what `ActivationSparsifier.masks` returns. A site without a threshold gets a threshold of zero. Masks of an
             earlier call hold only if they are passed again.
@@ -131,8 +140,14 @@ def sparsify_(
         if criterion not in (None, allocated.criterion):
             raise ValueError(f"the thresholds are for criterion {allocated.criterion!r}, got criterion={criterion!r}")
         criterion = allocated.criterion
+        thresholds = allocated.rules
     kept = resolve_masks(model, masks) if masks is not None else {}
     chosen = resolve(model, {**dict.fromkeys(kept, 0.0), **thresholds}) if kept else resolve(model, thresholds)
+    modules = {name: model.get_submodule(name) for name in chosen}
+    for name, module in modules.items():
+        if matrix_of(module).is_meta:
+            raise ValueError(f"site {name!r} is on the meta device or offloaded; load its weight before sparsify_")
+    rules = {name: _rule(name, chosen[name], modules[name], criterion or "magnitude") for name in chosen}
     config = SparsityConfig(
         sites=tuple(chosen),
         criterion=criterion or "magnitude",
@@ -140,26 +155,24 @@ def sparsify_(
         method=allocated.method if allocated is not None else None,
         gradient=gradient,
         output_layer=find_output_layer(model, chosen) if output_layer else None,
+        scaled=tuple(name for name, rule in rules.items() if rule.scale is not None),
+        centered=tuple(name for name, rule in rules.items() if rule.center is not None),
+        relative=tuple(name for name, rule in rules.items() if rule.relative),
         masked=tuple(kept),
     )
-    modules = {name: model.get_submodule(name) for name in chosen}
-    for name, module in modules.items():
-        if matrix_of(module).is_meta:
-            raise ValueError(f"site {name!r} is on the meta device or offloaded; load its weight before sparsify_")
-    norms = {name: scale_of(config.criterion, matrix_of(module)) for name, module in modules.items()}
     left = {name: module for name, module in sparse_sites(model).items() if name not in chosen}
     touched = (*modules.values(), *left.values())
     settings = {module: module.settings() for module in touched if isinstance(module, SparseSite)}
     try:
         for name, module in modules.items():
-            make_sparse_(module, chosen[name], norms[name], mask=kept.get(name), gradient=gradient, count=count)
+            make_sparse_(module, rules[name], mask=kept.get(name), gradient=gradient, count=count)
         for each in left.values():
             make_dense_(each)
         _remember(model, config)
     except BaseException:
         for module in touched:
             if module in settings:
-                make_sparse_(module, 0.0).restore(settings[module])
+                make_sparse_(module, Rule(0.0)).restore(settings[module])
             elif isinstance(module, SparseSite):
                 make_dense_(module)
         raise
@@ -295,16 +308,36 @@ def sparsity(model: nn.Module, *, reset: bool = False) -> SparsityReport:
     return SparsityReport(fractions, achieved, entries)
 
 
-def resolve(model: nn.Module, thresholds: Mapping[str, float]) -> dict[str, float]:
+def _rule(name: str, given: float | Rule, module: nn.Module, criterion: str) -> Rule:
+    """What a site has to skip, on its device; a ValueError says what does not fit it."""
+    if not isinstance(given, Rule):
+        given = Rule(given)
+    matrix = matrix_of(module)
+    if given.scale is None and criterion == "weighted_magnitude":
+        given = dataclasses.replace(given, scale=scale_of(criterion, matrix))
+    parts = {"scale": given.scale, "center": given.center}
+    for what, vector in parts.items():
+        if vector is None:
+            continue
+        if vector.shape != matrix.shape[1:] or not vector.isfinite().all() or (what == "scale" and (vector < 0).any()):
+            raise ValueError(
+                f"site {name!r}: its {what} has to be {matrix.shape[1]} finite values, not negative for a scale; "
+                f"got shape {tuple(vector.shape)}"
+            )
+        parts[what] = vector.detach().to(device=matrix.device, dtype=torch.float32, copy=True)
+    return Rule(given.threshold, parts["scale"], parts["center"], given.relative)
+
+
+def resolve(model: nn.Module, thresholds: Mapping[str, float | Rule]) -> dict[str, float | Rule]:
     """`thresholds` by full site names, in the order of the model; a ValueError names the first bad entry."""
     every = sites_of(model, every_name=True)
-    chosen = {}
+    chosen: dict[str, float | Rule] = {}
     for given, threshold in thresholds.items():
         name = _full_name(model, every, given)
-        value = float(threshold)
+        value = float(threshold.threshold if isinstance(threshold, Rule) else threshold)
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"site {given!r}: threshold {value} has to be finite and not negative")
-        chosen[name] = value
+        chosen[name] = threshold if isinstance(threshold, Rule) else value
     if not chosen:
         raise ValueError("thresholds is empty; expected at least one site")
     return {name: chosen[name] for name in every if name in chosen}

@@ -1,6 +1,6 @@
 """The operators: schema, fake and torch reference of each. A backend (`ops/cpu.py`) only adds registrations.
 
-deadband::sparse_linear(x, weight, bias, threshold, scale, sparse_rows, counts) -> y
+deadband::sparse_linear(x, weight, bias, threshold, scale, center, offset, relative, sparse_rows, counts) -> y
 
     x          [..., in_features]
     weight     [out_features, in_features]; fast when laid out with the weights of one input side by side,
@@ -8,6 +8,10 @@ deadband::sparse_linear(x, weight, bias, threshold, scale, sparse_rows, counts) 
     bias       [out_features] or None
     threshold  [] float32: an entry is kept unless its score is at or below it; negative keeps everything
     scale      [in_features] float32 or None: what |x| is multiplied by to give the score
+    center     [in_features] float32 or None: what a skipped entry counts as; the score is of |x - center| then
+    offset     [out_features] float32, the product of weight and center, or None where center is: a kernel adds it
+               and then only what kept entries differ from the center by
+    relative   whether the threshold is multiplied by the norm of each row of x
     sparse_rows  inputs of at most so many rows skip (0: never); with more rows the product is dense
     counts     [2] int64 or None: entries skipped and entries seen by the sparse path are added to it
     y          [..., out_features], contiguous, in the dtype of x
@@ -23,12 +27,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deadband.criterion import keep_mask
+from deadband.criterion import fill, keep_mask
 
 _library = torch.library.Library("deadband", "DEF")
 _library.define(
-    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor threshold, Tensor? scale, int sparse_rows, "
-    "Tensor(a!)? counts) -> Tensor",
+    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor threshold, Tensor? scale, Tensor? center, "
+    "Tensor? offset, bool relative, int sparse_rows, Tensor(a!)? counts) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -45,16 +49,19 @@ def sparse_linear_reference(
     bias: Tensor | None,
     threshold: Tensor,
     scale: Tensor | None,
+    center: Tensor | None,
+    offset: Tensor | None,
+    relative: bool,
     sparse_rows: int,
     counts: Tensor | None,
 ) -> Tensor:
     """What the operator means, in plain torch; the module's docstring explains the arguments."""
     rows = x.shape[:-1].numel()
     if rows <= sparse_rows:
-        keep = keep_mask(x, threshold, scale)
+        keep = keep_mask(x, threshold, scale, center, relative)
         if counts is not None:
             count_skipped_(counts, keep)
-        x = torch.where(keep, x, 0)
+        x = fill(x, keep, center)
     return F.linear(x, weight, bias).contiguous()
 
 
@@ -68,7 +75,7 @@ _library.impl("dense_linear", dense_linear_reference, "CompositeExplicitAutograd
 
 
 @torch.library.register_fake("deadband::sparse_linear", lib=_library)
-def _sparse_linear_fake(x, weight, bias, threshold, scale, sparse_rows, counts):
+def _sparse_linear_fake(x, weight, bias, threshold, scale, center, offset, relative, sparse_rows, counts):
     torch._check(threshold.numel() == 1, lambda: f"threshold has {threshold.numel()} elements, expected one")
     return _dense_linear_fake(x, weight, bias)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deadband.criterion import keep_mask
+from deadband.criterion import fill, keep_mask
 from deadband.ops import count_skipped_, kernels
 
 SPARSE_ROWS = 8  # what the kernel that skips takes at most
@@ -45,6 +45,9 @@ def sparse_linear(
     bias: Tensor | None,
     threshold: Tensor,
     scale: Tensor | None,
+    center: Tensor | None,
+    offset: Tensor | None,
+    relative: bool,
     sparse_rows: int,
     counts: Tensor | None,
 ) -> Tensor:
@@ -74,11 +77,14 @@ def sparse_linear(
             bias is not None and (bias.dtype is not x_dtype or bias.numel() != out_features or not bias.is_contiguous())
         )
         or not (scale is None or _is_vector(scale, torch.float32, in_features))
+        or (center is None) != (offset is None)
+        or not (center is None or _is_vector(center, torch.float32, in_features))
+        or not (offset is None or _is_vector(offset, torch.float32, out_features))
     ):
-        keep = keep_mask(x, threshold, scale)
+        keep = keep_mask(x, threshold, scale, center, relative)
         if counts is not None:
             count_skipped_(counts, keep)
-        return dense_linear(torch.where(keep, x, 0), weight, bias)
+        return dense_linear(fill(x, keep, center), weight, bias)
     x = x.contiguous()
     y = x.new_empty((*shape[:-1], out_features))
     error = _sparse_kernel(
@@ -93,6 +99,9 @@ def sparse_linear(
         None if bias is None else bias.data_ptr(),
         threshold.data_ptr(),
         None if scale is None else scale.data_ptr(),
+        None if center is None else center.data_ptr(),
+        None if offset is None else offset.data_ptr(),
+        relative,
         y.data_ptr(),
         _get_num_threads(),
         None if counts is None else counts.data_ptr(),

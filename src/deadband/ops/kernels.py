@@ -18,7 +18,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SIGNATURES = {
     "deadband_sparse_linear": (
         c_int,
-        [c_int, c_void_p, *[c_int64] * 3, c_void_p, *[c_int64] * 2, *[c_void_p] * 4, c_int, c_void_p],
+        [c_int, c_void_p, *[c_int64] * 3, c_void_p, *[c_int64] * 2, *[c_void_p] * 5, c_int, c_void_p, c_int, c_void_p],
     ),
     "deadband_dense_linear": (
         c_int,
