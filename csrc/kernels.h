@@ -39,8 +39,8 @@ enum deadband_error {
 // NULL), and limit is the threshold or, with relative != 0, the threshold times the norm of the row of x. So a NaN
 // score is kept: NaN and infinity surface as they do in the dense product, also in a row whose norm is not finite, of
 // which everything is kept. A skipped entry counts as center[i], or as zero. The weights of an input are read if any
-// row keeps it; those of an input that no row keeps are never met, whatever they hold. counts: NULL, or int64[2], which
-// {entries skipped, entries seen} are added to atomically.
+// row keeps it; those of an input that no row keeps are never met, whatever they hold. counts: NULL, or int64[3], which
+// {entries skipped, entries seen, entries of x that are NaN or infinite} are added to atomically.
 DEADBAND_API int deadband_sparse_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
                                         const void* weight, int64_t weight_stride, int64_t out, const void* bias,
                                         const float* threshold, const float* scale, const float* center,

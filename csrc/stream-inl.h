@@ -38,6 +38,21 @@ float norm_of(const T* x, int64_t in) {
   return __builtin_sqrtf(sum);
 }
 
+// NaN and infinity have the largest exponent. A pass of its own: it takes vectors, where the one that selects cannot.
+DEADBAND_INLINE uint32_t is_nonfinite(const float* p) {
+  uint32_t bits;
+  memcpy(&bits, p, sizeof bits);
+  return (bits & 0x7fffffffu) >= 0x7f800000u;
+}
+DEADBAND_INLINE uint32_t is_nonfinite(const bf16* p) { return (*p & 0x7fffu) >= 0x7f80u; }
+
+template <class T>
+int64_t count_nonfinite(const T* x, int64_t in) {
+  uint32_t count = 0;  // an input has fewer than 2^31 entries
+  for (int64_t i = 0; i < in; ++i) count += is_nonfinite(x + i);
+  return count;
+}
+
 // What the scores of one row are compared with. Below every score if the row's norm is infinite or NaN.
 template <class T>
 float limit_of(const T* x, int64_t in, const Rule& rule) {
@@ -193,6 +208,9 @@ int stream_rows(const T* x, int64_t x_stride, int64_t in, const T* weight, int64
   if (counts) {
     __atomic_fetch_add(&counts[0], skipped, __ATOMIC_RELAXED);
     __atomic_fetch_add(&counts[1], in * R, __ATOMIC_RELAXED);
+    int64_t nonfinite = 0;
+    for (int r = 0; r < R; ++r) nonfinite += count_nonfinite(x + r * x_stride, in);
+    if (nonfinite) __atomic_fetch_add(&counts[2], nonfinite, __ATOMIC_RELAXED);
   }
   threads = threads_for(kept.count * out * (int64_t)sizeof(T), kBytesPerThread, threads);
   parallel(threads, [&](int part, int parts) {

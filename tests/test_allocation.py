@@ -1,12 +1,22 @@
+import copy
+import math
+import types
+
 import numpy as np
 import pytest
 import torch
 from conftest import mlp, sparse_model, tiny_batches, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import deadband
-from deadband.allocation import Thresholds, _greedy_path, allocate
+from deadband.allocation import Thresholds, allocate, fit
+from deadband.auto import Judge, split
+from deadband.criterion import Rule
+from deadband.greedy import _greedy_path
 from deadband.observation import masking
+from deadband.sensitivity import Curve, _lower_hull, fill, measure_sensitivity
 from deadband.sites import find_sites, weight_bytes
 from deadband.sparsify import sparse_sites
 
@@ -66,8 +76,8 @@ def naive_algorithm_1(block, sites, x, calibration, step, budget):
         errors = {}
         for name in sites:
             tried = {**current, name: current[name] + step * total / calibration.sites[name].weight_bytes}
-            thresholds = {each: calibration.sites[each].threshold(value) for each, value in tried.items()}
-            with masking(sites, thresholds, dict.fromkeys(sites)):
+            rules = {each: Rule(calibration.sites[each].threshold(value)) for each, value in tried.items()}
+            with masking(sites, rules):
                 errors[name] = (block(x) - dense).norm().item()
         best = min(errors, key=errors.get)
         current[best] += step * total / calibration.sites[best].weight_bytes
@@ -156,7 +166,9 @@ def test_sparsity_out_of_range(sparsity):
 
 def test_bad_calls():
     calibration = deadband.calibrate(mlp(), [torch.randn(4, 16)], progress=False)
-    with pytest.raises(ValueError, match="method 'best' is not known; expected one of 'uniform', 'greedy'"):
+    with pytest.raises(
+        ValueError, match="method 'best' is not known; expected one of 'auto', 'uniform', 'greedy', 'sensitivity'"
+    ):
         calibration.allocate(0.4, "best")
     with pytest.raises(ValueError, match="pass model= and batches="):
         calibration.allocate(0.4, "greedy")
@@ -183,3 +195,279 @@ def test_thresholds_are_a_mapping_that_saves_and_loads(tmp_path):
     with pytest.raises(ValueError, match="not a file of thresholds"):
         Thresholds.load(tmp_path / "other.json")
     assert "40% of the weight bytes over 3 sites, uniform, weighted_magnitude" in str(thresholds)
+
+
+# ------------------------------------------------------------------------------------------------ fitting rules to data
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("method", ["uniform", "greedy", "sensitivity"])
+def test_every_form_of_rule_meets_its_budget(method, relative, center):
+    model, batches = tiny_model("llama"), tiny_batches(6)
+    calibration = deadband.calibrate(model, batches, progress=False)
+    passes = {"model": model, "batches": batches, "progress": False}
+    thresholds = calibration.allocate(0.5, method, relative=relative, center=center, **passes)
+    assert {rule.relative for rule in thresholds.rules.values()} == {relative}
+    assert {rule.center is not None for rule in thresholds.rules.values()} == {center}
+    report = achieved(model, batches, thresholds)
+    assert report.total == pytest.approx(0.5, abs=0.01)
+    for name, value in report.sites.items():
+        assert value == pytest.approx(thresholds.site_sparsity[name], abs=0.03)
+        assert value == pytest.approx(report.expected[name], abs=0.02)
+    assert not report.drifted
+
+
+def test_centers_are_the_means_of_what_is_skipped():
+    model, x = nn.Sequential(nn.Linear(3, 2)), torch.tensor([[1.0, 5.0, 0.0], [3.0, 6.0, 0.0], [9.0, 7.0, 0.0]])
+    rules, shares = {"0": Rule(4.0)}, {"0": 5 / 9}
+    fitted = fit(model, [x[:2], x[2:]], rules, shares, center=True, progress=False)
+    assert fitted.rules["0"].center.tolist() == [2.0, 0.0, 0.0]
+
+
+# ----------------------------------------------------------------------------------------------------- water-filling
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), sites=st.integers(1, 4), budget=st.floats(0, 0.95))
+def test_filling_is_the_linear_programme(data, sites, budget):
+    optimize = pytest.importorskip("scipy.optimize")
+    points, weights = {}, {}
+    for index in range(sites):
+        levels = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=6, unique=True))
+        points[str(index)] = [(level / 20, data.draw(st.integers(0, 50)) / 10) for level in levels]
+        weights[str(index)] = data.draw(st.integers(1, 5))
+    shares = fill(points, weights, budget)
+    total = sum(weights.values())
+    most = sum(weights[name] * max(s for s, _ in points[name]) for name in points)
+    wanted = min(budget * total, most)
+    assert sum(weights[name] * shares[name] for name in points) == pytest.approx(wanted, abs=1e-9)
+
+    columns = [(name, s, h) for name in points for s, h in [(0.0, 0.0), *points[name]]]
+    equal = [[weights[name] * s for name, s, _ in columns]] + [
+        [float(name == each) for name, _, _ in columns] for each in points
+    ]
+    found = optimize.linprog([h for *_, h in columns], A_eq=equal, b_eq=[wanted, *[1.0] * sites], method="highs")
+
+    def harm(name):
+        hull = _lower_hull(points[name])
+        return float(np.interp(shares[name], *zip(*hull, strict=True)))
+
+    if found.status == 0:  # not where rounding puts the budget just beyond what can be reached
+        assert sum(map(harm, points)) == pytest.approx(found.fun, abs=1e-6)
+
+
+def test_filling_evens_out_what_the_next_byte_costs():
+    points = {name: [(x / 10, factor * (x / 10) ** 2) for x in range(1, 11)] for name, factor in (("a", 1), ("b", 3))}
+    shares = fill(points, {"a": 1, "b": 1}, 0.4)
+    assert shares["a"] == pytest.approx(0.6, abs=0.1)  # slopes 2a = 6b
+    assert shares["b"] == pytest.approx(0.2, abs=0.1)
+    assert fill(points, {"a": 1, "b": 1}, 0.0) == {"a": 0.0, "b": 0.0}
+    assert fill(points, {"a": 3, "b": 1}, 1.0) == {"a": 1.0, "b": 1.0}
+
+
+def test_a_curve_interpolates_from_nothing():
+    curve = Curve(np.array([0.1, 0.4]), np.array([0.2, 0.6]), np.array([1.0, 5.0]))
+    assert [curve.harm_at(s) for s in (0, 0.1, 0.2, 0.4, 0.6, 0.9)] == pytest.approx([0, 0.5, 1, 3, 5, 5])
+    assert [curve.threshold_at(s) for s in (0, 0.1, 0.2, 0.4)] == pytest.approx([0, 0.05, 0.1, 0.25])
+
+
+# --------------------------------------------------------------------------------------------------------- sensitivity
+
+
+class Classifier(nn.Module):
+    """An MLP whose output has logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return types.SimpleNamespace(logits=self.net(x))
+
+
+@pytest.mark.parametrize("categorical", [False, True])
+def test_sensitivity_is_the_fisher_information(categorical):
+    """Against the Jacobian in float64: its expectation over labels is exact, what is measured draws one a token."""
+    model = Classifier() if categorical else mlp()
+    net = model.net if categorical else model
+    batches = [torch.randn(1024, 16, generator=torch.Generator().manual_seed(index)) for index in range(4)]
+    prefix = "net." if categorical else ""
+    measured = measure_sensitivity(model, batches, [f"{prefix}{index}" for index in (0, 2, 4)], progress=False)
+    exact = copy.deepcopy(net).double()
+    x = torch.cat(batches).double()
+    for index, layer in enumerate(exact):
+        if isinstance(layer, nn.Linear):
+            site, rest = measured[f"{prefix}{index}"], exact[index:]
+
+            def harm(change, rest=rest, x=x):  # half the expected squared change of the log-probability of a label
+                output, moved = torch.func.jvp(rest, (x,), (change,))
+                if not categorical:
+                    return moved.square().sum(-1).mean() / 2
+                p = output.softmax(-1)
+                return ((p * moved.square()).sum(-1) - (p * moved).sum(-1).square()).mean() / 2
+
+            for relative, curve in site.curves.items():
+                norm = x.norm(dim=-1, keepdim=True) if relative else 1.0
+                scores = x.abs() * site.scale.double() / norm
+                assert (np.diff(curve.thresholds) > 0).all()
+                assert (np.diff(curve.harm) >= 0).all()
+                levels = zip(curve.thresholds, curve.sparsity, curve.harm, strict=True)
+                for threshold, sparsity, found in list(levels)[::4]:
+                    skip = scores <= threshold
+                    assert sparsity == pytest.approx(skip.double().mean().item(), abs=1e-3)
+                    assert found == pytest.approx(harm(torch.where(skip, -x, 0)).item(), rel=0.2, abs=1e-6)
+            first = x[:1024]  # one batch in four gives the scales
+            jacobian = torch.func.vmap(torch.func.jacrev(rest))(first)  # [rows, out, in]
+            if categorical:
+                p = rest(first).softmax(-1)
+                jacobian = jacobian - (p[..., None] * jacobian).sum(1, keepdim=True)
+                squares = (p[..., None] * jacobian.square()).sum(1).mean(0)
+            else:
+                squares = jacobian.square().sum(1).mean(0)
+            torch.testing.assert_close(site.scale.double(), squares.sqrt(), rtol=0.25, atol=1e-4)
+        with torch.no_grad():
+            x = layer(x)
+
+
+def test_measuring_sensitivity_changes_nothing_in_the_model():
+    model = tiny_model("llama").train()
+    model.model.layers[1].eval()
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    kept = model.model.layers[0].mlp.down_proj.weight
+    kept.grad = torch.ones_like(kept)
+    names = list(find_sites(model))
+
+    def state():
+        return (
+            [module.training for module in model.modules()],
+            [(id(p), p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
+            [len(m._forward_pre_hooks) + len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()],
+            {key: value.clone() for key, value in model.state_dict().items()},
+            torch.get_rng_state(),
+            torch.is_grad_enabled(),
+        )
+
+    def same(one, other):
+        if isinstance(one, torch.Tensor):
+            return torch.equal(one, other)
+        if isinstance(one, dict):
+            return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        if isinstance(one, (list, tuple)):
+            return len(one) == len(other) and all(map(same, one, other))
+        return one == other
+
+    before = state()
+    first = measure_sensitivity(model, tiny_batches(), names, progress=False)
+    assert same(state(), before)
+    with torch.no_grad():
+        again = measure_sensitivity(model, tiny_batches(), names, progress=False)
+    assert all(torch.equal(first[name].scale, again[name].scale) for name in names)
+    with pytest.raises(IndexError):
+        measure_sensitivity(model, [*tiny_batches(), {"input_ids": torch.tensor([[10**6]])}], names, progress=False)
+    assert same(state(), before)
+    with pytest.raises(ValueError, match="no batch|batches is empty"):
+        measure_sensitivity(model, [], names, progress=False)
+    assert same(state(), before)
+
+
+def test_a_site_without_gradient_is_an_error():
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.b(x) + self.a(x).detach()
+
+    with pytest.raises(ValueError, match="no gradient reached site 'a'"):
+        measure_sensitivity(Detached(), [torch.randn(8, 4)], ["a", "b"], progress=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- auto
+
+
+@pytest.fixture(scope="module")
+def automatic():
+    model, batches = tiny_model("llama"), tiny_batches(8)
+    calibration = deadband.calibrate(model, batches, progress=False)
+    return calibration, {"model": model, "batches": batches, "progress": False}
+
+
+def test_auto_takes_what_does_best_on_batches_held_out(automatic):
+    calibration, passes = automatic
+    thresholds = calibration.allocate(0.5, **passes)
+    fitted, held = split(passes["batches"])
+    assert len(fitted) + len(held) == 8
+    assert not {id(batch) for batch in fitted} & {id(batch) for batch in held}
+    mean = Judge(passes["model"], held, False)(thresholds.rules).mean
+    head, _, others = thresholds.reason.partition(f" on {len(held)} batches held out (")
+    assert head.startswith("auto: ")
+    assert float(head.rsplit(" ", 1)[1]) == pytest.approx(mean, rel=1e-3)
+    figures = [float(each.rsplit(" ", 1)[1]) for each in others.rstrip(")").split("; ")]
+    assert figures
+    assert min(figures) >= float(head.rsplit(" ", 1)[1])
+    assert thresholds.reason in str(thresholds)
+    assert achieved(passes["model"], fitted, thresholds).total == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_judge_is_the_divergence_of_the_model_with_rules(automatic):
+    calibration, passes = automatic
+    model, (batch, *_) = passes["model"], passes["batches"]
+    rules = calibration.allocate(0.6, "uniform", relative=True, center=True, **passes).rules
+    found = Judge(model, [batch], False)(rules)
+    with torch.no_grad():
+        dense = model(**batch).logits.double().log_softmax(-1)
+        deadband.sparsify_(model, rules)
+        with deadband.sparse_prefill(model):
+            sparse = model(**batch).logits.double().log_softmax(-1)
+        deadband.densify_(model)
+    assert found.mean == pytest.approx((dense.exp() * (dense - sparse)).sum(-1).mean().item(), rel=1e-3)
+    chosen = batch["input_ids"][:, 1:, None]
+    increase = (dense - sparse)[:, :-1].gather(-1, chosen).mean().item()
+    assert found.perplexity_increase == pytest.approx(math.expm1(increase), rel=1e-3)
+
+
+def test_auto_without_a_model_with_one_batch_and_without_a_budget(automatic):
+    calibration, passes = automatic
+    assert "neither model= nor batches=" in calibration.allocate(0.4).reason
+    assert calibration.allocate(0.4).method == "uniform"
+    one = calibration.allocate(0.4, **{**passes, "batches": passes["batches"][:1]})
+    assert "which were also calibrated on (there is only one)" in one.reason
+    assert set(calibration.allocate(0.0, **passes).values()) == {0.0}
+    forms = calibration.allocate(0.4, relative=True, center=False, **passes)
+    assert all(rule.relative and rule.center is None for rule in forms.rules.values())
+
+
+@pytest.mark.parametrize("method", ["auto", "sensitivity", "uniform"])
+@pytest.mark.parametrize("limit", [{"max_kl": 0.05}, {"max_perplexity_increase": 0.2}])
+def test_a_budget_for_a_quality_keeps_it_on_batches_held_out(automatic, method, limit):
+    calibration, passes = automatic
+    thresholds = calibration.allocate(method=method, **limit, **passes)
+    found = Judge(passes["model"], split(passes["batches"])[1], False)(thresholds.rules)
+    (what, most), = limit.items()  # fmt: skip
+    assert (found.mean if what == "max_kl" else found.perplexity_increase) <= most
+    assert 0.02 <= thresholds.sparsity < 0.95
+    assert f"within {what}={most}" in thresholds.reason
+
+
+def test_qualities_that_cannot_be_kept_or_judged(automatic):
+    calibration, passes = automatic
+    with pytest.raises(ValueError, match="max_kl=1e-12 is not kept even at sparsity 0.02"):
+        calibration.allocate(method="uniform", max_kl=1e-12, **passes)
+    for limit in (0, -1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="expected a number above 0"):
+            calibration.allocate(max_kl=limit, **passes)
+    with pytest.raises(ValueError, match="max_kl= is judged on the model: pass model= and batches="):
+        calibration.allocate(max_kl=0.1)
+    with pytest.raises(ValueError, match="method 'best' is not known"):
+        calibration.allocate(method="best", max_kl=0.1, **passes)
+    for wrong in ({}, {"sparsity": 0.4, "max_kl": 0.1}, {"max_kl": 0.1, "max_perplexity_increase": 0.1}):
+        with pytest.raises(ValueError, match="pass exactly one of"):
+            calibration.allocate(**wrong, **passes)
+    plain, batches = mlp(), [torch.randn(64, 16) for _ in range(3)]
+    other = deadband.calibrate(plain, batches, progress=False)
+    with pytest.raises(ValueError, match="needs a model that predicts tokens"):
+        other.allocate(method="uniform", max_perplexity_increase=0.1, model=plain, batches=batches, progress=False)
+    kept = other.allocate(max_kl=0.01, model=plain, batches=batches, progress=False)
+    assert Judge(plain, split(batches)[1], False)(kept.rules).mean <= 0.01

@@ -81,7 +81,7 @@ def allowed_error(x, weight, bias):
 
 
 def check_sparse(x, weight, bias, threshold, scale, sparse_rows=ALL, center=None, relative=False):
-    counts = torch.zeros(2, dtype=torch.int64)
+    counts = torch.zeros(3, dtype=torch.int64)
     if relative and x.shape[-1]:  # another order of summing a norm must not decide whether an entry is kept
         ratio = score(x, scale, center) / x.float().norm(dim=-1, keepdim=True)
         assume(bool(((ratio / threshold - 1).abs() > 1e-5).all()) or threshold <= 0)
@@ -92,7 +92,7 @@ def check_sparse(x, weight, bias, threshold, scale, sparse_rows=ALL, center=None
     assert y.dtype == x.dtype
     assert y.is_contiguous()
     assert error_against_float64(y, masked, weight, bias) <= allowed_error(masked, weight, bias)
-    assert counts.tolist() == [int((~keep).sum()), keep.numel()]
+    assert counts.tolist() == [int((~keep).sum()), keep.numel(), int((~x.isfinite()).sum())]
     return y
 
 
@@ -195,6 +195,25 @@ def test_nan_and_infinity_surface(isa, dtype, rows, value, weighted):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 11])
+@pytest.mark.parametrize("inputs", [1, 31, 64, 577])
+def test_nonfinite_entries_are_counted(isa, dtype, rows, inputs):
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, inputs, generator=generator).to(dtype)
+    largest = torch.finfo(dtype).max
+    special = torch.tensor([math.nan, math.inf, -math.inf, -math.nan, largest, -largest, 0.0], dtype=dtype)
+    places = torch.rand(rows, inputs, generator=generator) < 0.3
+    x[places] = special[torch.randint(len(special), (int(places.sum()),), generator=generator)]
+    weight = torch.randn(inputs, 17, generator=generator).to(dtype).t()
+    counts = torch.tensor([5, 6, 7])  # added to, not set
+    with instruction_set(isa):
+        sparse_linear(x, weight, None, torch.tensor(0.8), None, ALL, counts)
+    skipped = int((x.abs().float() <= 0.8).sum())
+    assert counts.tolist() == [5 + skipped, 6 + x.numel(), 7 + int((~x.isfinite()).sum())]
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_of_skipped_inputs_are_never_met(isa, dtype):
     x, weight, bias, _ = operands(1, 64, 48, dtype)
@@ -218,12 +237,12 @@ def test_the_same_bits_on_every_run(dtype, count):
 
 def test_rows_beyond_the_limit_are_dense_and_not_counted():
     x, weight, bias, _ = operands(5, 40, 30, torch.float32)
-    counts = torch.zeros(2, dtype=torch.int64)
+    counts = torch.zeros(3, dtype=torch.int64)
     y = sparse_linear(x, weight, bias, torch.tensor(100.0), None, 4, counts)
     torch.testing.assert_close(y, F.linear(x, weight, bias))
-    assert counts.tolist() == [0, 0]
+    assert counts.tolist() == [0, 0, 0]
     assert torch.equal(sparse_linear(x[:1], weight, bias, torch.tensor(100.0), None, 4, counts)[0], bias)
-    assert counts.tolist() == [40, 40]
+    assert counts.tolist() == [40, 40, 0]
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 8), (3, 8)])
@@ -274,7 +293,9 @@ def test_operands_that_do_not_fit_raise():
     with pytest.raises(RuntimeError):
         sparse_linear(x, weight, bias, threshold, torch.ones(3), 4, None)
     with pytest.raises(RuntimeError):
-        sparse_linear(x, weight, bias, threshold, None, 4, torch.zeros(2))
+        sparse_linear(x, weight, bias, threshold, None, 4, torch.zeros(3))
+    with pytest.raises(RuntimeError, match=r"counts has to be \[3\] int64" if kernels.library else None):
+        sparse_linear(x, weight, bias, threshold, None, 4, torch.zeros(2, dtype=torch.int64))
 
 
 def test_thresholds_and_scales_of_other_dtypes_mean_the_same():
@@ -289,7 +310,7 @@ def test_thresholds_and_scales_of_other_dtypes_mean_the_same():
 @pytest.mark.parametrize("options", [(None, False), (None, True), ("weighted", True)])
 def test_opcheck(dtype, rows, options):
     x, weight, bias, scale = operands(rows, 40, 24, dtype, bias=options[1], weighted=options[0] is not None)
-    counts = torch.zeros(2, dtype=torch.int64) if options[1] else None
+    counts = torch.zeros(3, dtype=torch.int64) if options[1] else None
     center = torch.rand(40) if options[1] else None
     offset = None if center is None else weight.float() @ center
     rest = (scale, center, offset, options[1], 4, counts)
@@ -299,7 +320,7 @@ def test_opcheck(dtype, rows, options):
 
 def test_two_threads_of_python_lose_no_count():
     x, weight, bias, _ = operands(1, 512, 512, torch.float32)
-    counts = torch.zeros(2, dtype=torch.int64)
+    counts = torch.zeros(3, dtype=torch.int64)
 
     def work():
         for _ in range(200):
@@ -340,7 +361,8 @@ def test_environment_chooses_what_runs(variable):
     value, expected = {"DEADBAND_KERNELS": ("0", "None"), "DEADBAND_ISA": (ISAS[0], ISAS[0])}[variable]
     code = (
         "from deadband.ops import kernels, sparse_linear; import torch;"
-        "y = sparse_linear(torch.ones(1, 2), torch.ones(3, 2), None, torch.tensor(0.), None, None, None, False, 4, None);"
+        "rest = (None, torch.tensor(0.), None, None, None, False, 4, None);"
+        "y = sparse_linear(torch.ones(1, 2), torch.ones(3, 2), *rest);"
         "print(kernels.isa(), y.sum().item())"
     )
     import os

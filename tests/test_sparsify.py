@@ -2,16 +2,20 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
 from conftest import mlp, sparse_model, tiny_batches, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.nn import functional as F
 
 import deadband
 from deadband.linear import ALL_ROWS, DECODE_ROWS, DenseLinear, SparseLinear
+from deadband.observation import range_of
 from deadband.sparsify import SparsityConfig, sparse_sites, sparsify_
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(3))
@@ -425,7 +429,7 @@ def test_config_is_checked():
 
 def test_printing():
     model = sparsify_(mlp(), {"0": 0.25}, criterion="weighted_magnitude")
-    assert "SparseLinear(in_features=16, out_features=40, bias=True, threshold=0.25, weighted_magnitude)" in repr(model)
+    assert "SparseLinear(in_features=16, out_features=40, bias=True, threshold=0.25, scaled)" in repr(model)
     assert "SparseConv1D(nf=192, nx=64, threshold=" in repr(sparse_model("gpt2"))
 
 
@@ -522,3 +526,183 @@ def test_masks_train_and_compile():
     model(x).sum().backward()
     assert (model[2].weight.grad[:, 10:] == 0).all()
     assert (model[2].weight.grad[:, :10] != 0).any()
+
+
+# --------------------------------------------------------------------------------------------------------------- drift
+
+
+def calibrated_mlp(sparsity=0.5, **options):
+    """A sparse MLP that knows its ranges, and data like the calibration's."""
+    model, generator = mlp(), torch.Generator().manual_seed(5)
+    batches = [torch.randn(128, 16, generator=generator) for _ in range(8)]
+    passes = {"model": model, "batches": batches, "progress": False}
+    thresholds = deadband.calibrate(model, batches, progress=False).allocate(sparsity, "uniform", **passes, **options)
+    return model, thresholds, lambda rows: torch.randn(rows, 16, generator=generator)
+
+
+def run_sparse(model, x):
+    with torch.no_grad(), deadband.sparse_prefill(model):
+        model(x)
+
+
+@pytest.mark.parametrize("options", [{}, {"relative": True, "center": True}])
+def test_data_like_the_calibrations_stays_in_range(options):
+    model, thresholds, draw = calibrated_mlp(**options)
+    assert thresholds.corrected
+    assert thresholds.expected["0"] == pytest.approx(0.5, abs=0.01)
+    assert all(low <= thresholds.expected[name] <= high for name, (low, high) in thresholds.site_range.items())
+    sparsify_(model, thresholds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rows in (64, 65, 200, 1000, 64, 64):
+            run_sparse(model, draw(rows))
+            report = deadband.sparsity(model, reset=True)
+            assert not report.drifted
+            assert report.expected == thresholds.expected
+            assert "range" not in str(report)
+            assert "NaN" not in str(report)
+
+
+def test_other_data_warn_once_and_name_sites_figures_and_remedy():
+    model, thresholds, draw = calibrated_mlp()
+    sparsify_(model, thresholds)
+    run_sparse(model, 0.2 * draw(100))
+    with pytest.warns(deadband.DriftWarning) as caught:
+        report = deadband.sparsity(model)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    message = str(caught[0].message)
+    low, high = thresholds.site_range["0"]
+    assert f"0 skips {report.sites['0']:.1%}, calibrated to {thresholds.expected['0']:.1%}" in message
+    assert f"({low:.1%} to {high:.1%})" in message
+    assert "Calibrate on data like these, or run the model dense with deadband.densify_" in message
+    assert report.drifted["0"] == (report.sites["0"], thresholds.expected["0"])
+    assert f"{len(report.drifted)} sites left the calibrated range" in str(report)
+    assert f"0, calibrated to {thresholds.expected['0']:.1%}" in str(report)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert deadband.sparsity(model, reset=True, warn=False).drifted == report.drifted
+        assert not deadband.sparsity(model).drifted  # nothing seen since
+
+
+def test_few_rows_are_not_judged():
+    model, thresholds, draw = calibrated_mlp()
+    sparsify_(model, thresholds)
+    run_sparse(model, 0.1 * draw(63))
+    assert not deadband.sparsity(model).drifted
+    run_sparse(model, 0.1 * draw(1))
+    assert deadband.sparsity(model, warn=False).drifted
+
+
+def test_no_range_without_activations_of_the_sparse_model_or_with_few_of_them():
+    model, batches = mlp(), [torch.randn(200, 16)]
+    calibration = deadband.calibrate(model, batches, progress=False)
+    plain = calibration.allocate(0.5)
+    assert plain.site_range == {}
+    assert plain.expected["0"] == pytest.approx(0.5, abs=0.01)
+    few = calibration.allocate(0.5, "uniform", model=model, batches=batches, progress=False)
+    assert few.site_range == {}  # three times 64 rows
+    for thresholds, expected in ((plain, plain.expected["0"]), ({"0": 0.5}, math.nan), (None, math.nan)):
+        other = sparsify_(mlp(), thresholds, exact=thresholds is None)
+        run_sparse(other, torch.zeros(100, 16))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            report = deadband.sparsity(other)
+        assert report.expected["0"] == pytest.approx(expected, nan_ok=True)
+        assert not report.drifted
+
+
+def test_a_masked_site_has_no_range():
+    model, thresholds, draw = calibrated_mlp()
+    sparsify_(model, thresholds, masks={"2": torch.arange(40) < 4})
+    assert model[2].site_range is None
+    assert math.isnan(model[2].expected)
+    assert model[0].site_range == thresholds.site_range["0"]
+    run_sparse(model, draw(100))
+    assert "2" not in deadband.sparsity(model, warn=False).drifted
+
+
+@pytest.mark.parametrize("path", ["kernel", "reference", "gradient", "half"])
+def test_nonfinite_entries_are_reported(path):
+    model = sparsify_(mlp(), {"0": 0.5, "4": 0.1})
+    x = torch.randn(12 if path == "reference" else 2, 16)
+    x[0, 3], x[1, 4], x[1, 5] = math.nan, math.inf, -math.inf
+    if path == "half":
+        model, x = model.half(), x.half()
+    if path == "gradient":
+        model(x.requires_grad_())
+    else:
+        run_sparse(model, x)
+    with pytest.warns(deadband.DriftWarning, match=r"saw NaN or infinite entries, which are never skipped.* 0 3"):
+        report = deadband.sparsity(model, reset=True)
+    assert report.nonfinite == {"0": 3, "4": 48}
+    assert not report.drifted
+    assert "51 entries were NaN or infinite, at 2 sites" in str(report)
+    assert "0, 3 NaN or infinite" in str(report)
+    assert deadband.sparsity(model).nonfinite == {"0": 0, "4": 0}
+
+
+def test_ranges_go_with_copies_settings_and_away_with_densify(monkeypatch):
+    model, thresholds, _ = calibrated_mlp()
+    before = set(model[0].__dict__)
+    sparsify_(model, thresholds)
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert each[0].site_range == thresholds.site_range["0"]
+        assert each[0].expected == thresholds.expected["0"]
+    import deadband.sparsify
+
+    def failing(module, config):
+        raise MemoryError
+
+    monkeypatch.setattr(deadband.sparsify, "_remember", failing)
+    with pytest.raises(MemoryError):
+        sparsify_(model, {"0": 0.1})
+    assert model[0].site_range == thresholds.site_range["0"]
+    monkeypatch.undo()
+    sparsify_(model, {"0": 0.1})
+    assert model[0].site_range is None
+    deadband.densify_(model)
+    assert set(model[0].__dict__) == before
+
+
+def test_measuring_does_not_warn():
+    model, batches = tiny_model("llama"), tiny_batches(8, rows=4)
+    passes = {"model": model, "batches": batches, "progress": False}
+    thresholds = deadband.calibrate(model, batches, progress=False).allocate(0.5, "uniform", **passes)
+    assert thresholds.site_range
+    sparsify_(model, thresholds)
+    same = [{"input_ids": torch.full((4, 24), 7)}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", deadband.DriftWarning)
+        deadband.evaluate(model, same, progress=False)
+        deadband.evaluate(model, same, progress=False)  # counts anew
+    assert deadband.sparsity(model, warn=False).drifted
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    mean=st.floats(0.0, 1.0),
+    deviation=st.sampled_from([0.0, 0.001, 0.02, 0.2]),
+    count=st.integers(0, 40),
+    expected=st.floats(0.0, 1.0),
+    seed=st.integers(0, 2**20),
+)
+def test_range_of(mean, deviation, count, expected, seed):
+    generator = torch.Generator().manual_seed(seed)
+    skipped = (mean + deviation * torch.randn(count, generator=generator)).clamp(0, 1).tolist()
+    found = range_of(skipped, expected)
+    if count < 4:
+        assert found is None
+        return
+    low, high = found
+    assert 0 <= low <= high <= 1
+    assert low <= max(expected - 0.0199, 0)
+    assert high >= min(expected + 0.0199, 1)
+    average = sum(skipped) / count
+    if range_of(skipped, average)[0] > 0 and range_of(skipped, average)[1] < 1:  # not cut off
+        low, high = range_of(skipped, average)
+        margin = max(4 * torch.tensor(skipped, dtype=torch.float64).std().item(), 0.02)
+        assert margin - 1e-4 <= (high - low) / 2
+        assert (high - low) / 2 <= 2 * margin + 1e-4
+    # fewer of the same figures are trusted less
+    assert range_of(skipped * 3, average)[0] >= range_of(skipped, average)[0]

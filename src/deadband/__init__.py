@@ -32,7 +32,16 @@ if TYPE_CHECKING:
     from deadband.inspection import Inspection, inspect
     from deadband.lightning_callback import SparsifierLightningCallback
     from deadband.linear import SparseLinear
-    from deadband.sparsify import SparsityConfig, SparsityReport, dense, densify_, sparse_prefill, sparsify_, sparsity
+    from deadband.sparsify import (
+        DriftWarning,
+        SparsityConfig,
+        SparsityReport,
+        dense,
+        densify_,
+        sparse_prefill,
+        sparsify_,
+        sparsity,
+    )
     from deadband.tasks import run_tasks
     from deadband.trainer_callback import SparsifierTrainerCallback
     from deadband.watching import LayerError
@@ -44,6 +53,7 @@ _HOME = {
     "Calibration": "calibration",
     "CompactionReport": "compaction",
     "Comparison": "evaluation",
+    "DriftWarning": "sparsify",
     "Evaluation": "evaluation",
     "GenerationReport": "evaluation",
     "Inspection": "inspection",

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safetensors
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from deadband.criterion import Rule, check_criterion, scale_of
 from deadband.files import replacing
 from deadband.linear import SparseSite
-from deadband.observation import SiteStatistics, observe_model, skipped_means
+from deadband.observation import SiteStatistics, observe_model, observe_sparse, range_of, skipped_means
 from deadband.sites import is_site, matrix_of, weight_sample
 
 if TYPE_CHECKING:
@@ -42,10 +42,14 @@ class Thresholds(Mapping[str, float]):
         harm: the loss (in nats a token) that each site is estimated to cause; only where a method estimates it.
         shapes: [out_features, in_features] of each site, and
         samples: some of its weights, to tell a model that these do not belong to.
+        expected: what each site skipped of the calibration data; more than its share where zeros alone are more.
+        site_range: between which sparsities each site stays on data like that, for `deadband.sparsity` to tell when a
+            model meets other data; only if `corrected`, by `deadband.observation.range_of`.
 
     Example:
         >>> from deadband import Rule
-        >>> thresholds = Thresholds(rules={"fc": Rule(0.5)}, sparsity=0.4, site_sparsity={"fc": 0.4}, shapes={"fc": (2, 4)})
+        >>> about = {"sparsity": 0.4, "site_sparsity": {"fc": 0.4}, "shapes": {"fc": (2, 4)}}
+        >>> thresholds = Thresholds(rules={"fc": Rule(0.5)}, **about)
         >>> dict(thresholds)
         {'fc': 0.5}
     """
@@ -56,6 +60,8 @@ class Thresholds(Mapping[str, float]):
     shapes: dict[str, tuple[int, int]]
     samples: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     harm: dict[str, float] = dataclasses.field(default_factory=dict)
+    expected: dict[str, float] = dataclasses.field(default_factory=dict)
+    site_range: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     criterion: str = "magnitude"
     method: str = "uniform"
     corrected: bool = False
@@ -81,13 +87,14 @@ class Thresholds(Mapping[str, float]):
         about = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         rules = about.pop("rules")
         about["rules"] = {
-            name: {"threshold": rule.threshold, "relative": rule.relative} for name, rule in rules.items()
+            name: {"threshold": rule.threshold, "relative": rule.relative, "parts": _parts(rule)}
+            for name, rule in rules.items()
         }
-        tensors = {}
-        for name, rule in rules.items():
-            for part, vector in (("scale", rule.scale), ("center", rule.center)):
-                if vector is not None:
-                    tensors[f"{name}.{part}"] = vector.cpu().clone()  # q, k and v may share one
+        tensors = {
+            f"{name}.{part}": getattr(rule, part).cpu().clone()  # q, k and v may share one
+            for name, rule in rules.items()
+            for part in _parts(rule)
+        }
         with replacing(path) as temporary:
             save_file(tensors, temporary, {"deadband.thresholds": json.dumps({"version": VERSION, **about})})
 
@@ -103,14 +110,18 @@ class Thresholds(Mapping[str, float]):
             if about.pop("version") != VERSION:
                 raise ValueError("another version")
             about["rules"] = {
-                name: Rule(**rule, scale=tensors.get(f"{name}.scale"), center=tensors.get(f"{name}.center"))
+                name: Rule(**{part: tensors[f"{name}.{part}"] for part in rule.pop("parts")}, **rule)
                 for name, rule in about["rules"].items()
             }
-            for key in ("shapes", "samples"):
-                about[key] = {name: tuple(values) for name, values in about[key].items()}
+            for key in ("shapes", "samples", "site_range"):
+                about[key] = {name: tuple(values) for name, values in about.get(key, {}).items()}
             return cls(**about)
         except (ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
             raise ValueError(f"{os.fspath(path)!r} is not a file of thresholds of version {VERSION}: {error}") from None
+
+
+def _parts(rule: Rule) -> list[str]:
+    return [part for part in ("scale", "center") if getattr(rule, part) is not None]
 
 
 def allocate(
@@ -145,6 +156,7 @@ def allocate(
                 budget,
                 _uniform(calibration, budget),
                 {name: Rule(site.threshold(budget)) for name, site in calibration.sites.items()},
+                {name: round(site.sparsity(site.threshold(budget)), 4) for name, site in calibration.sites.items()},
                 reason=reason,
             )
             for budget in budgets
@@ -178,8 +190,10 @@ def allocate(
             name: Rule(0.0 if relative else site.threshold(share[name]), scales[name], relative=bool(relative))
             for name, site in calibration.sites.items()
         }
-        rules = fit(model, batches, rules, share, center=bool(center), progress=progress) if budget > 0 else rules
-        results.append(_thresholds(calibration, budget, share, rules, method=method, corrected=True))
+        fitted = Fitted(rules)
+        if budget > 0:
+            fitted = fit(model, batches, rules, share, center=bool(center), progress=progress)
+        results.append(_thresholds(calibration, budget, share, *fitted, method=method, corrected=True))
     return results
 
 
@@ -214,10 +228,19 @@ def allocate_sensitivity(
 
     weights = {name: site.weight_bytes for name, site in calibration.sites.items()}
     share, rules, harm = sensitivity_shares(measured, weights, budget, relative)
+    fitted = Fitted(rules)
     if budget > 0:
-        rules = fit(model, batches, rules, share, center=center is not False, progress=progress)
-    about = _thresholds(calibration, budget, share, rules, method="sensitivity", corrected=True)
+        fitted = fit(model, batches, rules, share, center=center is not False, progress=progress)
+    about = _thresholds(calibration, budget, share, *fitted, method="sensitivity", corrected=True)
     return dataclasses.replace(about, harm=harm, criterion="sensitivity")
+
+
+class Fitted(NamedTuple):
+    """What `fit` returns; `expected` and `site_range` as in `Thresholds`."""
+
+    rules: dict[str, Rule]
+    expected: dict[str, float] = {}  # noqa: RUF012  (never changed)
+    site_range: dict[str, tuple[float, float]] = {}  # noqa: RUF012
 
 
 def fit(
@@ -228,7 +251,7 @@ def fit(
     *,
     center: bool,
     progress: bool,
-) -> dict[str, Rule]:
+) -> Fitted:
     """Rules whose thresholds skip `shares` of what the sites see when all of them are sparse.
 
     Activations shrink once earlier sites are sparse, so that thresholds from dense activations skip more than asked.
@@ -248,7 +271,11 @@ def fit(
     if center:
         means = skipped_means(model, batches, current, "center", progress)
         current = {name: dataclasses.replace(rule, center=means[name]) for name, rule in current.items()}
-    return _with_thresholds(current, observe_model(model, batches, current, "correct", progress, masked=True), shares)
+    seen, skipped = observe_sparse(model, batches, current, "correct", progress)
+    current = _with_thresholds(current, seen, shares)
+    expected = {name: round(seen[name].sparsity(rule.threshold), 4) for name, rule in current.items()}
+    ranges = {name: range_of(skipped[name], expected[name]) for name in current}
+    return Fitted(current, expected, {name: found for name, found in ranges.items() if found is not None})
 
 
 def _with_thresholds(
@@ -270,12 +297,19 @@ def identity_of(calibration: Calibration) -> tuple[dict[str, tuple[int, int]], d
 
 
 def _thresholds(
-    calibration: Calibration, budget: float, share: dict[str, float], rules: dict[str, Rule], **about: Any
+    calibration: Calibration,
+    budget: float,
+    share: dict[str, float],
+    rules: dict[str, Rule],
+    expected: dict[str, float] | None = None,
+    site_range: dict[str, tuple[float, float]] | None = None,
+    **about: Any,
 ) -> Thresholds:
     shapes, samples = identity_of(calibration)
     criterion = check_criterion(calibration.criterion)
     return Thresholds(
         rules=rules, sparsity=budget, site_sparsity=share, shapes=shapes, samples=samples,
+        expected=expected or {}, site_range=site_range or {},
         **{"criterion": criterion, "method": "uniform", **about},
     )  # fmt: skip
 

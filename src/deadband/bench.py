@@ -96,7 +96,7 @@ def bytes_per_token(model: nn.Module) -> int:
     """Bytes of weights that decoding one token reads: all parameters but embeddings, of which it reads a row, less what
     the sparse layers skipped since they last began to count."""
     sites = sparse_sites(model)
-    skipped = sparsity(model).sites if sites else {}
+    skipped = sparsity(model, warn=False).sites if sites else {}
     read, seen = 0.0, set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
@@ -152,7 +152,7 @@ def compare_decoding(model: Any, tokenizer: Any, *, tokens: int, progress: bool 
     models = {"as it is": model}
     if sparse_sites(model):
         models = {"dense": densify_(copy.deepcopy(model)), "sparse": model}
-        sparsity(model, reset=True)
+        sparsity(model, reset=True, warn=False)
     prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
     times = decode_seconds(models, prompt, tokens=tokens, progress=progress)
     rows = {name: decoding_figures(models[name], seconds) for name, seconds in times.items()}

@@ -92,10 +92,20 @@ def calibrate(
 def sparsify(
     model: Model,
     calibration: Annotated[Path, typer.Argument(metavar="CALIBRATION", help="What `calibrate` wrote.")],
-    sparsity: Annotated[float, typer.Option(help="The fraction of the weight bytes to skip, e.g. 0.4.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write the sparse model to.")],
-    method: Annotated[str, typer.Option(help="uniform, or greedy (needs --data).")] = "uniform",
-    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Text for the corrective pass and greedy.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="The fraction of the weight bytes to skip, e.g. 0.4.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Instead: the largest sparsity within this KL to the dense model (--data).")
+    ] = None,
+    max_perplexity_increase: Annotated[
+        float | None, typer.Option(help="Instead: the largest sparsity within this relative increase, e.g. 0.01.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="auto, uniform, greedy or sensitivity; all but uniform need --data.")
+    ] = "auto",
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to choose, fit and judge thresholds on.")
+    ] = None,
     tokens: Tokens = 4096,
     window: Window = 512,
     dtype: Dtype = "auto",
@@ -106,19 +116,25 @@ def sparsify(
     """Make a model sparse and save it."""
     check_output(output, overwrite, folder=True)
     text = read(data) if data is not None else None
-    from deadband.allocation import check_sparsity
+    from deadband.allocation import check_method, check_sparsity
     from deadband.calibration import Calibration
     from deadband.models import save_model
     from deadband.sparsify import sparsify_
     from deadband.text import token_windows
 
-    check_sparsity(sparsity)
+    limits: dict[str, Any] = {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase}
+    if [sparsity, *limits.values()].count(None) != 2:
+        raise ValueError("pass exactly one of --sparsity, --max-kl and --max-perplexity-increase")
+    if sparsity is not None:
+        check_sparsity(sparsity)
+    if text is None and (sparsity is None or check_method(method) in ("greedy", "sensitivity")):
+        raise ValueError("this runs the model on text: pass --data FILE as well")
     statistics = Calibration.load(calibration)
     network, tokenizer = load(model, dtype, threads)
     passes: dict[str, Any] = {}
     if text is not None:
         passes = {"model": network, "batches": token_windows(tokenizer, text, tokens=tokens, window=window)}
-    thresholds = statistics.allocate(sparsity, method, **passes)
+    thresholds = statistics.allocate(sparsity, method, **limits, **passes)
     sparsify_(network, thresholds)
     save_model(network, tokenizer, output)
     note = (
@@ -128,8 +144,9 @@ def sparsify(
     )
     figures = {
         "output": str(output),
-        "sparsity": sparsity,
-        "method": method,
+        "sparsity": thresholds.sparsity,
+        "method": thresholds.method,
+        "reason": thresholds.reason,
         "corrected": thresholds.corrected,
         "thresholds": dict(thresholds),
     }
@@ -156,7 +173,7 @@ def generate(
     text = tokenizer.decode(tokens[0], skip_special_tokens=True)
     figures: dict[str, Any] = {"text": text, "new_tokens": tokens.shape[1] - inputs["input_ids"].shape[1]}
     if sparse_sites(network):
-        figures["sparsity"] = sparsity(network).total
+        figures["sparsity"] = sparsity(network, warn=False).total
     shown = f"\n\n[{figures['sparsity']:.1%} of the weight bytes skipped]" if "sparsity" in figures else ""
     show(figures, text + shown, as_json)
 
@@ -268,6 +285,106 @@ def bench(
 
 
 @app.command()
+def sweep(
+    model: Model,
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="A UTF-8 text file to judge on.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="The JSON to write, after every run; one that is there is gone on with."),
+    ],
+    calibration_data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A text file to calibrate on; Python's documentation by default."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="The page to write; beside the JSON by default.")] = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="Methods to compare. Others are top-k, wina-orthogonal, r-sparse, larosa, sensitivity, and "
+            "teal-greedy, which takes many times as long.",
+        ),
+    ] = "teal-uniform,wina,wina-threshold,cats,auto",
+    budgets: Annotated[
+        str, typer.Option(metavar="A,B", help="Fractions of the weight bytes to skip.")
+    ] = "0.25,0.4,0.5",
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the text to judge on.")] = 16,
+    window: Window = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 8192,
+    prompt: Annotated[str | None, typer.Option(help="The text that every run continues, and is timed on.")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="Which tokens of a window are sparse: all, dense-prompt or dense-first.")
+    ] = "all",
+    speed: Annotated[
+        bool, typer.Option(help="Time decoding beside the dense model, which takes the memory of two models.")
+    ] = True,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    overwrite: Annotated[bool, typer.Option(help="Begin anew instead of going on with what the output holds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Methods by budgets: quality, bytes and speed of each in one JSON, a table and an HTML page.
+
+    After an interruption the same command goes on where it stopped. Exit code 1: a run failed; the others are there.
+    """
+    page = html if html is not None else output.with_suffix(".html")
+    if page.absolute() == output.absolute():
+        raise ValueError(f"the JSON and the page cannot both be {str(output)!r}; give another --html")
+    check_output(output, overwrite=True)  # one that is no sweep is found out later, but before the work
+    check_page(page, overwrite)
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    try:
+        fractions = [float(budget) for budget in budgets.split(",") if budget.strip()]
+    except ValueError:
+        raise ValueError(f"--budgets {budgets!r}; expected fractions separated by commas, such as 0.25,0.4") from None
+    if not names or not fractions:
+        raise ValueError("--methods or --budgets is empty; expected at least one of each")
+    text = read(data)
+    calibration_text = read(calibration_data) if calibration_data is not None else None
+    from deadband import sweep as program
+    from deadband.allocation import check_sparsity
+    from deadband.evaluation import protocol_name
+    from deadband.methods import method_of
+    from deadband.report import write_report
+    from deadband.text import python_documentation, token_windows
+
+    protocol_name(protocol)
+    for name in names:
+        method_of(name)
+    for fraction in fractions:
+        check_sparsity(fraction)
+    network, tokenizer = load(model, dtype, threads)
+    calibration_text = calibration_text if calibration_text is not None else python_documentation()[0]
+    figures = program.sweep(
+        network,
+        tokenizer,
+        methods=names,
+        budgets=fractions,
+        calibration_windows=token_windows(tokenizer, calibration_text, tokens=tokens, window=window),
+        windows=token_windows(tokenizer, text, tokens=windows * window, window=window),
+        output=output,
+        name=Path(model).resolve().name if Path(model).exists() else model,
+        calibrated_on=calibration_data.name if calibration_data is not None else "Python's documentation",
+        judged_on=data.name,
+        prompt=prompt if prompt is not None else program.PROMPT,
+        protocol=protocol,
+        speed=speed,
+        overwrite=overwrite,
+        say=lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True),
+    )
+    written = f"written to {output} and {page}"
+    try:
+        write_report(figures, page)
+    except ValueError as error:  # plotly is missing: no reason to lose the rest
+        written = f"written to {output}; without the page: {error}. Then run the same command again: all runs are kept."
+        if as_json:
+            print(f"deadband: {written}", file=sys.stderr)
+    show(figures, f"\n{program.table(figures)}\n\n{written}", as_json)
+    if figures["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def info(as_json: Json = False) -> None:
     """What runs here: versions, processor, kernels."""
     from deadband.bench import machine
@@ -338,6 +455,12 @@ def check_output(path: Path, overwrite: bool, *, folder: bool = False) -> None:
         raise ValueError(f"the folder {str(path.parent)!r} does not exist; make it first")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"the folder {str(path.parent)!r} cannot be written to")
+
+
+def check_page(path: Path, overwrite: bool) -> None:
+    """Like `check_output` for a page beside a sweep: an earlier page is replaced, anything else is not."""
+    earlier = path.is_file() and b"deadband sweep" in path.read_bytes()[:100_000]
+    check_output(path, overwrite or earlier)
 
 
 def describe(machine: dict[str, Any]) -> str:

@@ -57,6 +57,13 @@ def score(x: Tensor, scale: Tensor | None = None, center: Tensor | None = None) 
     return magnitude if scale is None else magnitude * scale
 
 
+def norm_of(x: Tensor) -> Tensor:
+    """Float32 norm of each row of `x` [..., in_features], [..., 1]."""
+    if x.dtype == torch.float64:
+        x = x.float()  # vector_norm widens, but does not narrow
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+
+
 def limit_of(x: Tensor, threshold: Tensor | float, relative: bool) -> Tensor | float:
     """What scores are compared with: the threshold, or with `relative` its product with the norm of each token.
 
@@ -64,7 +71,7 @@ def limit_of(x: Tensor, threshold: Tensor | float, relative: bool) -> Tensor | f
     """
     if not relative:
         return threshold
-    limit = threshold * torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # [..., 1]
+    limit = threshold * norm_of(x)  # [..., 1]
     return torch.where(limit.isfinite(), limit, -1.0)
 
 
@@ -84,7 +91,7 @@ def keep_mask(
     return ~(score(x, scale, center) <= limit_of(x, threshold, relative))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rule:
     """What one site skips: an entry is kept if and only if `|x_i - center_i| * scale_i > threshold` (or it is NaN).
 
@@ -109,6 +116,17 @@ class Rule:
     center: Tensor | None = None
     relative: bool = False
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Rule):
+            return NotImplemented
+        mine, others = (self.scale, self.center), (other.scale, other.center)
+        return (self.threshold, self.relative) == (other.threshold, other.relative) and all(
+            a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(mine, others, strict=True)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.threshold, self.relative))
+
     def __str__(self) -> str:
         parts = (("x‖x‖", self.relative), ("scaled", self.scale is not None), ("centered", self.center is not None))
         return f"{self.threshold:9.4g}" + "".join(f" {word}" for word, used in parts if used)
@@ -118,8 +136,7 @@ class Rule:
         y = x if self.center is None else x.float() - self.center
         if not self.relative:
             return y
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return y.float() / norm.clamp_min(torch.finfo(torch.float32).tiny)
+        return y.float() / norm_of(x).clamp_min(torch.finfo(torch.float32).tiny)
 
     def keep(self, x: Tensor) -> Tensor:
         """Bool mask of what is kept of `x` [..., in_features]."""

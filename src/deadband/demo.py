@@ -23,7 +23,7 @@ SPARSITIES = (0.25, 0.4, 0.5)
 SAVED = 0.4  # the budget whose model is kept and continues the prompt
 WINDOW = 512
 CALIBRATION_TOKENS, EVALUATION_TOKENS = 8192, 4096
-METHOD = "greedy"
+METHOD = "sensitivity"
 DECODE_TOKENS = 48
 PROMPT = "The three most important rules for writing clear documentation are"
 FIGURES = "figures.json"
@@ -78,7 +78,7 @@ def _run(folder: Path, output: Path, say: Any) -> dict[str, Any]:
     for thresholds in budgets:
         sparse = sparsify_(copy.deepcopy(model), thresholds)
         evaluations.append(evaluate(sparse, windows, reference=reference))
-        sparsity(sparse, reset=True)  # from here on, what decoding skips
+        sparsity(sparse, reset=True, warn=False)  # from here on, what decoding skips
         models[_label(thresholds)] = sparse
     del reference
     prompt = tokenizer(PROMPT, return_tensors="pt")

@@ -6,11 +6,12 @@ what makes a window hard cancels (Miller 2024, arXiv 2411.00640, sections 3.1 an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torch.nn import functional as F
 
 from deadband.running import evaluating, progress_bar, run
 from deadband.sparsify import dense, sparse_prefill, sparse_sites, sparsity
+
+if TYPE_CHECKING:
+    from deadband.methods import Simulation
 
 PROTOCOLS = {
     "all": "all tokens sparse",
@@ -225,6 +229,7 @@ def evaluate(
     reference: Sequence[Tensor] | None = None,
     protocol: str = PROTOCOL,
     prompt_tokens: int | None = None,
+    simulation: Simulation | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Compare a language model with its own dense form on windows of text.
@@ -245,12 +250,14 @@ def evaluate(
             "dense first token" ("dense-first"): only the first token, on which attention leans most, goes dense; all
             positions are judged.
         prompt_tokens: tokens of the dense prompt; half of each window by default.
+        simulation: what a method of `deadband.methods` made of the model, which has to be dense: sparse tokens run
+            while it is on, and the sparsity is the one that it counts.
         progress: show a progress bar on a terminal.
 
     Raises:
         ValueError: there are no windows, a window has nothing to judge or a bad shape, `reference` does not fit, the
-            protocol is unknown or `prompt_tokens` does not go with it, or the model has no key-value cache to keep a
-            dense prompt in.
+            protocol is unknown or `prompt_tokens` does not go with it, the model has no key-value cache to keep a
+            dense prompt in, or a simulation is of another model or of a sparse one.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -278,19 +285,25 @@ def evaluate(
         if tuple(logits.shape[:2]) != shape:
             raise ValueError(f"reference[{index}] has shape {tuple(logits.shape)}, expected {shape} and the vocabulary")
     is_sparse, counts = bool(sparse_sites(model)), count_anew(model)
+    if simulation is not None:
+        if is_sparse:
+            raise ValueError("the model is sparse already; a simulation goes with the dense model: densify_ it first")
+        simulation.reset()
     sums = []
     with evaluating(model):
         for index, window in enumerate(progress_bar(windows, "evaluate", progress)):
             before = _dense(model, parts[index], window) if reference is None else reference[index]
             judged = torch.zeros(5, dtype=torch.float64)
             for part, prompt in plans[index]:
-                judged += _judge(model, part, before[part.rows, part.columns], prompt, protocol, is_sparse)
-            del before  # or it would still be there while the next window's are made
+                own = before[part.rows, part.columns]
+                judged += _judge(model, part, own, prompt, protocol, is_sparse, simulation)
+            del before, own  # or it would still be there while the next window's are made
             sums.append(judged.tolist())
     prompts = {prompt for plan in plans for _, prompt in plan}
+    achieved = sparsity(model, warn=False).total if counts else math.nan if is_sparse else 0.0
     return _evaluation(
         [_window_figures(window, values) for window, values in zip(windows, sums, strict=True)],
-        sparsity=sparsity(model).total if counts else math.nan if is_sparse else 0.0,
+        sparsity=achieved if simulation is None else simulation.sparsity.total,
         protocol=protocol,
         prompt_tokens=prompts.pop() if len(prompts) == 1 else None,
     )
@@ -385,7 +398,7 @@ def compare_generation(
         repetition=mean_and_error([pair[1] for pair in pairs])[0],
         repetition_increase=increase,
         repetition_increase_error=increase_error,
-        sparsity=sparsity(model).total if counts else math.nan,
+        sparsity=sparsity(model, warn=False).total if counts else math.nan,
         max_new_tokens=max_new_tokens,
     )
 
@@ -519,17 +532,19 @@ def _dense(model: nn.Module, parts: list[_Part], window: Any) -> Tensor:
     return made
 
 
-def _sparse(model: nn.Module, part: _Part, prompt: int) -> Tensor:
+def _sparse(model: nn.Module, part: _Part, prompt: int, simulation: Simulation | None) -> Tensor:
     """Logits of the tokens after the first `prompt` ones, which go dense into the key-value cache."""
+    on = sparse_prefill if simulation is None else simulation.on
+    off = dense if simulation is None else contextlib.nullcontext
     if prompt == 0:
-        with sparse_prefill(model):
+        with on(model):
             return run(model, part.inputs, use_cache=False).logits
     ids = part.inputs["input_ids"]
     halves = (slice(0, prompt), slice(prompt, None))
     first, rest = ({name: _cut(value, ids, slice(None), at) for name, value in part.inputs.items()} for at in halves)
-    with dense(model):
+    with off(model):
         cache = _cache(model, run(model, first, use_cache=True, logits_to_keep=1))
-    with sparse_prefill(model):
+    with on(model):
         return run(model, {**rest, "past_key_values": cache}, use_cache=True).logits
 
 
@@ -540,9 +555,18 @@ def _cache(model: nn.Module, output: Any) -> Any:
     return cache
 
 
-def _judge(model: nn.Module, part: _Part, before: Tensor, prompt: int, protocol: str, is_sparse: bool) -> Tensor:
+def _judge(
+    model: nn.Module,
+    part: _Part,
+    before: Tensor,
+    prompt: int,
+    protocol: str,
+    is_sparse: bool,
+    simulation: Simulation | None,
+) -> Tensor:
     ids = part.inputs["input_ids"]
-    after = _sparse(model, part, prompt) if is_sparse else before[:, prompt:]
+    runs = is_sparse or simulation is not None
+    after = _sparse(model, part, prompt, simulation) if runs else before[:, prompt:]
     sums = _compare(before[:, prompt:], after, ids[:, prompt:])
     if protocol == PROTOCOLS["dense-first"]:  # its own logits are the dense model's
         sums += _compare(before[:, :prompt], before[:, :prompt], ids[:, : prompt + 1])
@@ -629,7 +653,7 @@ def _exp(value: float) -> float:
 def count_anew(model: nn.Module) -> bool:
     """Start counting what is skipped anew; False if the model does not count or is not sparse."""
     try:
-        sparsity(model, reset=True)
+        sparsity(model, reset=True, warn=False)
     except ValueError:
         return False
     return True

@@ -7,6 +7,7 @@ checkpoint loads as the dense model.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from deadband.linear import (
     SparseSite,
     lay_out_,
     make_sparse_,
+    new_counts,
     use_dense_product_,
 )
 from deadband.sites import matrix_of
@@ -85,7 +87,14 @@ class DeadbandQuantizer(HfQuantizer):
             }
             # -1 keeps everything: a threshold that the checkpoint lacks is told apart from one that is zero
             rule = Rule(-1.0, vectors["scaled"], vectors["centered"], written in config.relative)
-            make_sparse_(module, rule, mask=vectors["masked"], gradient=config.gradient)
+            make_sparse_(
+                module,
+                rule,
+                mask=vectors["masked"],
+                gradient=config.gradient,
+                expected=config.expected.get(written, math.nan),
+                site_range=config.site_range.get(written),
+            )
         if config.output_layer is not None and config.output_layer in names:
             use_dense_product_(model.get_submodule(config.output_layer))
 
@@ -103,9 +112,7 @@ class DeadbandQuantizer(HfQuantizer):
                         f"the checkpoint has no {name}.{buffer}; it was not written by deadband, or is incomplete. "
                         "Calibrate and sparsify the dense model again"
                     )
-            module.register_buffer(
-                "counts", torch.zeros(2, dtype=torch.int64, device=module.weight.device), persistent=False
-            )
+            module.register_buffer("counts", new_counts(module.weight.device), persistent=False)
             lay_out_(module)
             module.refresh_offset_()
 

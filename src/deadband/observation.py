@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deadband.criterion import Rule
+from deadband.criterion import Rule, fill
 from deadband.hooks import attach, detach, take_input, with_input
 from deadband.ops.observe import FIRST_NONFINITE, Statistics, observe
 from deadband.running import evaluating, progress_bar, run
@@ -194,6 +195,64 @@ def observe_model(
     return sites
 
 
+def observe_sparse(
+    model: nn.Module, batches: Iterable[Any], rules: Mapping[str, Rule], what: str, progress: bool
+) -> tuple[dict[str, SiteStatistics], dict[str, list[float]]]:
+    """As `observe_model` with `masked`, and what each site skipped of every `JUDGED_ROWS` rows in turn."""
+    sites = {name: SiteStatistics.empty(model.get_submodule(name)) for name in rules}
+    observer = _Observer(rules, sites, True)
+    observer.watch(model, batches, list(rules), what, progress)
+    require_numbers(sites)
+    return sites, {name: spread.skipped for name, spread in observer.spreads.items()}
+
+
+def range_of(skipped: Sequence[float], expected: float) -> tuple[float, float] | None:
+    """Between which sparsities a site stays on data like the calibration's; None if there were too few rows to tell.
+
+    The range is four standard deviations of `skipped` to either side, and at least 0.02: less than that matters neither
+    to quality nor to speed. Each of `skipped` is of `JUDGED_ROWS` consecutive tokens, so this holds for the shortest
+    window that is judged; longer ones vary less. Extremes would not do: the largest and smallest of a few are too close
+    together, and of many they depend on how many there were. The deviation is that of a prediction from so few figures
+    (Student's t), thus wider where there are fewer.
+
+    Args:
+        skipped: fractions, under thresholds about the final ones.
+        expected: the mean that the final thresholds give; the range is moved there.
+    """
+    count = len(skipped)
+    if count < _FEWEST_CHUNKS:
+        return None
+    mean = statistics.fmean(skipped)
+    deviation = statistics.stdev(skipped) * math.sqrt((1 + 1 / count) * (count - 1) / (count - 3))
+    spread = mean * (1 - mean)
+    if spread > 0:  # fractions near 0 and 1 vary less
+        deviation *= expected * (1 - expected) / spread
+    margin = max(_DEVIATIONS * deviation, _LEAST_MARGIN)
+    return round(max(expected - margin, 0.0), 4), round(min(expected + margin, 1.0), 4)
+
+
+JUDGED_ROWS = 64
+"""Rows (tokens) that a site has to have seen before its sparsity is compared with its range."""
+_FEWEST_CHUNKS = 4  # of so many rows, for a standard deviation
+_DEVIATIONS = 4.0
+_LEAST_MARGIN = 0.02
+
+
+class _Spread:
+    """The fraction skipped of every `JUDGED_ROWS` rows in turn, across calls."""
+
+    def __init__(self) -> None:
+        self.skipped: list[float] = []
+        self.rest = torch.zeros(0)
+
+    def add(self, rows: Tensor) -> None:
+        """Add the fraction skipped of each row, [rows]."""
+        rows = torch.cat([self.rest, rows.float().cpu()])
+        whole = len(rows) // JUDGED_ROWS * JUDGED_ROWS
+        self.skipped += rows[:whole].view(-1, JUDGED_ROWS).mean(1).tolist()
+        self.rest = rows[whole:]
+
+
 def skipped_means(
     model: nn.Module, batches: Iterable[Any], rules: Mapping[str, Rule], what: str, progress: bool
 ) -> dict[str, Tensor]:
@@ -293,13 +352,18 @@ class _Observer(InputWatcher):
     def __init__(self, rules: Mapping[str, Rule], sites: dict[str, SiteStatistics], masked: bool) -> None:
         super().__init__()
         self.rules, self.sites, self.masked = rules, sites, masked
+        self.spreads = {name: _Spread() for name in rules}
 
     def see(self, name: str, x: Tensor) -> Tensor | None:
         rule = self.rules[name]
         plain = rule.scale is None and rule.center is None and not rule.relative
         delta = self.look(name, x, lambda rows: observe(rule.compared(rows), rule.scale), shared=plain)
         self.sites[name].add(delta, plain and x.dtype == torch.bfloat16)
-        return rule.apply(x) if self.masked else None
+        if not self.masked:
+            return None
+        keep = rule.keep(x)
+        self.spreads[name].add(1 - self.rows(name, keep).float().mean(-1))
+        return fill(x, keep, rule.center)
 
 
 class _SkippedMeans(InputWatcher):

@@ -51,7 +51,7 @@ def report_html(sweep: dict[str, Any]) -> str:
         "versions": _versions(sweep["machine"]),
         "best": _best_tiles(sweep["runs"]),
         "table": _table(sweep),
-        "remarks": _remarks(sweep["runs"]),
+        "remarks": _remarks(sweep["runs"], sweep.get("unreachable") or [], sweep.get("failed") or []),
         "texts": _texts(sweep),
         "methods": _methods(sweep["runs"]),
         "plotly": library,
@@ -124,11 +124,14 @@ def _versions(machine: dict[str, Any]) -> str:
     return escape(", ".join([*known, str(machine["system"])] if machine.get("system") else known))
 
 
-def _remarks(runs: list[dict[str, Any]]) -> str:
+def _remarks(runs: list[dict[str, Any]], unreachable: list[Any], failed: list[Any]) -> str:
     """What a reader of the table has to know: results that are missing, and choices that a method made."""
     remarks = []
     done = {(run["method"], run["budget"]) for run in runs}
     titles = _titles(runs)
+    done |= {(method, budget) for method, budget in unreachable}
+    remarks += [f"{titles.get(method, method)} cannot reach {_short(budget)}." for method, budget in unreachable]
+    remarks += [f"{titles.get(one['method'], one['method'])} failed: {one['error']}" for one in failed]
     missing = [
         f"{title} at {_short(budget)}"
         for budget in _budgets(runs)

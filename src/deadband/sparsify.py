@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from deadband.linear import (
     make_sparse_,
     use_dense_product_,
 )
+from deadband.observation import JUDGED_ROWS
 from deadband.sites import Patterns, find_sites, matrix_of, sites_of, weight_bytes
 
 VERSION = 1
@@ -34,7 +36,8 @@ class SparsityConfig:
     """What was done to a model, in plain JSON values. Stored in `config.json`; the thresholds lie beside the weights.
 
     `sites` are all sparse layers by name; `scaled`, `centered` and `relative` those whose `deadband.criterion.Rule` has
-    such a part, `masked` those with a static mask.
+    such a part, `masked` those with a static mask. `expected` and `site_range` are those of
+    `deadband.allocation.Thresholds`, where they are known.
 
     Example:
         >>> SparsityConfig(sites=("fc",), sparsity=0.4).criterion
@@ -51,11 +54,15 @@ class SparsityConfig:
     centered: tuple[str, ...] = ()
     relative: tuple[str, ...] = ()
     masked: tuple[str, ...] = ()
+    expected: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    site_range: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict, hash=False)
     version: int = VERSION
 
     def __post_init__(self) -> None:
         for name in _NAMES:
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        ranges = {name: (float(low), float(high)) for name, (low, high) in self.site_range.items()}
+        object.__setattr__(self, "site_range", ranges)
         check_criterion(self.criterion)
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
@@ -69,7 +76,9 @@ class SparsityConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**dataclasses.asdict(self), **{name: list(getattr(self, name)) for name in _NAMES}}
+        ranges = {name: list(both) for name, both in self.site_range.items()}
+        names = {name: list(getattr(self, name)) for name in _NAMES}
+        return {**dataclasses.asdict(self), **names, "site_range": ranges}
 
 
 _NAMES = ("sites", "scaled", "centered", "relative", "masked")
@@ -105,7 +114,7 @@ def sparsify_(
             `deadband.calibrate`): only true zeros are skipped, so nothing is lost. For ReLU-type models.
         criterion: `magnitude` (the default) or `weighted_magnitude`, when `thresholds` is a plain mapping.
         gradient: of the masked input while training: `exact` (zero where skipped) or `straight_through`.
-        count: count what is skipped, for `deadband.sparsity`.
+        count: count what is skipped and what is NaN or infinite, for `deadband.sparsity`.
         output_layer: a transformers model's output layer (`lm_head`) skips nothing, but decodes on deadband's dense
             product, which is faster than torch's on CPUs.
 
@@ -159,13 +168,22 @@ def sparsify_(
         centered=tuple(name for name, rule in rules.items() if rule.center is not None),
         relative=tuple(name for name, rule in rules.items() if rule.relative),
         masked=tuple(kept),
+        **_expectations(allocated, [name for name in chosen if name not in kept]),
     )
     left = {name: module for name, module in sparse_sites(model).items() if name not in chosen}
     touched = (*modules.values(), *left.values())
     settings = {module: module.settings() for module in touched if isinstance(module, SparseSite)}
     try:
         for name, module in modules.items():
-            make_sparse_(module, rules[name], mask=kept.get(name), gradient=gradient, count=count)
+            make_sparse_(
+                module,
+                rules[name],
+                mask=kept.get(name),
+                gradient=gradient,
+                count=count,
+                expected=config.expected.get(name, math.nan),
+                site_range=config.site_range.get(name),
+            )
         for each in left.values():
             make_dense_(each)
         _remember(model, config)
@@ -180,6 +198,16 @@ def sparsify_(
     if config.output_layer is not None:
         use_dense_product_(model.get_submodule(config.output_layer))
     return model
+
+
+def _expectations(allocated: Thresholds | None, names: Collection[str]) -> dict[str, Any]:
+    """What is known of what the named sites will skip; nothing of masked ones, which skip more than was calibrated."""
+    if allocated is None:
+        return {}
+    return {
+        "expected": {name: allocated.expected[name] for name in names if name in allocated.expected},
+        "site_range": {name: allocated.site_range[name] for name in names if name in allocated.site_range},
+    }
 
 
 def densify_(model: nn.Module) -> nn.Module:
@@ -256,30 +284,64 @@ def _sparse_rows(model: nn.Module, rows: int) -> Iterator[None]:
             module.sparse_rows = before[name]
 
 
+class DriftWarning(UserWarning):
+    """A sparse model meets data unlike those that it was calibrated on, or input that is NaN or infinite."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SparsityReport:
-    """What was skipped: a fraction for each of `sites` (NaN where nothing ran); `total` weighs them by weight bytes."""
+    """What was skipped, and whether that is what the model was calibrated to skip.
+
+    Attributes:
+        sites: the fraction skipped at each site; NaN where nothing ran.
+        total: their mean, weighted by weight bytes.
+        entries: input entries that were seen, of all sites together.
+        nonfinite: those of each site that were NaN or infinite.
+        expected: what each site skipped of the calibration data; NaN where that is not known (thresholds of one's own,
+            `exact=True`, masked sites).
+        drifted: what was skipped and what was expected, of the sites that left the range in which they stay on data
+            like the calibration's (`deadband.observation.range_of` tells how wide it is). A site is judged once it has
+            seen 64 rows, and if its thresholds come from activations of the sparse model: `Thresholds.corrected`.
+    """
 
     sites: dict[str, float]
     total: float
     entries: int
+    nonfinite: dict[str, int] = dataclasses.field(default_factory=dict)
+    expected: dict[str, float] = dataclasses.field(default_factory=dict)
+    drifted: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def __float__(self) -> float:
         return self.total
 
     def __str__(self) -> str:
         lines = [f"{self.total:7.1%}  of the weight bytes, over {self.entries:,} input entries"]
-        return "\n".join(lines + [f"{value:7.1%}  {name}" for name, value in self.sites.items()])
+        broken = {name: count for name, count in self.nonfinite.items() if count}
+        if broken:
+            lines.append(f"{sum(broken.values()):,} entries were NaN or infinite, at {_sites(len(broken))}")
+        if self.drifted:
+            lines.append(f"{_sites(len(self.drifted))} left the calibrated range")
+        for name, value in self.sites.items():
+            left = f", calibrated to {self.drifted[name][1]:.1%}" if name in self.drifted else ""
+            bad = f", {broken[name]:,} NaN or infinite" if name in broken else ""
+            lines.append(f"{value:7.1%}  {name}{left}{bad}")
+        return "\n".join(lines)
 
 
-def sparsity(model: nn.Module, *, reset: bool = False) -> SparsityReport:
+def sparsity(model: nn.Module, *, reset: bool = False, warn: bool = True) -> SparsityReport:
     """The sparsity achieved by the tokens that took the sparse path since the model was made sparse (or last reset).
 
     Dense prefill and training are not counted.
 
+    In production, call it with `reset=True` once in a while: each report is then of the window since the last call, and
+    a `DriftWarning` tells when the model meets data that it was not calibrated for. Where sites skip more than they
+    were calibrated to, quality may suffer; where they skip less, speed does.
+
     Args:
         model: a sparse model.
         reset: start the counters again after reading.
+        warn: warn (`DriftWarning`, once for all sites) where sites left their calibrated range or saw entries that are
+            NaN or infinite.
 
     Raises:
         ValueError: the model is not sparse, or was made so with `count=False`.
@@ -292,20 +354,68 @@ def sparsity(model: nn.Module, *, reset: bool = False) -> SparsityReport:
         0.5
     """
     modules = _require_sparse(model)
-    fractions, weights, entries = {}, {}, 0
     for name, module in modules.items():
         if module.counts is None:
             raise ValueError(f"site {name!r} does not count; sparsify_ the model with count=True to measure sparsity")
-        skipped, seen = module.counts.tolist()
+    fractions, weights, nonfinite, drifted, entries = {}, {}, {}, {}, 0
+    for name, module in modules.items():
+        assert module.counts is not None
+        skipped, seen, nonfinite[name] = module.counts.tolist()
         fractions[name] = skipped / seen if seen else math.nan
         weights[name] = weight_bytes(module)
         entries += seen
+        if module.site_range is not None and seen >= JUDGED_ROWS * matrix_of(module).shape[1]:
+            low, high = module.site_range
+            if not low <= fractions[name] <= high:
+                drifted[name] = fractions[name], module.expected
         if reset:
             module.counts.zero_()
     ran = [name for name in modules if not math.isnan(fractions[name])]
     total = sum(weights[name] for name in ran)
     achieved = sum(fractions[name] * weights[name] for name in ran) / total if total else math.nan
-    return SparsityReport(fractions, achieved, entries)
+    expected = {name: module.expected for name, module in modules.items()}
+    report = SparsityReport(fractions, achieved, entries, nonfinite, expected, drifted)
+    complaints = _complaints(report, modules) if warn else []
+    if complaints:
+        warnings.warn(" ".join(complaints), DriftWarning, stacklevel=2)
+    return report
+
+
+_NAMED = 3  # sites that a warning names
+
+
+def _complaints(report: SparsityReport, modules: Mapping[str, SparseSite]) -> list[str]:
+    complaints = []
+    if report.drifted:
+        farthest = sorted(report.drifted, key=lambda name: -abs(report.sites[name] - report.expected[name]))
+        figures = []
+        for name in farthest[:_NAMED]:
+            low, high = modules[name].site_range or (math.nan, math.nan)
+            figures.append(
+                f"{name} skips {report.sites[name]:.1%}, calibrated to {report.expected[name]:.1%} "
+                f"({low:.1%} to {high:.1%})"
+            )
+        complaints.append(
+            f"{_sites(len(farthest))} of {len(report.sites)} left the calibrated range: {_listed(figures, farthest)}. "
+            "Calibrate on data like these, or run the model dense with deadband.densify_."
+        )
+    broken = sorted((name for name, count in report.nonfinite.items() if count), key=lambda n: -report.nonfinite[n])
+    if broken:
+        figures = [f"{name} {report.nonfinite[name]:,}" for name in broken[:_NAMED]]
+        complaints.append(
+            f"{_sites(len(broken))} saw NaN or infinite entries, which are never skipped: {_listed(figures, broken)}. "
+            "Look at the data; deadband.densify_ tells whether the dense model has them too."
+        )
+    return complaints
+
+
+def _listed(figures: Collection[str], every: Collection[str]) -> str:
+    more = len(every) - len(figures)
+    return "; ".join(figures) + (f"; and {more} more" if more else "")
+
+
+def _sites(count: int) -> str:
+    return f"{count} site{'s' if count > 1 else ''}"
 
 
 def _rule(name: str, given: float | Rule, module: nn.Module, criterion: str) -> Rule:

@@ -46,6 +46,9 @@ def python_documentation() -> tuple[str, str]:
 def token_windows(tokenizer: Any, text: str, *, tokens: int, window: int) -> list[dict[str, Tensor]]:
     """Cut `text` into batches of one window each: `{"input_ids": [1, window], "attention_mask": [1, window]}`.
 
+    Where the tokenizer begins a text with a token of its own (Gemma's and Llama's `<bos>`), every window begins with it:
+    such a model has never seen a text without, and is lost there (Gemma 3 270M: perplexity 89 instead of 29).
+
     Args:
         tokenizer: a transformers tokenizer.
         text: any text; what does not fill a window is left out.
@@ -57,18 +60,28 @@ def token_windows(tokenizer: Any, text: str, *, tokens: int, window: int) -> lis
     """
     if window < 2 or tokens < 1:
         raise ValueError(f"window={window} and tokens={tokens}; expected a window of 2 or more and at least one token")
+    first = _beginning(tokenizer)
+    length = window - len(first)
     ids: list[int] = []
     for start in range(0, len(text), _CHARACTERS):  # in parts: tokenizers slow down on, and warn of, very long texts
         ids += tokenizer(text[start : start + _CHARACTERS], add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= max(tokens, window):
             break
-    count = min(len(ids) // window, max(tokens // window, 1))
+    count = min(len(ids) // length, max(tokens // window, 1))
     if count == 0:
         raise ValueError(
             f"the text has {len(ids)} tokens, fewer than one window of {window}; give more text or a smaller window"
         )
-    rows = torch.tensor(ids[: count * window]).view(count, 1, window)
+    text_rows = torch.tensor(ids[: count * length]).view(count, 1, length)
+    rows = torch.cat([torch.tensor(first, dtype=torch.int64).expand(count, 1, -1), text_rows], -1)
     return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer puts before a text, if it puts one."""
+    token = getattr(tokenizer, "bos_token_id", None)
+    ids = tokenizer("a", verbose=False)["input_ids"] if token is not None else []
+    return [token] if len(ids) > 1 and ids[0] == token else []
 
 
 _CHARACTERS = 100_000

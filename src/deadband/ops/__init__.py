@@ -13,7 +13,8 @@ deadband::sparse_linear(x, weight, bias, threshold, scale, center, offset, relat
                and then only what kept entries differ from the center by
     relative   whether the threshold is multiplied by the norm of each row of x
     sparse_rows  inputs of at most so many rows skip (0: never); with more rows the product is dense
-    counts     [2] int64 or None: entries skipped and entries seen by the sparse path are added to it
+    counts     [3] int64 or None: entries skipped, entries seen and entries of x that are NaN or infinite are added to
+               it, all of the sparse path
     y          [..., out_features], contiguous, in the dtype of x
 
 deadband::dense_linear(x, weight, bias) -> y
@@ -38,9 +39,14 @@ _library.define(
 _library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def count_skipped_(counts: Tensor, keep: Tensor) -> None:
-    """Add a mask's {entries skipped, entries seen} to `counts`, [2] int64."""
-    counts += torch.stack([(~keep).sum(), torch.tensor(keep.numel(), device=keep.device)])
+COUNTS = 3
+"""What is counted: entries skipped, seen and not finite."""
+
+
+def count_(counts: Tensor, x: Tensor, keep: Tensor) -> None:
+    """Add the {entries skipped, seen, not finite} of an input and its mask to `counts`, [3] int64."""
+    seen = torch.tensor(keep.numel(), device=keep.device)
+    counts += torch.stack([(~keep).sum(), seen, (~x.isfinite()).sum()])
 
 
 def sparse_linear_reference(
@@ -60,7 +66,7 @@ def sparse_linear_reference(
     if rows <= sparse_rows:
         keep = keep_mask(x, threshold, scale, center, relative)
         if counts is not None:
-            count_skipped_(counts, keep)
+            count_(counts, x, keep)
         x = fill(x, keep, center)
     return F.linear(x, weight, bias).contiguous()
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deadband.criterion import fill, keep_mask
-from deadband.ops import count_skipped_, kernels
+from deadband.ops import COUNTS, count_, kernels
 
 SPARSE_ROWS = 8  # what the kernel that skips takes at most
 DOT_ROWS = 4  # and the one for a weight in torch's own layout
@@ -59,9 +59,9 @@ def sparse_linear(
     rows = x.numel() // in_features if in_features else shape[:-1].numel()
     if rows > sparse_rows:
         return dense_linear(x, weight, bias)
-    if threshold.numel() != 1 or (counts is not None and (counts.numel() != 2 or counts.dtype is not torch.int64)):
+    if threshold.numel() != 1 or (counts is not None and (counts.numel() != COUNTS or counts.dtype is not torch.int64)):
         raise RuntimeError(
-            f"threshold has {threshold.numel()} elements, expected 1; counts has to be [2] int64 or None"
+            f"threshold has {threshold.numel()} elements, expected 1; counts has to be [{COUNTS}] int64 or None"
         )
     x_dtype = x.dtype
     dtype = _KERNEL_DTYPES.get(x_dtype)
@@ -83,7 +83,7 @@ def sparse_linear(
     ):
         keep = keep_mask(x, threshold, scale, center, relative)
         if counts is not None:
-            count_skipped_(counts, keep)
+            count_(counts, x, keep)
         return dense_linear(fill(x, keep, center), weight, bias)
     x = x.contiguous()
     y = x.new_empty((*shape[:-1], out_features))

@@ -1,0 +1,62 @@
+"""Seconds of calibrating SmolLM2-135M and allocating by sensitivity, on 8,192 tokens, beside greedy on as many.
+
+Greedy is run on some of the blocks, and its time multiplied: every block has the same shapes and the same number of
+steps. It compares outputs on all tokens, as the paper does; deadband's default is 512.
+"""
+
+from __future__ import annotations
+
+import time
+
+from common import parser, save
+
+import deadband
+from deadband.allocation import allocate
+from deadband.bench import threads
+from deadband.greedy import greedy_shares
+from deadband.models import load_model, load_tokenizer, smollm2
+from deadband.text import python_documentation, token_windows
+
+BLOCKS = (4, 15, 26)
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.set_defaults(threads=[2])
+    made.add_argument("--dtype", default="float32")
+    options = made.parse_args()
+    model, tokenizer = load_model(smollm2(), dtype=options.dtype), load_tokenizer(smollm2())
+    batches = token_windows(tokenizer, python_documentation()[0], tokens=8192, window=512)
+    rows = []
+    for count in options.threads:
+        with threads(count):
+            start = time.perf_counter()
+            calibration = deadband.calibrate(model, batches)
+            calibrated = time.perf_counter() - start
+            start = time.perf_counter()
+            allocate(calibration, [0.5], "sensitivity", model=model, batches=batches)
+            sensitivity = time.perf_counter() - start
+            part = deadband.calibrate(model, batches, include=[f"model.layers.{block}.*" for block in BLOCKS])
+            start = time.perf_counter()
+            greedy_shares(part, [0.5], model, batches, 0.05, 8192, True)
+            blocks = time.perf_counter() - start - calibrated  # its first pass over the model is about a calibration
+        greedy = calibrated + blocks / len(BLOCKS) * model.config.num_hidden_layers
+        both = calibrated + sensitivity
+        print(
+            f"{count} threads, {options.dtype}: calibrate {calibrated:.0f} s, sensitivity {sensitivity:.0f} s, "
+            f"together {both:.0f} s; greedy {greedy:.0f} s: {greedy / sensitivity:.1f}x"
+        )
+        rows.append(
+            {
+                "threads": count,
+                "dtype": options.dtype,
+                "calibrate": calibrated,
+                "sensitivity": sensitivity,
+                "greedy": greedy,
+            }
+        )
+    save("allocation", rows)
+
+
+if __name__ == "__main__":
+    main()
