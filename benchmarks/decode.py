@@ -47,16 +47,18 @@ def llama_1b():
 
 def measure(name: str, model, batches: list, sparsity: float, prompt: torch.Tensor, tokens: int, counts: list[int]):
     calibration = deadband.calibrate(model, batches)
-    sparse = deadband.sparsify_(copy.deepcopy(model), calibration.allocate(sparsity, model=model, batches=batches))
+    sparse = deadband.sparsify_(
+        copy.deepcopy(model), calibration.allocate(sparsity, "uniform", model=model, batches=batches)
+    )
     unskipped = deadband.sparsify_(copy.deepcopy(model), dict.fromkeys(calibration.sites, 0.0))  # our own, at 0
     models = {"transformers": model, "deadband at 0": unskipped, f"deadband at {sparsity}": sparse}
     for count in counts:
         with threads(count):
-            deadband.sparsity(sparse, reset=True)
-            deadband.sparsity(unskipped, reset=True)
+            deadband.sparsity(sparse, reset=True, warn=False)
+            deadband.sparsity(unskipped, reset=True, warn=False)
             times = decode_seconds(models, prompt, tokens=tokens, what=name)
             bandwidth = kernels.read_bandwidth()
-        achieved = deadband.sparsity(sparse).total
+        achieved = deadband.sparsity(sparse, warn=False).total
         for label, seconds in times.items():
             one, size = median(seconds), bytes_per_token(models[label])
             yield {

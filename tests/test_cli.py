@@ -115,6 +115,17 @@ def test_greedy_and_sites(deadband, folder, calibrated):
     assert "over 6 sites, greedy" in out
 
 
+def test_a_budget_is_found_for_a_quality(deadband, folder, calibrated):
+    quality = ("sparsify", "dense", calibrated, "--data", "text.txt", "-o", "found", "--json", *SMALL)
+    code, out, _ = deadband(*quality, "--max-kl", 0.05)
+    figures = json.loads(out)
+    assert code == 0
+    assert 0.02 <= figures["sparsity"] < 0.95
+    assert "max_kl=0.05" in figures["reason"]
+    code, out, _ = deadband("eval", "found", "--data", "text.txt", *SMALL, "--json")
+    assert json.loads(out)["kl"] < 0.1
+
+
 BAD = {
     "no such model": ("eval", "./missing", "--data", "text.txt"),
     "no such model on the hub": ("eval", "missing-model", "--data", "text.txt"),
@@ -125,6 +136,12 @@ BAD = {
     "method": ("sparsify", "dense", "calibration.safetensors", "--sparsity", 0.5, "--method", "best", "-o", "x"),
     "greedy without data": (
         "sparsify", "dense", "calibration.safetensors", "--sparsity", 0.5, "--method", "greedy", "-o", "x",
+    ),
+    "no budget": ("sparsify", "dense", "calibration.safetensors", "-o", "x"),
+    "two budgets": ("sparsify", "dense", "calibration.safetensors", "--sparsity", 0.5, "--max-kl", 0.1, "-o", "x"),
+    "quality without data": ("sparsify", "dense", "calibration.safetensors", "--max-kl", 0.1, "-o", "x"),
+    "impossible quality": (
+        "sparsify", "dense", "calibration.safetensors", "--max-kl", -1, "--data", "text.txt", "-o", "x",
     ),
     "not a calibration": ("sparsify", "dense", "text.txt", "--sparsity", 0.5, "-o", "x"),
     "no calibration": ("sparsify", "dense", "missing", "--sparsity", 0.5, "-o", "x"),

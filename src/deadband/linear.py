@@ -144,6 +144,9 @@ class SparseLinear(SparseSite, nn.Linear):
     The state dict has nn.Linear's names, plus `threshold`, and where they are in use `scale` and `center` (see
     `deadband.criterion.Rule`) and `mask` (a static mask).
 
+    With a center, the layer keeps its product with the weight. Loading, moving and `train()` or `eval()` compute it
+    again; after writing to the weight in any other way, call `refresh_offset_()`.
+
     Example:
         >>> layer = make_sparse_(nn.Linear(3, 2, bias=False), Rule(0.5))
         >>> x = torch.tensor([[0.1, 2.0, -0.3]])

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deadband.criterion import Rule
+from deadband.criterion import Rule, norm_of
 from deadband.observation import InputWatcher
+from deadband.running import run
 
 LEVELS = np.concatenate([np.arange(0.05, 0.951, 0.05), [0.975]])
 """Sparsities at which the curves are taken, about: thresholds come from a sample, what they skip is counted."""
@@ -43,6 +44,10 @@ class Curve:
     thresholds: np.ndarray
     sparsity: np.ndarray
     harm: np.ndarray
+
+    def points(self) -> list[tuple[float, float]]:
+        """Pairs of sparsity and loss."""
+        return list(zip(self.sparsity.tolist(), self.harm.tolist(), strict=True))
 
     def harm_at(self, sparsity: float) -> float:
         """The loss at a sparsity, between levels by interpolation."""
@@ -122,10 +127,7 @@ def sensitivity_shares(
         relative: the form of all rules; None to choose the one that harms less at each site.
     """
     forms = (False, True) if relative is None else (relative,)
-    points = {
-        name: [(float(s), float(h)) for form in forms for s, h in zip(site.curves[form].sparsity, site.curves[form].harm, strict=True)]
-        for name, site in measured.items()
-    }  # fmt: skip
+    points = {name: [each for form in forms for each in site.curves[form].points()] for name, site in measured.items()}
     shares = fill(points, weights, budget)
     rules, harm = {}, {}
     for name, site in measured.items():
@@ -210,8 +212,6 @@ class _Gradients(InputWatcher):
         return own
 
     def step(self, model: nn.Module, batch: Any) -> None:
-        from deadband.running import run
-
         with torch.enable_grad():
             output = run(model, batch, use_cache=False)
             logits = getattr(output, "logits", None)
@@ -272,8 +272,7 @@ class _Curves(_Gradients):
         scores = x.abs().float() * site.scale
         for relative, curve in site.curves.items():
             if relative:
-                norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-                scores = scores / norm.clamp_min(torch.finfo(torch.float32).tiny)
+                scores = scores / norm_of(x).clamp_min(torch.finfo(torch.float32).tiny)
             limits = torch.as_tensor(curve.thresholds, dtype=torch.float32, device=x.device)
             level = torch.bucketize(scores, limits)  # the first threshold that skips the entry
             changes = torch.zeros(len(x), len(limits) + 1, device=x.device).scatter_add_(1, level, product)

@@ -97,7 +97,7 @@ def run_tasks(
             after: Any = simple_evaluate(language_model, **settings)
     return {
         "protocol": FORCED,
-        "sparsity": sparsity(model).total if counts else math.nan,
+        "sparsity": sparsity(model, warn=False).total if counts else math.nan,
         "limit": limit,
         "num_fewshot": num_fewshot,
         "lm_eval": importlib.metadata.version("lm-eval"),
