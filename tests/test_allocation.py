@@ -433,7 +433,7 @@ def test_auto_without_a_model_with_one_batch_and_without_a_budget(automatic):
     assert "neither model= nor batches=" in calibration.allocate(0.4).reason
     assert calibration.allocate(0.4).method == "uniform"
     one = calibration.allocate(0.4, **{**passes, "batches": passes["batches"][:1]})
-    assert "which were also calibrated on (there is only one)" in one.reason
+    assert "also fitted to" in one.reason
     assert set(calibration.allocate(0.0, **passes).values()) == {0.0}
     forms = calibration.allocate(0.4, relative=True, center=False, **passes)
     assert all(rule.relative and rule.center is None for rule in forms.rules.values())
@@ -471,3 +471,27 @@ def test_qualities_that_cannot_be_kept_or_judged(automatic):
         other.allocate(method="uniform", max_perplexity_increase=0.1, model=plain, batches=batches, progress=False)
     kept = other.allocate(max_kl=0.01, model=plain, batches=batches, progress=False)
     assert Judge(plain, split(batches)[1], False)(kept.rules).mean <= 0.01
+
+
+class Experts(nn.Module):
+    """The sign of the first entry chooses a layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.left(x) if x[0, 0] < 0 else self.right(x)
+
+
+@pytest.mark.parametrize("rare", range(8))
+def test_auto_knows_an_expert_that_one_batch_reaches(rare):
+    model = Experts()
+    batches = [torch.randn(32, 8) for _ in range(8)]
+    for index, batch in enumerate(batches):
+        batch[0, 0] = -1.0 if index == rare else 1.0
+    calibration = deadband.calibrate(model, batches, progress=False)
+    thresholds = calibration.allocate(0.5, model=model, batches=batches, progress=False)
+    assert ("also fitted to" in thresholds.reason) == (rare % 4 == 3)  # the batches that are held out otherwise
+    assert all(rule.threshold > 0 for rule in thresholds.rules.values())

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from deadband.allocation import Thresholds, allocate, allocate_sensitivity, prepare
 from deadband.criterion import Rule
-from deadband.observation import masking
+from deadband.observation import NotReachedError, masking
 from deadband.running import evaluating, progress_bar, run
 from deadband.sensitivity import SiteSensitivity, first_tensor, measure_sensitivity
 
@@ -94,11 +94,15 @@ class _Auto:
         progress: bool,
     ) -> None:
         self.calibration, self.model, self.progress = calibration, model, progress
-        self.relative, self.center = relative, center
+        self.relative, self.center, self.batches = relative, center, batches
         self.fitted, self.held = split(batches)
-        self.measured: dict[str, SiteSensitivity] = measure_sensitivity(
-            model, self.fitted, list(calibration.sites), progress=progress
-        )
+        names = list(calibration.sites)
+        self.measured: dict[str, SiteSensitivity]
+        try:
+            self.measured = measure_sensitivity(model, self.fitted, names, progress=progress)
+        except NotReachedError:  # the held-out batches are the ones that reach some expert
+            self.fitted = batches
+            self.measured = measure_sensitivity(model, self.fitted, names, progress=progress)
         self.judge = Judge(model, self.held, progress)
 
     def allocate(self, budgets: Sequence[float]) -> list[Thresholds]:
@@ -111,7 +115,7 @@ class _Auto:
         figures = {name: self.judge(thresholds.rules) for name, thresholds in tried.items()}
         best = min(figures, key=lambda name: figures[name].mean)
         held = f"{len(self.held)} batch{'es' if len(self.held) > 1 else ''}" + (
-            " held out" if self.held is not self.fitted else ", which were also calibrated on (there is only one)"
+            ", also fitted to" if len(self.fitted) == len(self.batches) else " held out"
         )
         others = "; ".join(f"{name} {figures[name].mean:.4g}" for name in tried if name != best)
         reason = f"auto: {best}, with KL {figures[best].mean:.4g} on {held}" + (f" ({others})" if others else "")

@@ -262,6 +262,10 @@ def skipped_means(
     return {name: (total / count.clamp(min=1)).float() for name, (total, count) in watcher.sums.items()}
 
 
+class NotReachedError(ValueError):
+    """A site saw nothing of the data, such as an expert that no token was sent to."""
+
+
 def require_numbers(sites: Mapping[str, SiteStatistics]) -> None:
     """A ValueError names the first site that was never reached or saw no number."""
     for name, site in sites.items():
@@ -269,7 +273,7 @@ def require_numbers(sites: Mapping[str, SiteStatistics]) -> None:
             why = (
                 f"saw {site.nonfinite} NaN or infinite entries and no number" if site.nonfinite else "was never reached"
             )
-            raise ValueError(f"site {name!r} {why}; leave it out with exclude=, or give data that reaches it")
+            raise NotReachedError(f"site {name!r} {why}; leave it out with exclude=, or give data that reaches it")
 
 
 class InputWatcher:

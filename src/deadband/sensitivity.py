@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deadband.criterion import Rule, norm_of
-from deadband.observation import InputWatcher
+from deadband.observation import InputWatcher, NotReachedError
 from deadband.running import run
 
 LEVELS = np.concatenate([np.arange(0.05, 0.951, 0.05), [0.975]])
@@ -87,16 +87,19 @@ def measure_sensitivity(
         progress: show progress bars.
 
     Raises:
-        ValueError: no batch, or a site that no gradient reaches.
+        ValueError: no batch.
+        NotReachedError: a site that no gradient reaches.
     """
-    first = list(batches)[::_FIRST_PART]
-    names = list(names)
+    batches, names = list(batches), list(names)
+    first, rest = batches[::_FIRST_PART], [batch for i, batch in enumerate(batches) if i % _FIRST_PART]
     with _frozen(model):
         scales = _Scales(seed)
         scales.watch(model, first, names, "gradients", progress)
+        if rest and not all(map(scales.reached, names)):  # experts that few tokens are sent to
+            scales.watch(model, rest, names, "gradients", progress)
         for name in names:
-            if name not in scales.squares or not scales.squares[name][1]:
-                raise ValueError(
+            if not scales.reached(name):
+                raise NotReachedError(
                     f"no gradient reached site {name!r}, so its sensitivity is not known; leave it out of the "
                     "calibration with exclude=, or give data that reaches it"
                 )
@@ -246,6 +249,10 @@ class _Scales(_Gradients):
         super().__init__(seed)
         self.squares: dict[str, tuple[Tensor, int]] = {}
         self.samples: dict[str, list[Tensor]] = {}
+
+    def reached(self, name: str) -> bool:
+        """Whether any gradient came to a site."""
+        return name in self.squares and self.squares[name][1] > 0
 
     def take(self, name: str, x: Tensor, gradient: Tensor) -> None:
         before, rows = self.squares.get(name, (torch.zeros((), dtype=torch.float64), 0))
