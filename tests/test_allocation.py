@@ -16,7 +16,7 @@ from deadband.auto import Judge, split
 from deadband.criterion import Rule
 from deadband.greedy import _greedy_path
 from deadband.observation import masking
-from deadband.sensitivity import Curve, _lower_hull, fill, measure_sensitivity
+from deadband.sensitivity import Curve, _lower_hull, measure_sensitivity, water_fill
 from deadband.sites import find_sites, weight_bytes
 from deadband.sparsify import sparse_sites
 
@@ -237,7 +237,7 @@ def test_filling_is_the_linear_programme(data, sites, budget):
         levels = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=6, unique=True))
         points[str(index)] = [(level / 20, data.draw(st.integers(0, 50)) / 10) for level in levels]
         weights[str(index)] = data.draw(st.integers(1, 5))
-    shares = fill(points, weights, budget)
+    shares = water_fill(points, weights, budget)
     total = sum(weights.values())
     most = sum(weights[name] * max(s for s, _ in points[name]) for name in points)
     wanted = min(budget * total, most)
@@ -259,11 +259,11 @@ def test_filling_is_the_linear_programme(data, sites, budget):
 
 def test_filling_evens_out_what_the_next_byte_costs():
     points = {name: [(x / 10, factor * (x / 10) ** 2) for x in range(1, 11)] for name, factor in (("a", 1), ("b", 3))}
-    shares = fill(points, {"a": 1, "b": 1}, 0.4)
+    shares = water_fill(points, {"a": 1, "b": 1}, 0.4)
     assert shares["a"] == pytest.approx(0.6, abs=0.1)  # slopes 2a = 6b
     assert shares["b"] == pytest.approx(0.2, abs=0.1)
-    assert fill(points, {"a": 1, "b": 1}, 0.0) == {"a": 0.0, "b": 0.0}
-    assert fill(points, {"a": 3, "b": 1}, 1.0) == {"a": 1.0, "b": 1.0}
+    assert water_fill(points, {"a": 1, "b": 1}, 0.0) == {"a": 0.0, "b": 0.0}
+    assert water_fill(points, {"a": 3, "b": 1}, 1.0) == {"a": 1.0, "b": 1.0}
 
 
 def test_a_curve_interpolates_from_nothing():

@@ -29,8 +29,8 @@ VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Thresholds(Mapping[str, float]):
-    """One rule per site, as `Calibration.allocate` gives them: a mapping to thresholds, with what it was made for.
+class Thresholds(Mapping[str, Rule]):
+    """One rule per site, as `Calibration.allocate` gives them: a mapping to rules, with what it was made for.
 
     Attributes:
         rules: by site name: the threshold, and what it is compared with.
@@ -50,8 +50,8 @@ class Thresholds(Mapping[str, float]):
         >>> from deadband import Rule
         >>> about = {"sparsity": 0.4, "site_sparsity": {"fc": 0.4}, "shapes": {"fc": (2, 4)}}
         >>> thresholds = Thresholds(rules={"fc": Rule(0.5)}, **about)
-        >>> dict(thresholds)
-        {'fc': 0.5}
+        >>> thresholds["fc"].threshold
+        0.5
     """
 
     rules: dict[str, Rule]
@@ -67,8 +67,8 @@ class Thresholds(Mapping[str, float]):
     corrected: bool = False
     reason: str = ""
 
-    def __getitem__(self, site: str) -> float:
-        return self.rules[site].threshold
+    def __getitem__(self, site: str) -> Rule:
+        return self.rules[site]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.rules)
@@ -183,18 +183,35 @@ def allocate(
         shares = greedy_shares(calibration, budgets, model, batches, step, tokens, progress)
     else:
         shares = [_uniform(calibration, budget) for budget in budgets]
-    results = []
-    for budget, share in zip(budgets, shares, strict=True):
-        scales = {name: scale_of(calibration.criterion, matrix_of(model.get_submodule(name))) for name in share}
-        rules = {
-            name: Rule(0.0 if relative else site.threshold(share[name]), scales[name], relative=bool(relative))
-            for name, site in calibration.sites.items()
-        }
-        fitted = Fitted(rules)
-        if budget > 0:
-            fitted = fit(model, batches, rules, share, center=bool(center), progress=progress)
-        results.append(_thresholds(calibration, budget, share, *fitted, method=method, corrected=True))
-    return results
+    form = {"relative": bool(relative), "center": bool(center), "progress": progress}
+    return [
+        allocate_shares(calibration, budget, share, model, batches, method=method, **form)
+        for budget, share in zip(budgets, shares, strict=True)
+    ]
+
+
+def allocate_shares(
+    calibration: Calibration,
+    budget: float,
+    share: dict[str, float],
+    model: nn.Module,
+    batches: Sequence[Any],
+    *,
+    method: str,
+    relative: bool,
+    center: bool,
+    progress: bool,
+) -> Thresholds:
+    """Thresholds of the calibration's criterion that give each site its share of a budget."""
+    scales = {name: scale_of(calibration.criterion, matrix_of(model.get_submodule(name))) for name in share}
+    rules = {
+        name: Rule(0.0 if relative else site.threshold(share[name]), scales[name], relative=relative)
+        for name, site in calibration.sites.items()
+    }
+    fitted = Fitted(rules)
+    if budget > 0:
+        fitted = fit(model, batches, rules, share, center=center, progress=progress)
+    return _thresholds(calibration, budget, share, *fitted, method=method, corrected=True)
 
 
 def check_method(method: str) -> str:
@@ -222,17 +239,23 @@ def allocate_sensitivity(
     relative: bool | None,
     center: bool | None,
     progress: bool,
+    scaled: bool = True,
 ) -> Thresholds:
-    """One budget of method `sensitivity`, from what `measure_sensitivity` returned."""
+    """One budget of method `sensitivity`, from what `measure_sensitivity` returned.
+
+    Without `scaled`, scores are plain magnitudes: only the shares and the forms come from the sensitivities.
+    """
     from deadband.sensitivity import sensitivity_shares
 
     weights = {name: site.weight_bytes for name, site in calibration.sites.items()}
     share, rules, harm = sensitivity_shares(measured, weights, budget, relative)
+    if not scaled:
+        rules = {name: Rule(0.0, relative=rule.relative) for name, rule in rules.items()}
     fitted = Fitted(rules)
     if budget > 0:
         fitted = fit(model, batches, rules, share, center=center is not False, progress=progress)
     about = _thresholds(calibration, budget, share, *fitted, method="sensitivity", corrected=True)
-    return dataclasses.replace(about, harm=harm, criterion="sensitivity")
+    return dataclasses.replace(about, harm=harm, criterion="sensitivity" if scaled else "magnitude")
 
 
 class Fitted(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deadband.allocation import Thresholds, allocate, allocate_sensitivity, prepare
+from deadband.allocation import Thresholds, allocate, allocate_sensitivity, allocate_shares, prepare
 from deadband.criterion import Rule
+from deadband.evaluation import divergence, mean_and_error
 from deadband.observation import NotReachedError, masking
 from deadband.running import evaluating, progress_bar, run
 from deadband.sensitivity import SiteSensitivity, first_tensor, measure_sensitivity
@@ -22,32 +22,48 @@ if TYPE_CHECKING:
     from deadband.calibration import Calibration
 
 _HELD_OUT = 4  # one batch in so many judges and is not fitted to
+_TRIAL = 4  # batches that candidates are fitted to; the one that is taken is fitted to all
 _SMALLEST, _LARGEST = 0.02, 0.95  # budgets between which one is looked for
 _PRECISION = 0.005  # of that budget
 
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """How far a sparse model is from its dense form on some batches, batch by batch.
+    """How far a sparse model is from its dense form: sums over the unpadded outputs of each batch, and their numbers.
 
     Attributes:
-        kl: mean KL(dense ‖ sparse) of the outputs of each batch, in nats. For a model without logits it is half the
-            squared difference of the outputs: the same, for normal distributions of variance one.
-        loss_increase: mean growth of the negative log-likelihood of the next token; NaN for other models.
+        kl, outputs: KL(dense ‖ sparse) in nats. For a model without logits it is half the squared difference of the
+            outputs: the same, for normal distributions of variance one.
+        growth, targets: of the negative log-likelihood of the next token; no targets where that is not known.
     """
 
     kl: tuple[float, ...]
-    loss_increase: tuple[float, ...]
+    outputs: tuple[int, ...]
+    growth: tuple[float, ...]
+    targets: tuple[int, ...]
 
     @property
     def mean(self) -> float:
-        """Mean of `kl`."""
-        return statistics.fmean(self.kl)
+        """KL of an output; infinite if it is no number, so that what is broken is never best."""
+        mean = sum(self.kl) / max(sum(self.outputs), 1)
+        return math.inf if math.isnan(mean) else mean
 
-    @property
-    def perplexity_increase(self) -> float:
-        """exp of the mean growth of the loss, less one."""
-        return math.expm1(statistics.fmean(self.loss_increase))
+    def bound(self, what: str) -> float:
+        """`max_kl`'s or `max_perplexity_increase`'s figure plus one standard error over the batches, if there are two.
+
+        Raises:
+            ValueError: a perplexity that is not known.
+        """
+        sums, counts = (self.kl, self.outputs) if what == "max_kl" else (self.growth, self.targets)
+        if not sum(counts):
+            raise ValueError(
+                f"{what} needs a model that predicts the tokens of its `input_ids`; use max_kl for this one"
+            )
+        used = [(total / count, float(count)) for total, count in zip(sums, counts, strict=True) if count]
+        mean, error = mean_and_error(*map(list, zip(*used, strict=True)))
+        value = mean + (error if math.isfinite(error) else 0.0)
+        value = value if what == "max_kl" else math.expm1(min(value, 100.0))
+        return math.inf if math.isnan(value) else value
 
 
 class Judge:
@@ -65,8 +81,102 @@ class Judge:
         with evaluating(self.model), masking(sites, rules):
             for batch, before in zip(progress_bar(self.batches, "judge", self.progress), self.dense, strict=True):
                 figures.append(_compare(before, _output(self.model, batch), batch))
-        kl, loss = zip(*figures, strict=True)
-        return Divergence(kl, loss)
+        return Divergence(*zip(*figures, strict=True))
+
+
+@dataclasses.dataclass
+class Trial:
+    """Batches to fit on and batches to judge on, with what backward passes over the former told of each site.
+
+    Attributes:
+        measured: None where some site cannot be measured: then only `uniform` is left.
+    """
+
+    calibration: Calibration
+    model: nn.Module
+    fitted: Sequence[Any]
+    held: Sequence[Any]
+    measured: dict[str, SiteSensitivity] | None
+    judge: Judge
+    progress: bool
+    why: str = ""
+
+    @classmethod
+    def of(
+        cls, calibration: Calibration, model: nn.Module, batches: Sequence[Any], measure: bool, progress: bool
+    ) -> Trial:
+        """Split the batches, and measure sensitivities if asked to."""
+        fitted, held = split(batches)
+        names = list(calibration.sites)
+        measured, why = None, ""
+        if measure:
+            try:
+                try:
+                    measured = measure_sensitivity(model, fitted, names, progress=progress)
+                except NotReachedError:  # perhaps the held-out batches are the ones that reach some expert
+                    measured = measure_sensitivity(model, batches, names, progress=progress)
+                    fitted = batches
+            except NotReachedError as error:
+                why = str(error)
+        return cls(calibration, model, fitted, held, measured, Judge(model, held, progress), progress, why)
+
+    @property
+    def judged_on(self) -> str:
+        """What was judged on, in words."""
+        count = f"{len(self.held)} batch{'es' if len(self.held) > 1 else ''}"
+        seen = {id(batch) for batch in self.fitted}
+        return count + (", also fitted to" if any(id(batch) in seen for batch in self.held) else " held out")
+
+    def sensitivity(
+        self, budget: float, batches: Sequence[Any], relative: bool | None, center: bool | None, scaled: bool = True
+    ) -> Thresholds:
+        """Method `sensitivity` on some of the batches."""
+        assert self.measured is not None
+        return allocate_sensitivity(
+            self.calibration, self.measured, budget, self.model, batches,
+            relative=relative, center=center, scaled=scaled, progress=self.progress,
+        )  # fmt: skip
+
+    def uniform(self, budget: float, batches: Sequence[Any], relative: bool | None, center: bool | None) -> Thresholds:
+        """Method `uniform` on some of the batches."""
+        return allocate(
+            self.calibration, [budget], "uniform", model=self.model, batches=batches, progress=self.progress,
+            relative=relative, center=center,
+        )[0]  # fmt: skip
+
+    def best(self, budget: float, relative: bool | None, center: bool | None) -> Thresholds:
+        """The candidate with the least KL on the held-out batches, fitted to all others."""
+        if budget == 0:
+            return allocate(self.calibration, [0.0], "uniform")[0]
+        candidates = self._candidates(budget, relative, center)
+        few = self.fitted[:: max(len(self.fitted) // _TRIAL, 1)][:_TRIAL]
+        figures = {name: self.judge(make(few).rules).mean for name, make in candidates.items()}
+        best = min(figures, key=figures.__getitem__)
+        if math.isinf(figures[best]):
+            raise ValueError(f"the KL to the dense model is not a number at sparsity {budget}: its outputs have NaN")
+        taken = candidates[best](self.fitted)
+        others = "; ".join(f"{name} {figures[name]:.4g}" for name in figures if name != best)
+        reason = f"auto: {best}, with KL {figures[best]:.4g} on {self.judged_on}" + (f" ({others})" if others else "")
+        return dataclasses.replace(taken, reason=f"{reason}; {self.why}" if self.why else reason)
+
+    def _candidates(
+        self, budget: float, relative: bool | None, center: bool | None
+    ) -> dict[str, Callable[[Sequence[Any]], Thresholds]]:
+        found: dict[str, Callable[[Sequence[Any]], Thresholds]] = {}
+        words = {None: "form by site", True: "relative", False: "absolute"}
+
+        def add(form: bool | None, centered: bool, scaled: bool) -> None:
+            name = f"sensitivity ({words[form]}, {'' if centered else 'not '}centered{'' if scaled else ', magnitude'})"
+            found[name] = lambda batches: self.sensitivity(budget, batches, form, centered, scaled)
+
+        if self.measured is not None:
+            for form in (None, True, False) if relative is None else (relative,):
+                add(form, center is not False, True)
+            add(relative, center is not False, False)
+            if center is None:
+                add(relative, False, True)
+        found["uniform"] = lambda batches: self.uniform(budget, batches, relative, center)
+        return found
 
 
 def allocate_auto(
@@ -80,68 +190,8 @@ def allocate_auto(
     progress: bool,
 ) -> list[Thresholds]:
     """For each budget, the candidate with the least KL on held-out batches; `Thresholds.reason` says what and why."""
-    return _Auto(calibration, model, batches, relative, center, progress).allocate(budgets)
-
-
-class _Auto:
-    def __init__(
-        self,
-        calibration: Calibration,
-        model: nn.Module,
-        batches: Sequence[Any],
-        relative: bool | None,
-        center: bool | None,
-        progress: bool,
-    ) -> None:
-        self.calibration, self.model, self.progress = calibration, model, progress
-        self.relative, self.center, self.batches = relative, center, batches
-        self.fitted, self.held = split(batches)
-        names = list(calibration.sites)
-        self.measured: dict[str, SiteSensitivity]
-        try:
-            self.measured = measure_sensitivity(model, self.fitted, names, progress=progress)
-        except NotReachedError:  # the held-out batches are the ones that reach some expert
-            self.fitted = batches
-            self.measured = measure_sensitivity(model, self.fitted, names, progress=progress)
-        self.judge = Judge(model, self.held, progress)
-
-    def allocate(self, budgets: Sequence[float]) -> list[Thresholds]:
-        return [self._best(budget) for budget in budgets]
-
-    def _best(self, budget: float) -> Thresholds:
-        if budget == 0:
-            return allocate(self.calibration, [0.0], "uniform")[0]
-        tried = {name: make() for name, make in self._candidates(budget).items()}
-        figures = {name: self.judge(thresholds.rules) for name, thresholds in tried.items()}
-        best = min(figures, key=lambda name: figures[name].mean)
-        held = f"{len(self.held)} batch{'es' if len(self.held) > 1 else ''}" + (
-            ", also fitted to" if len(self.fitted) == len(self.batches) else " held out"
-        )
-        others = "; ".join(f"{name} {figures[name].mean:.4g}" for name in tried if name != best)
-        reason = f"auto: {best}, with KL {figures[best].mean:.4g} on {held}" + (f" ({others})" if others else "")
-        return dataclasses.replace(tried[best], reason=reason)
-
-    def _candidates(self, budget: float) -> dict[str, Callable[[], Thresholds]]:
-        def sensitivity(relative: bool | None, center: bool) -> Callable[[], Thresholds]:
-            return lambda: allocate_sensitivity(
-                self.calibration, self.measured, budget, self.model, self.fitted,
-                relative=relative, center=center, progress=self.progress,
-            )  # fmt: skip
-
-        def uniform() -> Thresholds:
-            return allocate(
-                self.calibration, [budget], "uniform", model=self.model, batches=self.fitted, progress=self.progress,
-                relative=self.relative, center=self.center,
-            )[0]  # fmt: skip
-
-        centers = (True, False) if self.center is None else (self.center,)
-        words = {True: "centered", False: "not centered"}
-        forms = {None: "form by site", True: "relative", False: "absolute"}
-        found: dict[str, Callable[[], Thresholds]] = {
-            f"sensitivity ({forms[self.relative]}, {words[center]})": sensitivity(self.relative, center)
-            for center in centers
-        }
-        return {**found, "uniform": uniform}
+    trial = Trial.of(calibration, model, batches, True, progress)
+    return [trial.best(budget, relative, center) for budget in budgets]
 
 
 def allocate_for_quality(
@@ -152,56 +202,54 @@ def allocate_for_quality(
     *,
     max_kl: float | None,
     max_perplexity_increase: float | None,
+    relative: bool | None,
+    center: bool | None,
+    step: float,
+    tokens: int,
     progress: bool,
-    **options: Any,
 ) -> Thresholds:
     """The largest budget that keeps a quality on held-out batches; `Calibration.allocate` explains the arguments."""
-    limit = max_kl if max_kl is not None else max_perplexity_increase
-    what = "max_kl" if max_kl is not None else "max_perplexity_increase"
-    assert limit is not None
-    if not (limit > 0 and math.isfinite(limit)):
+    what, limit = ("max_kl", max_kl) if max_kl is not None else ("max_perplexity_increase", max_perplexity_increase)
+    if limit is None or not (limit > 0 and math.isfinite(limit)):
         raise ValueError(f"{what}={limit}; expected a number above 0")
     if model is None or batches is None:
         raise ValueError(f"{what}= is judged on the model: pass model= and batches= as well")
-    batches = list(batches)
     prepare(calibration, model, method)
-    fitted, held = split(batches)
-    if method == "auto":
-        auto = _Auto(calibration, model, batches, options["relative"], options["center"], progress)
-        judge, made = auto.judge, lambda budget: auto.allocate([budget])[0]
-    elif method == "sensitivity":
-        measured = measure_sensitivity(model, fitted, list(calibration.sites), progress=progress)
-        form = {"relative": options["relative"], "center": options["center"], "progress": progress}
-        judge = Judge(model, held, progress)
-        made = lambda budget: allocate_sensitivity(calibration, measured, budget, model, fitted, **form)  # noqa: E731
-    else:
-        judge = Judge(model, held, progress)
-        made = lambda budget: allocate(  # noqa: E731
-            calibration, [budget], method, model=model, batches=fitted, progress=progress, **options
-        )[0]
+    trial = Trial.of(calibration, model, list(batches), method in ("auto", "sensitivity"), progress)
+    if method == "sensitivity" and trial.measured is None:
+        raise NotReachedError(trial.why)
+    budgets = [_SMALLEST + index * _PRECISION for index in range(int((_LARGEST - _SMALLEST) / _PRECISION) + 1)]
+    shares: list[dict[str, float]] = []
+    if method == "greedy":  # one path through all budgets
+        from deadband.greedy import greedy_shares
 
-    def excess(thresholds: Thresholds) -> float:
-        found = judge(thresholds.rules)
-        value = found.mean if max_kl is not None else found.perplexity_increase
-        if math.isnan(value):
-            raise ValueError(f"{what} needs a model that predicts tokens of `input_ids`; this one's loss is not known")
-        return value - limit
+        shares = greedy_shares(calibration, budgets, model, list(trial.fitted), step, tokens, progress)
 
-    low, high = _SMALLEST, _LARGEST
+    def made(index: int) -> Thresholds:
+        if method == "auto":
+            return trial.best(budgets[index], relative, center)
+        if method == "sensitivity":
+            return trial.sensitivity(budgets[index], trial.fitted, relative, center)
+        share = shares[index] if shares else dict.fromkeys(calibration.sites, budgets[index])
+        form = {"relative": bool(relative), "center": bool(center), "progress": progress}
+        return allocate_shares(calibration, budgets[index], share, model, trial.fitted, method=method, **form)
+
+    low, high = 0, len(budgets)
     best = made(low)
-    if (least := excess(best)) > 0:
+    if (least := trial.judge(best.rules).bound(what)) > limit:
         raise ValueError(
-            f"{what}={limit} is not kept even at sparsity {low}, where it is {least + limit:.4g}; "
+            f"{what}={limit} is not kept even at sparsity {budgets[low]}, where it is {least:.4g}; "
             "ask for less quality, or run dense"
         )
-    while high - low > _PRECISION:
-        middle = (low + high) / 2
+    while high - low > 1:
+        middle = (low + high) // 2
         candidate = made(middle)
-        if excess(candidate) <= 0:
+        if trial.judge(candidate.rules).bound(what) <= limit:
             low, best = middle, candidate
         else:
             high = middle
-    found = f"the largest sparsity within {what}={limit} on {len(held)} batches held out is {best.sparsity:.1%}"
+    where = f"with one standard error to spare on {trial.judged_on}"
+    found = f"the largest sparsity within {what}={limit} {where} is {best.sparsity:.1%}"
     return dataclasses.replace(best, reason=f"{found}; {best.reason}" if best.reason else found)
 
 
@@ -209,8 +257,8 @@ def split(batches: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     """Batches to fit on, and others, taken from all over, to judge on. A single batch is both."""
     if len(batches) < 2:
         return batches, batches
-    held = list(range(len(batches)))[_HELD_OUT - 1 :: _HELD_OUT] or [len(batches) - 1]
-    return [b for i, b in enumerate(batches) if i not in held], [batches[i] for i in held]
+    held = set(range(len(batches))[_HELD_OUT - 1 :: _HELD_OUT] or [len(batches) - 1])
+    return [b for i, b in enumerate(batches) if i not in held], [batches[i] for i in sorted(held)]
 
 
 def _output(model: nn.Module, batch: Any) -> tuple[Tensor, bool]:
@@ -220,24 +268,25 @@ def _output(model: nn.Module, batch: Any) -> tuple[Tensor, bool]:
     return (first_tensor(output), False) if logits is None else (logits, True)
 
 
-def _compare(dense: tuple[Tensor, bool], sparse: tuple[Tensor, bool], batch: Any) -> tuple[float, float]:
-    """Mean KL and mean growth of the loss of the next token over the unpadded outputs of a batch."""
+def _compare(dense: tuple[Tensor, bool], sparse: tuple[Tensor, bool], batch: Any) -> tuple[float, int, float, int]:
+    """Sums of one batch, as `Divergence` has them."""
     (before, categorical), (after, _) = dense, sparse
-    if not categorical:
-        return float((after.double() - before.double()).square().sum(-1).mean() / 2), math.nan
-    ids: Any = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    padding: Any = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    given = batch if isinstance(batch, Mapping) else {}
+    side = "decoder_" if "decoder_input_ids" in given else ""
+    ids: Any = given.get(f"{side}input_ids")
+    padding: Any = given.get(f"{side}attention_mask")
     keep = torch.ones(before.shape[:-1], dtype=torch.bool)
     if isinstance(padding, Tensor) and padding.shape == keep.shape:
         keep = padding.cpu().bool()
+    kept = keep.to(before.device)
+    if not categorical:
+        return float((after.double() - before.double()).square().sum(-1)[kept].sum() / 2), int(keep.sum()), 0.0, 0
     predicts = isinstance(ids, Tensor) and before.dim() == 3 and ids.shape == before.shape[:2]
-    kl, growth, count, targets = 0.0, 0.0, 0, 0
+    kl, growth, targets = 0.0, 0.0, 0
     for index in keep.nonzero().split(_POSITIONS):
         at = tuple(index.T.to(before.device))
         log_p, log_q = (F.log_softmax(logits[at].float(), -1) for logits in (before, after))
-        p = log_p.exp()
-        kl += float(torch.where(p > 0, p * (log_p - log_q), 0).sum(dtype=torch.float64))  # 0 log 0 is 0
-        count += len(index)
+        kl += float(divergence(log_p, log_q).sum(dtype=torch.float64))
         if not predicts:
             continue
         row, position = index.T
@@ -246,7 +295,7 @@ def _compare(dense: tuple[Tensor, bool], sparse: tuple[Tensor, bool], batch: Any
         follows = follows.to(log_p.device)
         growth += float((log_p[follows].gather(-1, chosen) - log_q[follows].gather(-1, chosen)).double().sum())
         targets += len(chosen)
-    return kl / max(count, 1), growth / targets if targets else math.nan
+    return kl, int(keep.sum()), growth, targets
 
 
 _POSITIONS = 128  # whose log-probabilities are float32 at a time

@@ -102,7 +102,7 @@ class Calibration:
         if [sparsity, max_kl, max_perplexity_increase].count(None) != 2:
             raise ValueError("pass exactly one of sparsity=, max_kl= and max_perplexity_increase=")
         if sparsity is None:
-            limits = {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase}
+            limits: dict[str, Any] = {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase}
             return allocate_for_quality(self, method, model, batches, **limits, **options, progress=progress)
         return allocate(self, [sparsity], method, model=model, batches=batches, **options, progress=progress)[0]
 

@@ -148,7 +148,7 @@ def sparsify(
         "method": thresholds.method,
         "reason": thresholds.reason,
         "corrected": thresholds.corrected,
-        "thresholds": dict(thresholds),
+        "thresholds": {name: rule.threshold for name, rule in thresholds.items()},
     }
     show(figures, f"{thresholds}\n\nwritten to {output}{note}", as_json)
 

@@ -587,17 +587,22 @@ def _compare(before: Tensor, after: Tensor, ids: Tensor) -> Tensor:
             log_p = F.log_softmax(before[row, at].to(after.device).float(), -1)
             log_q = F.log_softmax(after[row, at].float(), -1)
             chosen = targets[row, at, None]
-            p = log_p.exp()
             sums += torch.stack(
                 [
                     -log_q.gather(-1, chosen).double().sum(),
                     -log_p.gather(-1, chosen).double().sum(),
-                    torch.where(p > 0, p * (log_p - log_q), 0).sum(-1).double().sum(),  # 0 log 0 is 0
-                    (log_p.argmax(-1) == log_q.argmax(-1)).double().sum(),
+                    divergence(log_p, log_q).double().sum(),
+                    ((log_p.argmax(-1) == log_q.argmax(-1)) & ~log_q.isnan().any(-1)).double().sum(),
                     torch.tensor(float(len(chosen)), dtype=torch.float64, device=after.device),
                 ]
             ).cpu()
     return sums
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) over the last dimension of two tensors of log-probabilities, in nats; NaN where either is."""
+    p = log_p.exp()
+    return torch.where(p == 0, 0, p * (log_p - log_q)).sum(-1)  # 0 log 0 is 0
 
 
 _ENTRIES = 2**22  # of logits that are float32 at a time: 16 MB

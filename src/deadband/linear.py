@@ -87,8 +87,10 @@ class SparseSite(nn.Module):
 
     def train(self, mode: bool = True) -> SparseSite:
         """As of every module; after training, the weights that `offset` was made of may be others."""
+        trained = self.training and not mode
         super().train(mode)
-        self.refresh_offset_()
+        if trained:
+            self.refresh_offset_()
         return self
 
     def refresh_offset_(self) -> None:
@@ -144,8 +146,8 @@ class SparseLinear(SparseSite, nn.Linear):
     The state dict has nn.Linear's names, plus `threshold`, and where they are in use `scale` and `center` (see
     `deadband.criterion.Rule`) and `mask` (a static mask).
 
-    With a center, the layer keeps its product with the weight. Loading, moving and `train()` or `eval()` compute it
-    again; after writing to the weight in any other way, call `refresh_offset_()`.
+    With a center, the layer keeps its product with the weight. Loading, moving and the end of
+    training (`eval()`) compute it again; after writing to the weight in any other way, call `refresh_offset_()`.
 
     Example:
         >>> layer = make_sparse_(nn.Linear(3, 2, bias=False), Rule(0.5))

@@ -131,7 +131,10 @@ def sensitivity_shares(
     """
     forms = (False, True) if relative is None else (relative,)
     points = {name: [each for form in forms for each in site.curves[form].points()] for name, site in measured.items()}
-    shares = fill(points, weights, budget)
+    shares = water_fill(points, weights, budget)
+    reached = sum(shares[name] * weights[name] for name in shares) / sum(weights[name] for name in shares)
+    if reached < budget - 1e-6:
+        raise ValueError(f"sparsity {budget} is out of reach; the curves of method 'sensitivity' end at {reached:.3f}")
     rules, harm = {}, {}
     for name, site in measured.items():
         form = min(forms, key=lambda form: site.curves[form].harm_at(shares[name]))
@@ -140,7 +143,7 @@ def sensitivity_shares(
     return shares, rules, harm
 
 
-def fill(
+def water_fill(
     points: Mapping[str, Sequence[tuple[float, float]]], weights: Mapping[str, float], budget: float
 ) -> dict[str, float]:
     """Water-filling: the sparsity of each site at which one more byte skipped costs the same everywhere.
@@ -151,7 +154,7 @@ def fill(
         budget: the weighted mean of the sparsities; more than all hulls reach gives their ends.
 
     Example:
-        >>> fill({"a": [(0.5, 1.0), (1.0, 4.0)], "b": [(0.5, 10.0), (1.0, 20.0)]}, {"a": 1, "b": 1}, 0.4)
+        >>> water_fill({"a": [(0.5, 1.0), (1.0, 4.0)], "b": [(0.5, 10.0), (1.0, 20.0)]}, {"a": 1, "b": 1}, 0.4)
         {'a': 0.8, 'b': 0.0}
     """
     segments = []
@@ -210,7 +213,7 @@ class _Gradients(InputWatcher):
             if not x.requires_grad:
                 x = x.detach().requires_grad_()
             own = x.view_as(x)  # q, k and v get the same tensor; each has to see its own gradient
-            rows = self.rows(name, x.detach())
+            rows = self.rows(name, x.detach()).clone()  # some blocks change it in place before the gradient comes
             own.register_hook(lambda gradient: self.take(name, rows, self.rows(name, gradient)))
         return own
 
@@ -227,9 +230,8 @@ class _Gradients(InputWatcher):
     def _draw(self, output: Tensor, categorical: bool) -> Tensor:
         """The gradient of the loss for labels drawn from the model's own prediction, zero where padded."""
         keep = torch.ones(output.shape[:-1], dtype=torch.bool)
-        for padding in (self.decoder_keep, self.keep):
-            if padding is not None and padding.shape == output.shape[:-1]:
-                keep = padding.cpu()
+        if self.decoder_keep is not None and self.decoder_keep.shape == keep.shape:  # the same but in encoder-decoders
+            keep = self.decoder_keep.cpu()
         self.tokens += int(keep.sum())
         if categorical:
             gradient = output.float().softmax(-1)

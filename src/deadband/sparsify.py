@@ -28,7 +28,7 @@ from deadband.linear import (
 from deadband.observation import JUDGED_ROWS
 from deadband.sites import Patterns, find_sites, matrix_of, sites_of, weight_bytes
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -421,6 +421,11 @@ def _sites(count: int) -> str:
 def _rule(name: str, given: float | Rule, module: nn.Module, criterion: str) -> Rule:
     """What a site has to skip, on its device; a ValueError says what does not fit it."""
     if not isinstance(given, Rule):
+        if criterion == "sensitivity":
+            raise ValueError(
+                f"site {name!r}: a threshold on sensitivity scores needs its scale; pass what "
+                "Calibration.allocate returned, or a deadband.Rule with a scale"
+            )
         given = Rule(given)
     matrix = matrix_of(module)
     if given.scale is None and criterion == "weighted_magnitude":
