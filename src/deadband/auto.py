@@ -150,13 +150,17 @@ class Trial:
             return allocate(self.calibration, [0.0], "uniform")[0]
         candidates = self._candidates(budget, relative, center)
         few = self.fitted[:: max(len(self.fitted) // _TRIAL, 1)][:_TRIAL]
-        figures = {name: self.judge(make(few).rules).mean for name, make in candidates.items()}
+        try:
+            figures = {name: self.judge(make(few).rules).mean for name, make in candidates.items()}
+        except NotReachedError:  # some expert needs them all
+            figures = {name: self.judge(make(self.fitted).rules).mean for name, make in candidates.items()}
         best = min(figures, key=figures.__getitem__)
         if math.isinf(figures[best]):
             raise ValueError(f"the KL to the dense model is not a number at sparsity {budget}: its outputs have NaN")
         taken = candidates[best](self.fitted)
-        others = "; ".join(f"{name} {figures[name]:.4g}" for name in figures if name != best)
-        reason = f"auto: {best}, with KL {figures[best]:.4g} on {self.judged_on}" + (f" ({others})" if others else "")
+        tried = "; ".join(f"{name} {figures[name]:.4g}" for name in sorted(figures, key=figures.__getitem__))
+        kl = self.judge(taken.rules).mean
+        reason = f"auto: {best}, with KL {kl:.4g} on {self.judged_on} (in trials on {len(few)}: {tried})"
         return dataclasses.replace(taken, reason=f"{reason}; {self.why}" if self.why else reason)
 
     def _candidates(

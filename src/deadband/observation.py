@@ -259,6 +259,9 @@ def skipped_means(
     """Float32 means of the entries of each channel that the rules skip, [in_features] by site, on the sparse model."""
     watcher = _SkippedMeans(rules)
     watcher.watch(model, batches, list(rules), what, progress)
+    for name in rules:
+        if name not in watcher.sums:
+            raise NotReachedError(f"site {name!r} was never reached by these batches")
     return {name: (total / count.clamp(min=1)).float() for name, (total, count) in watcher.sums.items()}
 
 

@@ -88,6 +88,7 @@ def measure_sensitivity(
 
     Raises:
         ValueError: no batch.
+        ValueError: gradients that are NaN or infinite.
         NotReachedError: a site that no gradient reaches.
     """
     batches, names = list(batches), list(names)
@@ -113,6 +114,11 @@ def measure_sensitivity(
     for name, site in measured.items():
         for relative, curve in site.curves.items():
             harm, skipped, entries = curves.totals[name][relative]
+            if not harm.isfinite().all():
+                raise ValueError(
+                    f"the gradients at site {name!r} have NaN or infinity, so the model's outputs do, or nearly; "
+                    "look for broken weights or inputs, or calibrate in a wider dtype"
+                )
             curve.harm = np.maximum.accumulate(harm.cpu().numpy() / (2 * max(curves.tokens, 1)))
             curve.sparsity = skipped.cpu().numpy() / max(entries, 1)
     return measured
