@@ -108,20 +108,25 @@ def measure_sensitivity(
         for name in names:
             squares, rows = scales.squares[name]
             scale = (squares / rows).sqrt().float()
+            _require_finite(name, scale)
             measured[name] = SiteSensitivity(scale, _empty_curves(scale, torch.cat(scales.samples[name])))
         curves = _Curves(measured, seed + 1)
         curves.watch(model, batches, names, "sensitivity", progress)
     for name, site in measured.items():
         for relative, curve in site.curves.items():
             harm, skipped, entries = curves.totals[name][relative]
-            if not harm.isfinite().all():
-                raise ValueError(
-                    f"the gradients at site {name!r} have NaN or infinity, so the model's outputs do, or nearly; "
-                    "look for broken weights or inputs, or calibrate in a wider dtype"
-                )
+            _require_finite(name, harm)
             curve.harm = np.maximum.accumulate(harm.cpu().numpy() / (2 * max(curves.tokens, 1)))
             curve.sparsity = skipped.cpu().numpy() / max(entries, 1)
     return measured
+
+
+def _require_finite(name: str, figures: Tensor) -> None:
+    if not figures.isfinite().all():
+        raise ValueError(
+            f"the gradients at site {name!r} have NaN or infinity, so the model's outputs do, or nearly; "
+            "look for broken weights or inputs, or calibrate in a wider dtype"
+        )
 
 
 def sensitivity_shares(
