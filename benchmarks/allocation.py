@@ -44,7 +44,7 @@ def main() -> None:
         both = calibrated + sensitivity
         print(
             f"{count} threads, {options.dtype}: calibrate {calibrated:.0f} s, sensitivity {sensitivity:.0f} s, "
-            f"together {both:.0f} s; greedy {greedy:.0f} s: {greedy / sensitivity:.1f}x"
+            f"together {both:.0f} s; greedy {greedy:.0f} s: {greedy / both:.1f}x"
         )
         rows.append(
             {

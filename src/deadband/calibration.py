@@ -64,18 +64,18 @@ class Calibration:
         Args:
             sparsity: fraction of the sites' weight bytes to skip, from 0 up to but not 1. Exactly one of this,
                 `max_kl` and `max_perplexity_increase` is given.
-            method: `auto`: the method, form and criterion that do best on a part of `batches` held out for that; what
-                it picked and why is in the result's `reason`. Without `model` and `batches` it is `uniform`.
+            method: `auto`: `sensitivity` in several forms, and `uniform`, are judged by KL on a quarter of `batches`
+                held out for that; what was picked and why is in the result's `reason`. Without `model` and `batches`,
+                or where no gradient reaches some site, it is `uniform`.
                 `uniform`: the same sparsity everywhere.
-                `greedy`: TEAL's Algorithm 1 (Liu et al. 2024, arXiv
-                2408.14690): in each block, step by step, the site whose next step harms the block's output least
-                gives; all blocks give the same. Unlike the paper's, no step moves a site
-                by more than 0.1, steps of different bytes are compared by harm per byte, and a site whose harm was far
-                from the least a step ago is not tried again each time.
+                `greedy`: TEAL's Algorithm 1 (Liu et al. 2024, arXiv 2408.14690): in each block, step by step, the site
+                whose next step harms the block's output least gives; all blocks give the same. Unlike the paper's, no
+                step moves a site by more than 0.1, steps of different bytes are compared by harm per byte, and a site
+                whose harm was far from the least a step ago is not tried again each time.
                 `sensitivity`: water-filling over all sites by the loss that each is expected to cause, from backward
                 passes (`deadband.sensitivity`); its thresholds are on scores of criterion `sensitivity`.
-            max_kl: find the largest sparsity whose KL(dense ‖ sparse) on held-out batches is at most this, in nats a
-                token.
+            max_kl: find the largest sparsity whose KL(dense ‖ sparse) on held-out batches, plus its standard error over
+                them, is at most this, in nats a token.
             max_perplexity_increase: the same for the relative increase of perplexity, such as 0.01.
             model: the dense model that was calibrated. Nothing in it changes.
             batches: calibration data, as for `calibrate`.

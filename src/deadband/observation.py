@@ -19,8 +19,8 @@ from deadband.ops.observe import FIRST_NONFINITE, Statistics, observe
 from deadband.running import evaluating, progress_bar, run
 from deadband.sites import matrix_of, weight_bytes, weight_sample
 
-_EDGES = (np.arange(FIRST_NONFINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
-_EDGES[-1] = 2.0**128
+EDGES = (np.arange(FIRST_NONFINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
+EDGES[-1] = 2.0**128
 Result = TypeVar("Result")
 
 
@@ -118,11 +118,11 @@ class SiteStatistics:
         """
         if not self.entries or threshold < 0:
             return 0.0
-        position = min(int(np.searchsorted(_EDGES, threshold, side="right")) - 1, FIRST_NONFINITE - 1)
+        position = min(int(np.searchsorted(EDGES, threshold, side="right")) - 1, FIRST_NONFINITE - 1)
         below = int(self.histogram[:position].sum())
-        width = _EDGES[position + 1] - _EDGES[position]
+        width = EDGES[position + 1] - EDGES[position]
         # bin 0 holds exact zeros and what is smaller than any normal number: all of it is at or below zero
-        share = 1.0 if self.discrete or position == 0 else (threshold - _EDGES[position]) / width
+        share = 1.0 if self.discrete or position == 0 else (threshold - EDGES[position]) / width
         return float(below + share * self.histogram[position]) / self.entries
 
     def threshold(self, sparsity: float) -> float:
@@ -138,16 +138,16 @@ class SiteStatistics:
         if self.discrete:
             if target - before < after - target:  # stopping short is nearer; before may be reached by an earlier bin
                 position = int(np.searchsorted(cumulative, before)) if before else 0
-            return float(_EDGES[position])
+            return float(EDGES[position])
         share = (target - before) / (after - before)
-        return float(_EDGES[position] + share * (_EDGES[position + 1] - _EDGES[position]))
+        return float(EDGES[position] + share * (EDGES[position + 1] - EDGES[position]))
 
     def energy_below(self, fraction: float) -> float:
         """The share of the sum of squared scores that the smallest `fraction` (0 to 1) of the entries carry.
 
         Right to 0.005, and to 1.6 % of itself, as a bin is 0.8 % wide; exact if `discrete`. NaN without any energy.
         """
-        low, high = _EDGES[:-1], _EDGES[1:]
+        low, high = EDGES[:-1], EDGES[1:]
         square = low**2 if self.discrete else (low**2 + low * high + high**2) / 3  # the mean over a bin
         square[0] = 0.0  # zeros, and what is smaller than any normal number
         energy = np.concatenate([[0.0], np.cumsum(self.histogram * square)])

@@ -26,7 +26,7 @@ from deadband.calibration import Calibration
 from deadband.demo import PROMPT
 from deadband.evaluation import PROTOCOL, columns, dense_logits, evaluate, protocol_name
 from deadband.files import finite, write_json
-from deadband.observation import _EDGES as EDGES
+from deadband.observation import EDGES
 from deadband.observation import SiteStatistics
 from deadband.report import VERSION
 from deadband.running import evaluating, run
