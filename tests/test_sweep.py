@@ -242,7 +242,7 @@ def test_a_sweep_holds_what_evaluate_says(output):
     name = "model.layers.1.mlp.down_proj"
     assert run["sites"][name] == {
         "sparsity": pytest.approx(achieved.sites[name]),
-        "threshold": pytest.approx(thresholds[name]),
+        "threshold": pytest.approx(thresholds[name].threshold),
         "criterion": "weighted_magnitude",
         "centered": False,
         "relative": False,

@@ -1,6 +1,7 @@
 """transformers: `save_pretrained` writes a sparse model, `from_pretrained` brings it back sparse.
 
-A sparse checkpoint is a dense one plus a float32 `threshold` for each site, and a `quantization_config` in config.json.
+A sparse checkpoint is a dense one plus a float32 `threshold` for each site (and `scale`, `center` and `mask` where its
+rule has them), and a `quantization_config` in config.json.
 transformers has no entry points for quantizers, so `import deadband` registers this one; without deadband the same
 checkpoint loads as the dense model.
 """

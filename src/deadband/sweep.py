@@ -26,8 +26,7 @@ from deadband.calibration import Calibration
 from deadband.demo import PROMPT
 from deadband.evaluation import PROTOCOL, columns, dense_logits, evaluate, protocol_name
 from deadband.files import finite, write_json
-from deadband.observation import EDGES
-from deadband.observation import SiteStatistics
+from deadband.observation import EDGES, SiteStatistics
 from deadband.report import VERSION
 from deadband.running import evaluating, run
 from deadband.sites import find_blocks, weight_bytes
