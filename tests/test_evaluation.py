@@ -475,7 +475,7 @@ def test_bad_prompts():
         compare_generation(model, tokenizer, "abc")
     with pytest.raises(ValueError, match="prompts is list or empty"):
         compare_generation(model, tokenizer, [])
-    with pytest.raises(ValueError, match=r"a prompt has token ids of shape \(1, 0\)"):
+    with pytest.raises(ValueError, match="the prompt is empty; expected some text to continue"):
         compare_generation(model, tokenizer, [""])
     with pytest.raises(ValueError, match="3 tokens and 200 new ones exceed the model's 128 positions"):
         compare_generation(model, tokenizer, ["abc"], max_new_tokens=200)

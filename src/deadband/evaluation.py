@@ -377,8 +377,8 @@ def compare_generation(
         raise ValueError(f"no layer of this {type(model).__name__} is sparse; there is nothing to compare")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}; expected at least one")
-    every = [_prompt_ids(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
-    stops = _end_tokens(model)
+    every = [prompt_ids(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
+    stops = end_tokens(model)
     continuations = []
     counts = count_anew(model)
     with evaluating(model):
@@ -664,7 +664,10 @@ def count_anew(model: nn.Module) -> bool:
     return True
 
 
-def _prompt_ids(model: Any, tokenizer: Any, prompt: str | Tensor, max_new_tokens: int) -> Tensor:
+def prompt_ids(model: Any, tokenizer: Any, prompt: str | Tensor, max_new_tokens: int) -> Tensor:
+    """The token ids [1, tokens] of a prompt; a ValueError if it is empty, or too long to continue by so many tokens."""
+    if isinstance(prompt, str) and not prompt.strip():
+        raise ValueError("the prompt is empty; expected some text to continue")
     ids = prompt if isinstance(prompt, Tensor) else tokenizer(prompt, return_tensors="pt")["input_ids"]
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
@@ -678,7 +681,8 @@ def _prompt_ids(model: Any, tokenizer: Any, prompt: str | Tensor, max_new_tokens
     return ids.long()
 
 
-def _end_tokens(model: Any) -> Collection[int]:
+def end_tokens(model: Any) -> Collection[int]:
+    """The tokens after which a model says nothing more."""
     end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return () if end is None else tuple(end) if isinstance(end, (list, tuple)) else (end,)
 

@@ -24,7 +24,7 @@ from deadband.allocation import Thresholds, check_sparsity
 from deadband.bench import bytes_per_token, decode_seconds, machine, median
 from deadband.calibration import Calibration
 from deadband.demo import PROMPT
-from deadband.evaluation import PROTOCOL, columns, dense_logits, evaluate, protocol_name
+from deadband.evaluation import PROTOCOL, columns, dense_logits, end_tokens, evaluate, prompt_ids, protocol_name
 from deadband.files import finite, write_json
 from deadband.observation import EDGES, SiteStatistics
 from deadband.report import VERSION
@@ -129,7 +129,7 @@ def sweep(
     if decode_tokens < 1 or sample_tokens < 1:
         raise ValueError(f"decode_tokens={decode_tokens} and sample_tokens={sample_tokens}; expected at least one")
     lengths = (decode_tokens + WARMUP if speed else 0, sample_tokens if samples else 0)
-    ids = _prompt_ids(model, tokenizer, prompt, max(lengths))
+    ids = prompt_ids(model, tokenizer, prompt, max(lengths)).to(model.device)
     about = machine()
     settings: dict[str, Any] = {
         "weights": _digest(_weights(model)),
@@ -318,8 +318,7 @@ class _Sweep:
         """The prompt continued greedily as in generate: the prompt dense (if longer than 4 tokens), the rest sparse."""
         if not self.settings["samples"]:
             return None
-        end = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        stops = end if isinstance(end, (list, tuple)) else (end,)
+        stops = end_tokens(self.model)
         with evaluating(self.model):
             output = run(self.model, {"input_ids": self.ids}, use_cache=True, logits_to_keep=1)
             tokens = [int(output.logits[0, -1].argmax())]
@@ -419,19 +418,6 @@ def _tokens(window: Mapping[str, Any]) -> int:
 def _token_bytes(window: Mapping[str, Any]) -> bytes:
     tensors = {key: value for key, value in window.items() if isinstance(value, Tensor)}
     return repr({key: (tuple(tensors[key].shape), tensors[key].tolist()) for key in sorted(tensors)}).encode()
-
-
-def _prompt_ids(model: Any, tokenizer: Any, prompt: str, tokens: int) -> Tensor:
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long() if prompt.strip() else torch.zeros(1, 0)
-    if not ids.numel():
-        raise ValueError("the prompt is empty; expected some text to continue")
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if longest is not None and ids.shape[1] + tokens > longest:
-        raise ValueError(
-            f"a prompt of {ids.shape[1]} tokens and {tokens} new ones exceed the model's {longest} positions; "
-            "give a shorter prompt"
-        )
-    return ids.to(model.device)
 
 
 # Sites
