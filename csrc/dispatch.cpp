@@ -8,6 +8,12 @@
 #endif
 #include <time.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #include "kernel_table.h"
 
@@ -33,22 +39,43 @@ const KernelTable* const kTables[] = {
     &kernels_baseline,
 #if defined(__x86_64__)
     &kernels_x86_64_v3,
+    &kernels_x86_64_v3_vnni,
     &kernels_x86_64_v4,
+    &kernels_x86_64_v4_vnni,
     &kernels_x86_64_v4_bf16,
+#elif defined(__aarch64__)
+    &kernels_aarch64_dotprod,
 #endif
 };
+
+#if defined(__x86_64__)
+// What gcc 12's __builtin_cpu_supports has no name for.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+}
+#endif
 
 bool supported(const KernelTable* table) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-            __builtin_cpu_supports("bmi2");
+            __builtin_cpu_supports("bmi2") && has_f16c();
   bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
             __builtin_cpu_supports("avx512vl");
   if (table == &kernels_x86_64_v3) return v3;
+  if (table == &kernels_x86_64_v3_vnni) return v3 && has_avx_vnni();
   if (table == &kernels_x86_64_v4) return v4;
-  if (table == &kernels_x86_64_v4_bf16) return v4 && __builtin_cpu_supports("avx512bf16");
+  bool vnni = v4 && __builtin_cpu_supports("avx512vnni");
+  if (table == &kernels_x86_64_v4_vnni) return vnni;
+  if (table == &kernels_x86_64_v4_bf16) return vnni && __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__)
+  if (table == &kernels_aarch64_dotprod) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #endif
   return table == &kernels_baseline;
 }
@@ -146,6 +173,31 @@ int deadband_dense_linear(int dtype, int layout, const void* x, int64_t rows, in
     return kernels()->stream(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, nullptr, Rule{}, y,
                              threads, nullptr);
   return kernels()->gemm(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, y, threads);
+}
+
+int deadband_quantized_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, int bits,
+                              const void* codes, const void* scales, const void* minimum, int64_t group_size,
+                              int64_t out, const void* bias, const float* threshold, const float* scale,
+                              const float* center, const float* offset, int relative, void* y, int threads,
+                              int64_t* counts) {
+  if (bits != 8 && bits != 4) return DEADBAND_BAD_DTYPE;
+  int64_t row_bytes = bits == 8 ? out : (out + 31) / 32 * 16;
+  if (int error = check_linear(dtype, x, rows, x_stride, in, codes, row_bytes, in, row_bytes, y, out)) return error;
+  if (group_size < 0 || (threshold && rows > DEADBAND_STREAM_ROWS)) return DEADBAND_BAD_SIZE;
+  if (!center != !offset || (in && out && !scales) || (minimum && (bits == 8 || !group_size)))
+    return DEADBAND_BAD_POINTER;
+  if (!rows || !out) return 0;
+  Quantized weight = {bits,
+                      (const uint8_t*)codes,
+                      group_size ? (const uint16_t*)scales : nullptr,
+                      (const uint16_t*)minimum,
+                      group_size ? nullptr : (const float*)scales,
+                      group_size ? group_size : in + 1,
+                      row_bytes,
+                      in,
+                      out};
+  return kernels()->quantized(dtype, x, rows, x_stride, weight, bias, offset,
+                              Rule{threshold, scale, center, relative != 0}, y, threads < 1 ? 1 : threads, counts);
 }
 
 int deadband_observe(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t cols, const float* scale,

@@ -3,8 +3,10 @@
 // set's copy.
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -12,18 +14,25 @@
 
 #include "kernel_table.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 says so of its own AVX-512 intrinsics
+#endif
+
 namespace deadband {
 namespace {
 
 #include "vector-inl.h"  // first: the others use it
 
+#include "bytes-inl.h"
 #include "dot-inl.h"
 #include "gemm-inl.h"
 #include "observe-inl.h"
 #include "stream-inl.h"
+// after those
+#include "quantized-inl.h"
 
 }  // namespace
 
-extern const KernelTable DEADBAND_TABLE = {DEADBAND_ISA, stream, dot, gemm, observe, read};
+extern const KernelTable DEADBAND_TABLE = {DEADBAND_ISA, stream, dot, gemm, quantized, observe, read};
 
 }  // namespace deadband

@@ -52,6 +52,21 @@ DEADBAND_API int deadband_dense_linear(int dtype, int layout, const void* x, int
                                        const void* weight, int64_t weight_stride, int64_t out, const void* bias,
                                        void* y, int threads);
 
+// The same with a weight of 8 or 4 bits, for any number of rows without a threshold (NULL) and 0 to 8 with one.
+//
+// bits 8: codes is int8[in][out]. bits 4: uint8[in][row_bytes], row_bytes = (out + 31) / 32 * 16; of every 32 outputs, 16
+// bytes hold the first 16 in their lower nibbles and the others in their upper ones.
+// group_size inputs share their scales: scales and minimum are float16[ceil(in / group_size)][out]; minimum may be NULL,
+// and is where bits is 8. group_size 0: scales is float32[out], and minimum NULL.
+// A code q stands for scale * q with 8 bits, scale * (q - 8) with 4, and scale * q + minimum where there is one.
+// x is rounded to 16-bit integers, 128 inputs or fewer at a time, with a step of 2^-15 of the largest that is kept.
+// Where one of those is NaN or infinite, the whole row of y is NaN.
+DEADBAND_API int deadband_quantized_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
+                                           int bits, const void* codes, const void* scales, const void* minimum,
+                                           int64_t group_size, int64_t out, const void* bias, const float* threshold,
+                                           const float* scale, const float* center, const float* offset, int relative,
+                                           void* y, int threads, int64_t* counts);
+
 // One pass of statistics over x [rows, cols]; everything is added to what the buffers hold.
 // histogram: int64[32768], indexed by the upper half of the score's float32 pattern: (bits & 0x7fffffff) >> 16. The
 // bins from 0x7f80 on count infinity and NaN. sum, sum_of_squares: double[cols], of x and x * x, over finite entries
@@ -69,7 +84,8 @@ DEADBAND_API int deadband_advise_huge(void* data, int64_t bytes);
 
 // The instruction set in use, those that this CPU can run (comma-separated), and the choice of another:
 // DEADBAND_BAD_ISA if the name is unknown or not supported. The environment variable DEADBAND_ISA chooses when the
-// library is loaded. Names: "baseline", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "aarch64".
+// library is loaded. Names: "baseline"; "x86-64-v3", "x86-64-v3-vnni", "x86-64-v4", "x86-64-v4-vnni", "x86-64-v4-bf16"
+// (with VNNI); "aarch64-dotprod".
 DEADBAND_API const char* deadband_isa(void);
 DEADBAND_API const char* deadband_isa_list(void);
 DEADBAND_API int deadband_set_isa(const char* name);

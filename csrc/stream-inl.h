@@ -95,6 +95,20 @@ int64_t select_inputs(const T* x, int64_t x_stride, int64_t in, const Rule& rule
   return skipped;
 }
 
+template <class T>
+constexpr decltype(&select_inputs<T, 1>) kSelect[] = {select_inputs<T, 1>, select_inputs<T, 2>, select_inputs<T, 3>,
+                                                      select_inputs<T, 4>, select_inputs<T, 5>, select_inputs<T, 6>,
+                                                      select_inputs<T, 7>, select_inputs<T, 8>};
+
+template <class T>
+void count_entries(const T* x, int64_t rows, int64_t x_stride, int64_t in, int64_t skipped, int64_t* counts) {
+  int64_t nonfinite = 0;
+  for (int64_t r = 0; r < rows; ++r) nonfinite += count_nonfinite(x + r * x_stride, in);
+  __atomic_fetch_add(&counts[0], skipped, __ATOMIC_RELAXED);
+  __atomic_fetch_add(&counts[1], in * rows, __ATOMIC_RELAXED);
+  if (nonfinite) __atomic_fetch_add(&counts[2], nonfinite, __ATOMIC_RELAXED);
+}
+
 // sums[r] += the weights of K inputs times their values, over one tile. `ahead`: weights to fetch meanwhile.
 template <class T, int R, int K>
 DEADBAND_INLINE void add_inputs(const T* const* weight, const float* value, const T* const* ahead, int64_t width,
@@ -205,13 +219,7 @@ int stream_rows(const T* x, int64_t x_stride, int64_t in, const T* weight, int64
   float* scratch = (float*)(shared + index_bytes + value_bytes);
 
   int64_t skipped = select_inputs<T, R>(x, x_stride, in, rule, &kept);
-  if (counts) {
-    __atomic_fetch_add(&counts[0], skipped, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&counts[1], in * R, __ATOMIC_RELAXED);
-    int64_t nonfinite = 0;
-    for (int r = 0; r < R; ++r) nonfinite += count_nonfinite(x + r * x_stride, in);
-    if (nonfinite) __atomic_fetch_add(&counts[2], nonfinite, __ATOMIC_RELAXED);
-  }
+  if (counts) count_entries(x, R, x_stride, in, skipped, counts);
   threads = threads_for(kept.count * out * (int64_t)sizeof(T), kBytesPerThread, threads);
   parallel(threads, [&](int part, int parts) {
     Range mine = share(out, 64, part, parts);

@@ -24,6 +24,13 @@ _SIGNATURES = {
         c_int,
         [c_int, c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int],
     ),
+    "deadband_quantized_linear": (
+        c_int,
+        [
+            *[c_int, c_void_p, *[c_int64] * 3, c_int, *[c_void_p] * 3, *[c_int64] * 2, *[c_void_p] * 5, c_int],
+            *[c_void_p, c_int, c_void_p],
+        ],
+    ),
     "deadband_observe": (
         c_int,
         [c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int],

@@ -1,0 +1,5 @@
+#if defined(__x86_64__)
+#define DEADBAND_TABLE kernels_x86_64_v4_vnni
+#define DEADBAND_ISA "x86-64-v4-vnni"
+#include "kernels-inl.h"
+#endif

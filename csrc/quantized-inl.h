@@ -1,0 +1,388 @@
+// y = x . W with W quantised to 8 or 4 bits and stored [in, out]. kernels.h says how.
+//
+// Entries of x become 16-bit integers, with a step of their own for each chunk of inputs, and the products are integer:
+// four kept inputs at a time, whose bytes are interleaved in registers, so that any four can be neighbours and a skipped
+// one costs nothing. The rounding of x (2^-16 of the chunk's largest entry) is far below that of bfloat16.
+//
+// One row takes the short way: a chunk's weights pass once, from memory to registers. With more rows the interleaved
+// bytes go to a panel in the first-level cache, and the rows meet it there, kPanelTile at a time.
+
+// Inputs of one chunk: of one group, so that they share their scales, and few enough for the 32-bit sums.
+constexpr int64_t kChunkOne = 32, kChunkMany = 128;
+constexpr int64_t kSumsTile = 8192;  // float32 sums of a tile of outputs: they stay in the first-level cache
+constexpr int64_t kSumsMany = 32768;  // with several rows, in the second-level
+constexpr int64_t kQuantizedRows = 256;  // rows of x that are encoded at a time
+constexpr int64_t kEncodedPerThread = 16384;
+constexpr int kPanelTile = kParts == 2 ? 3 : 6;  // rows whose sums fit the registers, 4 * kParts vectors each
+
+DEADBAND_INLINE const uint8_t* end_of(const Quantized& w) { return w.codes + w.in * w.row_bytes; }
+
+struct Chunk {
+  int64_t entry, count;  // the kept inputs in it
+  int64_t first, quads;  // the quads that they fill
+  int64_t group;
+};
+
+// x, quantised, chunk by chunk.
+struct Encoded {
+  int64_t rows, chunks;
+  Chunk* chunk;
+  int64_t* offset;  // [4 * quads]: where in the codes the weights of an input begin
+  int32_t* words;   // [quads][rows][2], as the product takes them
+  float* step;      // [chunks][rows]: an entry is its integer times this
+  int32_t* sum;     // [chunks][rows]: of the integers
+};
+
+// Integers for `count` values, filled up with zeros to whole quads. Returns the step; NaN if a value is not finite.
+DEADBAND_INLINE float encode_values(const float* values, int64_t count, int64_t quads, int32_t* words,
+                                    int64_t words_stride, int32_t* sum) {
+  int32_t integers[kChunkMany] = {};
+  float largest = 0.0f;
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    float size = __builtin_fabsf(values[i]);
+    largest = size > largest ? size : largest;
+    bad |= !(size <= 3.40282347e38f);
+  }
+  float inverse = kLargestEntry / largest;
+  if (!(inverse <= 3.40282347e38f)) inverse = 0.0f;  // all zero, or too small to matter
+  int32_t all = 0;
+  if (!bad)
+    for (int64_t i = 0; i < count; ++i) {
+      float scaled = values[i] * inverse;
+      integers[i] = (int32_t)(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
+      all += integers[i];
+    }
+  for (int64_t q = 0; q < quads; ++q) encode_entries(integers + 4 * q, words + q * words_stride);
+  *sum = all;
+  return bad ? __builtin_nanf("") : largest / kLargestEntry;
+}
+
+// Cuts the kept inputs (all where `index` is NULL) into chunks, and notes where their weights lie.
+int64_t cut_chunks(const int32_t* index, int64_t count, const Quantized& w, int64_t most, Encoded* x) {
+  int64_t chunks = 0, quads = 0;
+  for (int64_t i = 0; i < count;) {
+    int64_t group = (index ? index[i] : i) / w.group_size, end = (group + 1) * w.group_size, first = i;
+    int64_t limit = min_of(i + most, count);
+    while (i < limit && (index ? index[i] : i) < end) ++i;
+    x->chunk[chunks++] = {first, i - first, quads, (i - first + 3) / 4, group};
+    int64_t* to = x->offset + 4 * quads;
+    for (int64_t k = first; k < i; ++k) to[k - first] = (index ? index[k] : k) * w.row_bytes;
+    for (int64_t k = i - first; k & 3; ++k) to[k] = to[k - 1];
+    quads += (i - first + 3) / 4;
+  }
+  x->chunks = chunks;
+  return quads;
+}
+
+// The vectors of columns that one vector of bytes holds: those of the bytes, or of the lower and the upper nibbles.
+template <int Bits>
+constexpr int kColumns = Bits == 8 ? 4 : 8;
+template <int Bits>
+constexpr int64_t kOutputs = kColumns<Bits> * kLanes;
+
+// Where vector `v` of a block's columns, in order, has its outputs: bytes of nibbles hold b and 16 + b of 32.
+template <int Bits>
+DEADBAND_INLINE int64_t output_of(int v) {
+  if (Bits == 8) return v * kLanes;
+  int64_t byte = v % 4 * kLanes;
+  return byte / 16 * 32 + byte % 16 + v / 4 * 16;
+}
+
+// Bytes of one block: whole, or those before the end of the codes. Those of the next row, which a short block at the
+// end of a row meets, go to sums that nobody reads.
+DEADBAND_INLINE Vb load_block(const uint8_t* p, const uint8_t* end) {
+  if (p + kVectorBytes <= end) return load_bytes(p);
+  uint8_t block[kVectorBytes] = {};
+  if (p < end) memcpy(block, p, end - p);
+  return load_bytes(block);
+}
+DEADBAND_INLINE Vf load_scales(const uint16_t* p, int64_t left) {
+  if (left >= kLanes) return load_half(p);
+  uint16_t part[kLanes] = {};
+  if (left > 0) memcpy(part, p, left * sizeof *p);
+  return load_half(part);
+}
+
+// The integer sums of a block, in interleave's order -> float32 sums, in the order of outputs.
+// `left`: outputs of the matrix from the block's first on. scales, minimum: at the block's first output.
+template <int Bits, bool Upper = false>
+DEADBAND_INLINE void flush(Vi* totals, float step, int32_t sum, const uint16_t* scales, const uint16_t* minimum,
+                           int64_t left, float* sums) {
+  order_columns(totals);
+  Vi zero = splat_int((Bits == 8 ? kCodeZero : minimum ? 0 : 8) * sum);
+  Vf steps = splat(step), lowest = splat(step * (float)sum);
+  for (int v = 0; v < 4; ++v) {
+    int64_t o = output_of<Bits>(v + (Upper ? 4 : 0));
+    Vf value = __builtin_convertvector(totals[v] - zero, Vf) * steps;
+    if (scales) value *= load_scales(scales + o, left - o);
+    if (minimum) value += load_scales(minimum + o, left - o) * lowest;
+    store(sums + o, load(sums + o) + value);
+  }
+}
+
+// The upper nibbles' sums: those of whole bytes less those of the lower nibbles, where bytes count as unsigned.
+#if defined(__ARM_FEATURE_DOTPROD)
+DEADBAND_INLINE Vb upper_nibbles(Vb codes) { return codes >> 4; }
+DEADBAND_INLINE Vi upper_total(Vi sum, Vi) { return sum; }
+#else
+DEADBAND_INLINE Vb upper_nibbles(Vb codes) { return codes; }
+DEADBAND_INLINE Vi upper_total(Vi sum, Vi lower) { return (sum - lower) >> 4; }
+#endif
+
+// One row of x: a chunk's weights of one block. `p`: the block's column in the first row of codes. `ahead`: how many
+// inputs later those are that are fetched meanwhile.
+template <int Bits, bool Whole>
+DEADBAND_INLINE void stream_block(const uint8_t* p, const uint8_t* end, const int64_t* offset, int64_t quads,
+                                  int64_t ahead, const int32_t* words, Vi* totals) {
+  Vi sums[kColumns<Bits>][kParts] = {};
+  for (int64_t q = 0; q < quads; ++q, offset += 4, words += 2) {
+    Vb rows[4], columns[4];
+    for (int k = 0; k < 4; ++k) {
+      __builtin_prefetch(p + offset[ahead + k], 0, 2);
+      rows[k] = Whole ? load_bytes(p + offset[k]) : load_block(p + offset[k], end);
+    }
+    interleave(rows, columns);
+    for (int c = 0; c < 4; ++c) {
+      if constexpr (Bits == 8)
+        multiply_add(sums[c], from_signed(columns[c]), words);
+      else {
+        multiply_add(sums[c], columns[c] & 15, words);
+        multiply_add(sums[4 + c], upper_nibbles(columns[c]), words);
+      }
+    }
+  }
+  for (int c = 0; c < 4; ++c) {
+    totals[c] = total(sums[c]);
+    if constexpr (Bits == 4) totals[4 + c] = upper_total(total(sums[4 + c]), totals[c]);
+  }
+}
+
+// One row of x, outputs [begin, end): sums += the product with all chunks.
+template <int Bits>
+void stream_outputs(const Quantized& w, const Encoded& x, Range outputs, float* sums) {
+  constexpr int64_t kStep = kOutputs<Bits>;
+  const uint8_t* column = w.codes + outputs.begin * Bits / 8;
+  // Blocks whose bytes lie inside the codes, whichever row they are of.
+  int64_t inside = w.out * Bits / 8 - outputs.begin * Bits / 8 - kVectorBytes;
+  for (int64_t c = 0; c < x.chunks; ++c) {
+    const Chunk& chunk = x.chunk[c];
+    const int64_t* offset = x.offset + 4 * chunk.first;
+    const int32_t* words = x.words + 2 * chunk.first;
+    int64_t ahead = c + 1 < x.chunks ? 4 * chunk.quads : 0;
+    const uint16_t* scales = w.scales ? w.scales + chunk.group * w.out : nullptr;
+    const uint16_t* minimum = w.minimum ? w.minimum + chunk.group * w.out : nullptr;
+    for (int64_t o = outputs.begin; o < outputs.end; o += kStep) {
+      Vi totals[kColumns<Bits>];
+      int64_t byte = (o - outputs.begin) * Bits / 8;
+      if (byte <= inside)
+        stream_block<Bits, true>(column + byte, end_of(w), offset, chunk.quads, ahead, words, totals);
+      else
+        stream_block<Bits, false>(column + byte, end_of(w), offset, chunk.quads, ahead, words, totals);
+      const uint16_t* own_scales = scales ? scales + o : nullptr;
+      const uint16_t* own_minimum = minimum ? minimum + o : nullptr;
+      float* own = sums + o - outputs.begin;
+      flush<Bits>(totals, x.step[c], x.sum[c], own_scales, own_minimum, w.out - o, own);
+      if constexpr (Bits == 4)
+        flush<Bits, true>(totals + 4, x.step[c], x.sum[c], own_scales, own_minimum, w.out - o, own);
+    }
+  }
+}
+
+// A chunk's weights of one block, interleaved: [quads][4], of nibbles the lower ones and then the upper.
+template <int Bits>
+DEADBAND_INLINE void fill_panel(const uint8_t* p, const uint8_t* end, const Chunk& chunk, const int64_t* offset,
+                                int64_t ahead, Vb* panel) {
+  for (int64_t q = 0; q < chunk.quads; ++q, offset += 4) {
+    Vb rows[4], columns[4];
+    for (int k = 0; k < 4; ++k) {
+      __builtin_prefetch(p + offset[ahead + k], 0, 2);
+      rows[k] = load_block(p + offset[k], end);
+    }
+    interleave(rows, columns);
+    for (int c = 0; c < 4; ++c) {
+      if constexpr (Bits == 8)
+        panel[4 * q + c] = from_signed(columns[c]);
+      else {
+        panel[4 * q + c] = columns[c] & 15;
+        panel[4 * (kChunkMany / 4 + q) + c] = (Vb)((Vu)columns[c] >> 4) & 15;
+      }
+    }
+  }
+}
+
+// R rows of x meet a panel. sums: [R][sums_stride].
+template <int Bits, bool Upper, int R>
+void multiply_panel(const Vb* panel, const Chunk& chunk, const int32_t* words, int64_t rows, const float* step,
+                    const int32_t* sum, const uint16_t* scales, const uint16_t* minimum, int64_t left, float* sums,
+                    int64_t sums_stride) {
+  Vi parts[R][4][kParts] = {};
+  for (int64_t q = 0; q < chunk.quads; ++q)
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < 4; ++c) multiply_add(parts[r][c], panel[4 * q + c], words + 2 * (q * rows + r));
+  for (int r = 0; r < R; ++r) {
+    Vi totals[4];
+    for (int c = 0; c < 4; ++c) totals[c] = total(parts[r][c]);
+    flush<Bits, Upper>(totals, step[r], sum[r], scales, minimum, left, sums + r * sums_stride);
+  }
+}
+
+template <int Bits, bool Upper, int R = kPanelTile, class... Rest>
+DEADBAND_INLINE void multiply_panel_rows(int64_t count, const Vb* panel, Rest... rest) {
+  if constexpr (R > 1)
+    if (count < R) return multiply_panel_rows<Bits, Upper, R - 1>(count, panel, rest...);
+  multiply_panel<Bits, Upper, R>(panel, rest...);
+}
+
+// Several rows of x, outputs [begin, end): sums[rows][stride] += the product with all chunks.
+template <int Bits>
+void panel_outputs(const Quantized& w, const Encoded& x, Range outputs, float* sums, int64_t stride, Vb* panel) {
+  for (int64_t c = 0; c < x.chunks; ++c) {
+    const Chunk& chunk = x.chunk[c];
+    const int64_t* offset = x.offset + 4 * chunk.first;
+    int64_t ahead = c + 1 < x.chunks ? 4 * chunk.quads : 0;
+    for (int64_t o = outputs.begin; o < outputs.end; o += kOutputs<Bits>) {
+      const uint16_t* scales = w.scales ? w.scales + chunk.group * w.out + o : nullptr;
+      const uint16_t* minimum = w.minimum ? w.minimum + chunk.group * w.out + o : nullptr;
+      fill_panel<Bits>(w.codes + o * Bits / 8, end_of(w), chunk, offset, ahead, panel);
+      for (int64_t r = 0; r < x.rows; r += kPanelTile) {
+        const int32_t* words = x.words + 2 * (chunk.first * x.rows + r);
+        const float* step = x.step + c * x.rows + r;
+        const int32_t* sum = x.sum + c * x.rows + r;
+        float* own = sums + r * stride + o - outputs.begin;
+        multiply_panel_rows<Bits, false>(x.rows - r, panel, chunk, words, x.rows, step, sum, scales, minimum,
+                                         w.out - o, own, stride);
+        if constexpr (Bits == 4)
+          multiply_panel_rows<Bits, true>(x.rows - r, panel + kChunkMany, chunk, words, x.rows, step, sum, scales,
+                                          minimum, w.out - o, own, stride);
+      }
+    }
+  }
+}
+
+DEADBAND_INLINE void store_vector(float* p, Vf v) { store(p, v); }
+DEADBAND_INLINE void store_vector(bf16* p, Vf v) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  Halves halves = __builtin_convertvector(rounded_bits(v) >> 16, Halves);
+  memcpy(p, &halves, sizeof halves);
+}
+
+// y = sums * the channels' scales + bias + offset.
+template <class T>
+void finish_outputs(const float* sums, const float* scales, const T* bias, const float* offset, int64_t count, T* y) {
+  for (int64_t o = 0; o < count; ++o) {
+    float value = sums[o];
+    if (scales) value *= scales[o];
+    if (bias) value += to_float(bias[o]);
+    if (offset) value += offset[o];
+    store_one(y + o, value);
+  }
+}
+
+template <class T>
+struct Output {
+  const T* bias;
+  const float* offset;
+  T* y;
+  int64_t stride;
+};
+
+template <class T, int Bits>
+int multiply_encoded(const Quantized& w, const Encoded& x, const Output<T>& target, int threads) {
+  // A tile of outputs is a whole number of blocks, and so is each thread's share: blocks share no cache line then.
+  constexpr int64_t kStep = kOutputs<Bits> > 128 ? kOutputs<Bits> : 128;
+  int64_t tile = kSumsTile;
+  if (x.rows > 1) tile = max_of(kSumsMany / x.rows, 2 * kStep) / kStep * kStep;
+  tile = min_of(tile, round_up(w.out, kStep));
+  size_t panel_bytes = 2 * kChunkMany * kVectorBytes;
+  int error = 0;
+  parallel(threads, [&](int part, int parts) {
+    Range mine = share(w.out, kStep, part, parts);
+    char* own = (char*)workspace(kPrivateSlot, panel_bytes + x.rows * tile * sizeof(float));
+    if (!own) {
+      __atomic_store_n(&error, (int)DEADBAND_NO_MEMORY, __ATOMIC_RELAXED);
+      return;
+    }
+    float* sums = (float*)(own + panel_bytes);
+    for (int64_t o = mine.begin; o < mine.end; o += tile) {
+      Range cut = {o, min_of(o + tile, mine.end)};
+      memset(sums, 0, x.rows * tile * sizeof(float));
+      if (x.rows == 1)
+        stream_outputs<Bits>(w, x, cut, sums);
+      else
+        panel_outputs<Bits>(w, x, cut, sums, tile, (Vb*)own);
+      for (int64_t r = 0; r < x.rows; ++r)
+        finish_outputs(sums + r * tile, w.channel_scales ? w.channel_scales + o : nullptr,
+                       target.bias ? target.bias + o : nullptr, target.offset ? target.offset + o : nullptr,
+                       cut.end - o, target.y + r * target.stride + o);
+    }
+  });
+  return error;
+}
+
+// Rows of x that are encoded together.
+template <class T>
+int quantized_rows(const T* x, int64_t rows, int64_t x_stride, const Quantized& w, const Rule& rule,
+                   const Output<T>& target, int threads, int64_t* counts) {
+  int64_t in = w.in, most = rows == 1 ? kChunkOne : kChunkMany;
+  int64_t chunks = in / min_of(most, w.group_size) + in / w.group_size + 2, quads = in / 4 + chunks;
+  bool select = rule.threshold;
+  size_t index_bytes = select ? round_up(in * sizeof(int32_t), 64) : 0;
+  size_t value_bytes = select ? round_up(in * rows * sizeof(float), 64) : 0;
+  size_t chunk_bytes = round_up(chunks * sizeof(Chunk), 64), offset_bytes = round_up(quads * 4 * sizeof(int64_t), 64);
+  size_t words_bytes = round_up(quads * rows * 2 * sizeof(int32_t), 64);
+  size_t step_bytes = round_up(chunks * rows * sizeof(float), 64);
+  char* shared = (char*)workspace(kSharedSlot, index_bytes + value_bytes + chunk_bytes + offset_bytes + words_bytes +
+                                                   2 * step_bytes);
+  if (!shared) return DEADBAND_NO_MEMORY;
+  Kept kept = {(int32_t*)shared, (float*)(shared + index_bytes), in};
+  shared += index_bytes + value_bytes;
+  Encoded encoded = {rows, 0, (Chunk*)shared, (int64_t*)(shared + chunk_bytes),
+                     (int32_t*)(shared + chunk_bytes + offset_bytes),
+                     (float*)(shared + chunk_bytes + offset_bytes + words_bytes),
+                     (int32_t*)(shared + chunk_bytes + offset_bytes + words_bytes + step_bytes)};
+  if (select) {
+    int64_t skipped = kSelect<T>[rows - 1](x, x_stride, in, rule, &kept);
+    if (counts) count_entries(x, rows, x_stride, in, skipped, counts);
+  }
+  quads = cut_chunks(select ? kept.index : nullptr, kept.count, w, most, &encoded);
+  int64_t bytes = kept.count * w.row_bytes;
+  threads = rows == 1 ? threads_for(bytes, kBytesPerThread, threads)
+                      : threads_for(rows * kept.count * w.out, kOperationsPerThread, threads);
+  parallel(threads_for(rows * kept.count, kEncodedPerThread, threads), [&](int part, int parts) {
+    Range mine = share(encoded.chunks, 1, part, parts);
+    for (int64_t c = mine.begin; c < mine.end; ++c)
+      for (int64_t r = 0; r < rows; ++r) {
+        const Chunk& chunk = encoded.chunk[c];
+        float values[kChunkMany];
+        for (int64_t k = 0; k < chunk.count; ++k)
+          values[k] = select ? kept.value[(chunk.entry + k) * rows + r] : to_float(x[r * x_stride + chunk.entry + k]);
+        encoded.step[c * rows + r] =
+            encode_values(values, chunk.count, chunk.quads, encoded.words + 2 * (chunk.first * rows + r), 2 * rows,
+                          encoded.sum + c * rows + r);
+      }
+  });
+  return w.bits == 8 ? multiply_encoded<T, 8>(w, encoded, target, threads)
+                     : multiply_encoded<T, 4>(w, encoded, target, threads);
+}
+
+template <class T>
+int quantized_typed(const T* x, int64_t rows, int64_t x_stride, const Quantized& w, const T* bias, const float* offset,
+                    const Rule& rule, T* y, int threads, int64_t* counts) {
+  for (int64_t r = 0; r < rows; r += kQuantizedRows) {
+    Output<T> target = {bias, offset, y + r * w.out, w.out};
+    int error = quantized_rows(x + r * x_stride, min_of(kQuantizedRows, rows - r), x_stride, w, rule, target, threads,
+                               counts);
+    if (error) return error;
+  }
+  return 0;
+}
+
+int quantized(int dtype, const void* x, int64_t rows, int64_t x_stride, const Quantized& weight, const void* bias,
+              const float* offset, const Rule& rule, void* y, int threads, int64_t* counts) {
+  if (dtype == DEADBAND_FLOAT32)
+    return quantized_typed((const float*)x, rows, x_stride, weight, (const float*)bias, offset, rule, (float*)y,
+                           threads, counts);
+  return quantized_typed((const bf16*)x, rows, x_stride, weight, (const bf16*)bias, offset, rule, (bf16*)y, threads,
+                         counts);
+}
