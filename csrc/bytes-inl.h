@@ -2,7 +2,7 @@
 // instruction set has.
 //
 // Codes of weights are unsigned bytes here (signed ones where the dot product wants them so: kCodeZero tells), entries
-// of x are 16-bit integers. An entry travels as two 32-bit words for four inputs, in whatever form the product takes.
+// of x are 16-bit integers. Four of them travel as two 32-bit words, in whatever form the product takes.
 
 typedef int32_t Vi __attribute__((vector_size(kVectorBytes)));
 typedef uint8_t Vb __attribute__((vector_size(kVectorBytes)));
@@ -13,6 +13,29 @@ DEADBAND_INLINE Vb load_bytes(const uint8_t* p) {
   return v;
 }
 DEADBAND_INLINE Vi splat_int(int32_t value) { return value - Vi{}; }
+
+DEADBAND_INLINE int32_t most_of_lanes(Vi v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t lanes[kLanes];
+  memcpy(lanes, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i + width] > lanes[i] ? lanes[i + width] : lanes[i];
+  return lanes[0];
+#endif
+}
+DEADBAND_INLINE int32_t sum_of_lanes(Vi v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t lanes[kLanes];
+  memcpy(lanes, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+#endif
+}
 
 #if defined(__AVX512BW__)
 #define DEADBAND_UNPACK(name) (Vb) _mm512_##name((__m512i)a, (__m512i)b)
@@ -78,22 +101,23 @@ DEADBAND_INLINE void order_columns(Vi* v) {
 #endif
 }
 
-// The dot product of four bytes and four inputs in every 32-bit lane. Inputs are at most kLargestEntry, so that
-// 128 of them and codes up to 255 do not overflow.
+// The dot product of four bytes and four inputs in every 32-bit lane. Inputs are at most kLargestEntry, so that the
+// sums of kMostQuads and codes up to 255 do not overflow. `words`: the first word of a quad; the other follows after as
+// many as there are quads.
 constexpr int32_t kLargestEntry = 127 * 256;
+constexpr int64_t kMostQuads = 32;
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 // Products of bytes with bytes: an entry is 256 * high + low, both signed. Each part has sums of its own.
 constexpr int kParts = 2;
-DEADBAND_INLINE void encode_entries(const int32_t* x, int32_t* words) {
-  uint32_t high = 0, low = 0;
-  for (int k = 0; k < 4; ++k) {
-    int32_t lower = (int8_t)x[k];
-    low |= (uint32_t)(uint8_t)lower << (8 * k);
-    high |= (uint32_t)(uint8_t)((x[k] - lower) >> 8) << (8 * k);
+DEADBAND_INLINE void encode_entries(const int32_t* x, int64_t quads, int32_t* words) {
+  int8_t high[4 * kMostQuads], low[4 * kMostQuads];
+  for (int64_t i = 0; i < 4 * quads; ++i) {
+    low[i] = (int8_t)x[i];
+    high[i] = (int8_t)((x[i] - low[i]) >> 8);
   }
-  words[0] = (int32_t)high;
-  words[1] = (int32_t)low;
+  memcpy(words, high, 4 * quads);
+  memcpy(words + quads, low, 4 * quads);
 }
 DEADBAND_INLINE Vi dot_bytes(Vi sum, Vb codes, int32_t word) {
 #if defined(__AVX512VNNI__)
@@ -104,17 +128,19 @@ DEADBAND_INLINE Vi dot_bytes(Vi sum, Vb codes, int32_t word) {
   return (Vi)vdotq_s32((int32x4_t)sum, (int8x16_t)codes, vreinterpretq_s8_s32(vdupq_n_s32(word)));
 #endif
 }
-DEADBAND_INLINE void multiply_add(Vi* sums, Vb codes, const int32_t* words) {
+DEADBAND_INLINE void multiply_add(Vi* sums, Vb codes, const int32_t* words, int64_t quads) {
   sums[0] = dot_bytes(sums[0], codes, words[0]);
-  sums[1] = dot_bytes(sums[1], codes, words[1]);
+  sums[1] = dot_bytes(sums[1], codes, words[quads]);
 }
 DEADBAND_INLINE Vi total(const Vi* sums) { return (sums[0] << 8) + sums[1]; }
 #else
-// Products of 16-bit words: words[0] holds the entries for the bytes 0 and 2 of a lane, words[1] for 1 and 3.
+// Products of 16-bit words: the first word holds the entries for the bytes 0 and 2 of a lane, the other for 1 and 3.
 constexpr int kParts = 1;
-DEADBAND_INLINE void encode_entries(const int32_t* x, int32_t* words) {
-  words[0] = (int32_t)((uint32_t)(uint16_t)x[0] | (uint32_t)x[2] << 16);
-  words[1] = (int32_t)((uint32_t)(uint16_t)x[1] | (uint32_t)x[3] << 16);
+DEADBAND_INLINE void encode_entries(const int32_t* x, int64_t quads, int32_t* words) {
+  for (int64_t q = 0; q < quads; ++q, x += 4) {
+    words[q] = (int32_t)((uint32_t)(uint16_t)x[0] | (uint32_t)x[2] << 16);
+    words[quads + q] = (int32_t)((uint32_t)(uint16_t)x[1] | (uint32_t)x[3] << 16);
+  }
 }
 DEADBAND_INLINE Vi multiply_words(Vi codes, int32_t word) {
 #if defined(__AVX512BW__)
@@ -127,9 +153,9 @@ DEADBAND_INLINE Vi multiply_words(Vi codes, int32_t word) {
   return (codes & 0xffff) * splat_int((int16_t)word) + (codes >> 16) * splat_int(word >> 16);
 #endif
 }
-DEADBAND_INLINE void multiply_add(Vi* sums, Vb codes, const int32_t* words) {
+DEADBAND_INLINE void multiply_add(Vi* sums, Vb codes, const int32_t* words, int64_t quads) {
   Vi even = (Vi)codes & 0x00ff00ff, odd = (Vi)((Vu)codes >> 8) & 0x00ff00ff;
-  sums[0] += multiply_words(even, words[0]) + multiply_words(odd, words[1]);
+  sums[0] += multiply_words(even, words[0]) + multiply_words(odd, words[quads]);
 }
 DEADBAND_INLINE Vi total(const Vi* sums) { return sums[0]; }
 #endif
@@ -150,7 +176,6 @@ DEADBAND_INLINE Vf load_half(const uint16_t* p) {
 #elif defined(__F16C__)
   return (Vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
   Halves halves;
   memcpy(&halves, p, sizeof halves);
   Vu bits = __builtin_convertvector(halves, Vu);

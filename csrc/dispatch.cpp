@@ -38,11 +38,7 @@ void make_workspaces_key() { pthread_key_create(&workspaces_key, free_workspaces
 const KernelTable* const kTables[] = {
     &kernels_baseline,
 #if defined(__x86_64__)
-    &kernels_x86_64_v3,
-    &kernels_x86_64_v3_vnni,
-    &kernels_x86_64_v4,
-    &kernels_x86_64_v4_vnni,
-    &kernels_x86_64_v4_bf16,
+    &kernels_x86_64_v3, &kernels_x86_64_v3_vnni, &kernels_x86_64_v4, &kernels_x86_64_v4_vnni, &kernels_x86_64_v4_bf16,
 #elif defined(__aarch64__)
     &kernels_aarch64_dotprod,
 #endif

@@ -1,16 +1,20 @@
 // y = x . W with W quantised to 8 or 4 bits and stored [in, out]. kernels.h says how.
 //
 // Entries of x become 16-bit integers, with a step of their own for each chunk of inputs, and the products are integer:
-// four kept inputs at a time, whose bytes are interleaved in registers, so that any four can be neighbours and a skipped
-// one costs nothing. The rounding of x (2^-16 of the chunk's largest entry) is far below that of bfloat16.
+// four kept inputs at a time, whose bytes are interleaved in registers, so that any four can be neighbours and a
+// skipped one costs nothing. The rounding of x (2^-16 of the chunk's largest entry) is far below that of bfloat16.
 //
 // One row takes the short way: a chunk's weights pass once, from memory to registers. With more rows the interleaved
 // bytes go to a panel in the first-level cache, and the rows meet it there, kPanelTile at a time.
 
-// Inputs of one chunk: of one group, so that they share their scales, and few enough for the 32-bit sums.
-constexpr int64_t kChunkOne = 32, kChunkMany = 128;
-constexpr int64_t kSumsTile = 8192;  // float32 sums of a tile of outputs: they stay in the first-level cache
-constexpr int64_t kSumsMany = 32768;  // with several rows, in the second-level
+// Inputs of one chunk: of one group, so that they share their scales, and few enough for the 32-bit sums. One row of x
+// has fewer of them: as many rows of codes come from memory side by side.
+constexpr int64_t chunk_of_one(int bits) { return bits == 8 ? 16 : 32; }
+constexpr int64_t kChunkMany = 4 * kMostQuads;
+// Threads share out outputs if each then has so many bytes of every row of codes.
+constexpr int64_t kShortRun = 4096;
+constexpr int64_t kSumsTile = 8192;      // float32 sums of a tile of outputs: they stay in the first-level cache
+constexpr int64_t kSumsMany = 32768;     // with several rows, in the second-level
 constexpr int64_t kQuantizedRows = 256;  // rows of x that are encoded at a time
 constexpr int64_t kEncodedPerThread = 16384;
 constexpr int kPanelTile = kParts == 2 ? 3 : 6;  // rows whose sums fit the registers, 4 * kParts vectors each
@@ -27,35 +31,50 @@ struct Chunk {
 struct Encoded {
   int64_t rows, chunks;
   Chunk* chunk;
-  int64_t* offset;  // [4 * quads]: where in the codes the weights of an input begin
-  int32_t* words;   // [quads][rows][2], as the product takes them
-  float* step;      // [chunks][rows]: an entry is its integer times this
-  int32_t* sum;     // [chunks][rows]: of the integers
+  const uint8_t** codes;  // [4 * quads]: the codes of each input
+  int32_t* words;         // [chunks][rows][2][quads of the chunk], as the product takes them
+  float* step;            // [chunks][rows]: an entry is its integer times this
+  int32_t* sum;           // [chunks][rows]: of the integers
 };
 
-// Integers for `count` values, filled up with zeros to whole quads. Returns the step; NaN if a value is not finite.
-DEADBAND_INLINE float encode_values(const float* values, int64_t count, int64_t quads, int32_t* words,
-                                    int64_t words_stride, int32_t* sum) {
-  int32_t integers[kChunkMany] = {};
-  float largest = 0.0f;
-  uint32_t bad = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    float size = __builtin_fabsf(values[i]);
+// Integers for the values of a chunk. Whole vectors of values are read, those beyond `count` not used. Returns the
+// step; NaN if a value is not finite.
+template <class T>
+DEADBAND_INLINE float encode_values(const T* values, int64_t count, int64_t quads, int32_t* words, int32_t* sum) {
+  Vi numbers;
+  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = lane;
+  auto value_at = [&](int64_t i) __attribute__((always_inline)) {
+    Vf value = load_in_order(values + i);
+    return i + kLanes <= count ? value : (Vf)((Vi)value & (numbers < splat_int((int32_t)(count - i))));
+  };
+  Vi largest = {};  // as bits: those of NaN and infinity are larger than those of any number
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Vi size = (Vi)magnitude(value_at(i));
     largest = size > largest ? size : largest;
-    bad |= !(size <= 3.40282347e38f);
   }
-  float inverse = kLargestEntry / largest;
+  int32_t bits = most_of_lanes(largest);
+  *sum = 0;
+  if (bits >= 0x7f800000) {
+    memset(words, 0, 2 * quads * sizeof *words);
+    return __builtin_nanf("");
+  }
+  float most;
+  memcpy(&most, &bits, sizeof most);
+  float inverse = kLargestEntry / most;
   if (!(inverse <= 3.40282347e38f)) inverse = 0.0f;  // all zero, or too small to matter
-  int32_t all = 0;
-  if (!bad)
-    for (int64_t i = 0; i < count; ++i) {
-      float scaled = values[i] * inverse;
-      integers[i] = (int32_t)(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
-      all += integers[i];
-    }
-  for (int64_t q = 0; q < quads; ++q) encode_entries(integers + 4 * q, words + q * words_stride);
-  *sum = all;
-  return bad ? __builtin_nanf("") : largest / kLargestEntry;
+  int32_t integers[kChunkMany];
+  Vi all = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Vf scaled = value_at(i) * inverse;
+    Vf half = (Vf)(((Vu)scaled & 0x80000000u) | 0x3f000000u);  // away from zero; conversion cuts off
+    Vi each = __builtin_convertvector(scaled + half, Vi);
+    memcpy(integers + i, &each, sizeof each);
+    all += each;
+  }
+  for (int64_t i = round_up(count, kLanes); i < 4 * quads; ++i) integers[i] = 0;
+  encode_entries(integers, quads, words);
+  *sum = sum_of_lanes(all);
+  return most / kLargestEntry;
 }
 
 // Cuts the kept inputs (all where `index` is NULL) into chunks, and notes where their weights lie.
@@ -63,11 +82,11 @@ int64_t cut_chunks(const int32_t* index, int64_t count, const Quantized& w, int6
   int64_t chunks = 0, quads = 0;
   for (int64_t i = 0; i < count;) {
     int64_t group = (index ? index[i] : i) / w.group_size, end = (group + 1) * w.group_size, first = i;
-    int64_t limit = min_of(i + most, count);
-    while (i < limit && (index ? index[i] : i) < end) ++i;
+    i = min_of(i + most, count);
+    while ((index ? index[i - 1] : i - 1) >= end) --i;
     x->chunk[chunks++] = {first, i - first, quads, (i - first + 3) / 4, group};
-    int64_t* to = x->offset + 4 * quads;
-    for (int64_t k = first; k < i; ++k) to[k - first] = (index ? index[k] : k) * w.row_bytes;
+    const uint8_t** to = x->codes + 4 * quads;
+    for (int64_t k = first; k < i; ++k) to[k - first] = w.codes + (index ? index[k] : k) * w.row_bytes;
     for (int64_t k = i - first; k & 3; ++k) to[k] = to[k - 1];
     quads += (i - first + 3) / 4;
   }
@@ -105,8 +124,9 @@ DEADBAND_INLINE Vf load_scales(const uint16_t* p, int64_t left) {
 }
 
 // The integer sums of a block, in interleave's order -> float32 sums, in the order of outputs.
-// `left`: outputs of the matrix from the block's first on. scales, minimum: at the block's first output.
-template <int Bits, bool Upper = false>
+// `left`: outputs of the matrix from the block's first on, all of the block's with Whole. scales, minimum: at the
+// block's first output.
+template <int Bits, bool Upper, bool Whole>
 DEADBAND_INLINE void flush(Vi* totals, float step, int32_t sum, const uint16_t* scales, const uint16_t* minimum,
                            int64_t left, float* sums) {
   order_columns(totals);
@@ -115,8 +135,8 @@ DEADBAND_INLINE void flush(Vi* totals, float step, int32_t sum, const uint16_t* 
   for (int v = 0; v < 4; ++v) {
     int64_t o = output_of<Bits>(v + (Upper ? 4 : 0));
     Vf value = __builtin_convertvector(totals[v] - zero, Vf) * steps;
-    if (scales) value *= load_scales(scales + o, left - o);
-    if (minimum) value += load_scales(minimum + o, left - o) * lowest;
+    if (scales) value *= Whole ? load_half(scales + o) : load_scales(scales + o, left - o);
+    if (minimum) value += (Whole ? load_half(minimum + o) : load_scales(minimum + o, left - o)) * lowest;
     store(sums + o, load(sums + o) + value);
   }
 }
@@ -130,25 +150,25 @@ DEADBAND_INLINE Vb upper_nibbles(Vb codes) { return codes; }
 DEADBAND_INLINE Vi upper_total(Vi sum, Vi lower) { return (sum - lower) >> 4; }
 #endif
 
-// One row of x: a chunk's weights of one block. `p`: the block's column in the first row of codes. `ahead`: how many
-// inputs later those are that are fetched meanwhile.
+// One row of x: a chunk's weights of the block at `byte` of their rows. `ahead`: how many inputs later those are that
+// are fetched meanwhile.
 template <int Bits, bool Whole>
-DEADBAND_INLINE void stream_block(const uint8_t* p, const uint8_t* end, const int64_t* offset, int64_t quads,
+DEADBAND_INLINE void stream_block(const uint8_t* const* codes, int64_t byte, const uint8_t* end, int64_t quads,
                                   int64_t ahead, const int32_t* words, Vi* totals) {
   Vi sums[kColumns<Bits>][kParts] = {};
-  for (int64_t q = 0; q < quads; ++q, offset += 4, words += 2) {
+  for (int64_t q = 0; q < quads; ++q, codes += 4, ++words) {
     Vb rows[4], columns[4];
     for (int k = 0; k < 4; ++k) {
-      __builtin_prefetch(p + offset[ahead + k], 0, 2);
-      rows[k] = Whole ? load_bytes(p + offset[k]) : load_block(p + offset[k], end);
+      __builtin_prefetch(codes[ahead + k] + byte, 0, 2);
+      rows[k] = Whole ? load_bytes(codes[k] + byte) : load_block(codes[k] + byte, end);
     }
     interleave(rows, columns);
     for (int c = 0; c < 4; ++c) {
       if constexpr (Bits == 8)
-        multiply_add(sums[c], from_signed(columns[c]), words);
+        multiply_add(sums[c], from_signed(columns[c]), words, quads);
       else {
-        multiply_add(sums[c], columns[c] & 15, words);
-        multiply_add(sums[4 + c], upper_nibbles(columns[c]), words);
+        multiply_add(sums[c], columns[c] & 15, words, quads);
+        multiply_add(sums[4 + c], upper_nibbles(columns[c]), words, quads);
       }
     }
   }
@@ -158,46 +178,44 @@ DEADBAND_INLINE void stream_block(const uint8_t* p, const uint8_t* end, const in
   }
 }
 
-// One row of x, outputs [begin, end): sums += the product with all chunks.
+// One row of x: sums += the product of a chunk with outputs [begin, end), whole blocks or a part of one.
+template <int Bits, bool Whole>
+DEADBAND_INLINE void stream_chunk(const Quantized& w, const Encoded& x, int64_t c, Range outputs, float* sums) {
+  const Chunk& chunk = x.chunk[c];
+  int64_t ahead = c + 1 < x.chunks ? 4 * chunk.quads : 0;
+  const uint16_t* scales = w.scales ? w.scales + chunk.group * w.out : nullptr;
+  const uint16_t* minimum = w.minimum ? w.minimum + chunk.group * w.out : nullptr;
+  for (int64_t o = outputs.begin; o < outputs.end; o += kOutputs<Bits>, sums += kOutputs<Bits>) {
+    Vi totals[kColumns<Bits>];
+    stream_block<Bits, Whole>(x.codes + 4 * chunk.first, o * Bits / 8, end_of(w), chunk.quads, ahead,
+                              x.words + 2 * chunk.first, totals);
+    const uint16_t *own = scales ? scales + o : nullptr, *lowest = minimum ? minimum + o : nullptr;
+    flush<Bits, false, Whole>(totals, x.step[c], x.sum[c], own, lowest, w.out - o, sums);
+    if constexpr (Bits == 4) flush<Bits, true, Whole>(totals + 4, x.step[c], x.sum[c], own, lowest, w.out - o, sums);
+  }
+}
+
+// One row of x, outputs [begin, end): sums += the product with chunks [begin, end).
 template <int Bits>
-void stream_outputs(const Quantized& w, const Encoded& x, Range outputs, float* sums) {
-  constexpr int64_t kStep = kOutputs<Bits>;
-  const uint8_t* column = w.codes + outputs.begin * Bits / 8;
-  // Blocks whose bytes lie inside the codes, whichever row they are of.
-  int64_t inside = w.out * Bits / 8 - outputs.begin * Bits / 8 - kVectorBytes;
-  for (int64_t c = 0; c < x.chunks; ++c) {
-    const Chunk& chunk = x.chunk[c];
-    const int64_t* offset = x.offset + 4 * chunk.first;
-    const int32_t* words = x.words + 2 * chunk.first;
-    int64_t ahead = c + 1 < x.chunks ? 4 * chunk.quads : 0;
-    const uint16_t* scales = w.scales ? w.scales + chunk.group * w.out : nullptr;
-    const uint16_t* minimum = w.minimum ? w.minimum + chunk.group * w.out : nullptr;
-    for (int64_t o = outputs.begin; o < outputs.end; o += kStep) {
-      Vi totals[kColumns<Bits>];
-      int64_t byte = (o - outputs.begin) * Bits / 8;
-      if (byte <= inside)
-        stream_block<Bits, true>(column + byte, end_of(w), offset, chunk.quads, ahead, words, totals);
-      else
-        stream_block<Bits, false>(column + byte, end_of(w), offset, chunk.quads, ahead, words, totals);
-      const uint16_t* own_scales = scales ? scales + o : nullptr;
-      const uint16_t* own_minimum = minimum ? minimum + o : nullptr;
-      float* own = sums + o - outputs.begin;
-      flush<Bits>(totals, x.step[c], x.sum[c], own_scales, own_minimum, w.out - o, own);
-      if constexpr (Bits == 4)
-        flush<Bits, true>(totals + 4, x.step[c], x.sum[c], own_scales, own_minimum, w.out - o, own);
-    }
+void stream_outputs(const Quantized& w, const Encoded& x, Range chunks, Range outputs, float* sums) {
+  int64_t whole = min_of((w.out - outputs.begin) / kOutputs<Bits> * kOutputs<Bits>,
+                         round_up(outputs.end - outputs.begin, kOutputs<Bits>));
+  Range blocks = {outputs.begin, outputs.begin + whole}, rest = {blocks.end, outputs.end};
+  for (int64_t c = chunks.begin; c < chunks.end; ++c) {
+    stream_chunk<Bits, true>(w, x, c, blocks, sums);
+    stream_chunk<Bits, false>(w, x, c, rest, sums + whole);
   }
 }
 
 // A chunk's weights of one block, interleaved: [quads][4], of nibbles the lower ones and then the upper.
 template <int Bits>
-DEADBAND_INLINE void fill_panel(const uint8_t* p, const uint8_t* end, const Chunk& chunk, const int64_t* offset,
+DEADBAND_INLINE void fill_panel(const uint8_t* const* codes, int64_t byte, const uint8_t* end, int64_t quads,
                                 int64_t ahead, Vb* panel) {
-  for (int64_t q = 0; q < chunk.quads; ++q, offset += 4) {
+  for (int64_t q = 0; q < quads; ++q, codes += 4) {
     Vb rows[4], columns[4];
     for (int k = 0; k < 4; ++k) {
-      __builtin_prefetch(p + offset[ahead + k], 0, 2);
-      rows[k] = load_block(p + offset[k], end);
+      __builtin_prefetch(codes[ahead + k] + byte, 0, 2);
+      rows[k] = load_block(codes[k] + byte, end);
     }
     interleave(rows, columns);
     for (int c = 0; c < 4; ++c) {
@@ -213,17 +231,17 @@ DEADBAND_INLINE void fill_panel(const uint8_t* p, const uint8_t* end, const Chun
 
 // R rows of x meet a panel. sums: [R][sums_stride].
 template <int Bits, bool Upper, int R>
-void multiply_panel(const Vb* panel, const Chunk& chunk, const int32_t* words, int64_t rows, const float* step,
-                    const int32_t* sum, const uint16_t* scales, const uint16_t* minimum, int64_t left, float* sums,
-                    int64_t sums_stride) {
+void multiply_panel(const Vb* panel, const Chunk& chunk, const int32_t* words, const float* step, const int32_t* sum,
+                    const uint16_t* scales, const uint16_t* minimum, int64_t left, float* sums, int64_t sums_stride) {
   Vi parts[R][4][kParts] = {};
   for (int64_t q = 0; q < chunk.quads; ++q)
     for (int r = 0; r < R; ++r)
-      for (int c = 0; c < 4; ++c) multiply_add(parts[r][c], panel[4 * q + c], words + 2 * (q * rows + r));
+      for (int c = 0; c < 4; ++c)
+        multiply_add(parts[r][c], panel[4 * q + c], words + 2 * chunk.quads * r + q, chunk.quads);
   for (int r = 0; r < R; ++r) {
     Vi totals[4];
     for (int c = 0; c < 4; ++c) totals[c] = total(parts[r][c]);
-    flush<Bits, Upper>(totals, step[r], sum[r], scales, minimum, left, sums + r * sums_stride);
+    flush<Bits, Upper, false>(totals, step[r], sum[r], scales, minimum, left, sums + r * sums_stride);
   }
 }
 
@@ -239,38 +257,38 @@ template <int Bits>
 void panel_outputs(const Quantized& w, const Encoded& x, Range outputs, float* sums, int64_t stride, Vb* panel) {
   for (int64_t c = 0; c < x.chunks; ++c) {
     const Chunk& chunk = x.chunk[c];
-    const int64_t* offset = x.offset + 4 * chunk.first;
     int64_t ahead = c + 1 < x.chunks ? 4 * chunk.quads : 0;
     for (int64_t o = outputs.begin; o < outputs.end; o += kOutputs<Bits>) {
       const uint16_t* scales = w.scales ? w.scales + chunk.group * w.out + o : nullptr;
       const uint16_t* minimum = w.minimum ? w.minimum + chunk.group * w.out + o : nullptr;
-      fill_panel<Bits>(w.codes + o * Bits / 8, end_of(w), chunk, offset, ahead, panel);
+      fill_panel<Bits>(x.codes + 4 * chunk.first, o * Bits / 8, end_of(w), chunk.quads, ahead, panel);
       for (int64_t r = 0; r < x.rows; r += kPanelTile) {
-        const int32_t* words = x.words + 2 * (chunk.first * x.rows + r);
+        const int32_t* words = x.words + 2 * (chunk.first * x.rows + chunk.quads * r);
         const float* step = x.step + c * x.rows + r;
         const int32_t* sum = x.sum + c * x.rows + r;
         float* own = sums + r * stride + o - outputs.begin;
-        multiply_panel_rows<Bits, false>(x.rows - r, panel, chunk, words, x.rows, step, sum, scales, minimum,
-                                         w.out - o, own, stride);
+        multiply_panel_rows<Bits, false>(x.rows - r, panel, chunk, words, step, sum, scales, minimum, w.out - o, own,
+                                         stride);
         if constexpr (Bits == 4)
-          multiply_panel_rows<Bits, true>(x.rows - r, panel + kChunkMany, chunk, words, x.rows, step, sum, scales,
-                                          minimum, w.out - o, own, stride);
+          multiply_panel_rows<Bits, true>(x.rows - r, panel + kChunkMany, chunk, words, step, sum, scales, minimum,
+                                          w.out - o, own, stride);
       }
     }
   }
 }
 
-DEADBAND_INLINE void store_vector(float* p, Vf v) { store(p, v); }
-DEADBAND_INLINE void store_vector(bf16* p, Vf v) {
-  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-  Halves halves = __builtin_convertvector(rounded_bits(v) >> 16, Halves);
-  memcpy(p, &halves, sizeof halves);
-}
-
 // y = sums * the channels' scales + bias + offset.
 template <class T>
 void finish_outputs(const float* sums, const float* scales, const T* bias, const float* offset, int64_t count, T* y) {
-  for (int64_t o = 0; o < count; ++o) {
+  int64_t o = 0;
+  for (; o + kLanes <= count; o += kLanes) {
+    Vf value = load(sums + o);
+    if (scales) value *= load(scales + o);
+    if (bias) value += load_in_order(bias + o);
+    if (offset) value += load(offset + o);
+    store_in_order(y + o, value);
+  }
+  for (; o < count; ++o) {
     float value = sums[o];
     if (scales) value *= scales[o];
     if (bias) value += to_float(bias[o]);
@@ -287,12 +305,25 @@ struct Output {
   int64_t stride;
 };
 
+template <class T>
+void finish_rows(const Quantized& w, const Output<T>& target, const float* sums, int64_t stride, int64_t rows,
+                 Range outputs) {
+  int64_t o = outputs.begin;
+  for (int64_t r = 0; r < rows; ++r)
+    finish_outputs(sums + r * stride, w.channel_scales ? w.channel_scales + o : nullptr,
+                   target.bias ? target.bias + o : nullptr, target.offset ? target.offset + o : nullptr,
+                   outputs.end - o, target.y + r * target.stride + o);
+}
+
+// A thread's share and a tile of outputs are whole numbers of these: their codes share no cache line then.
+template <int Bits>
+constexpr int64_t kOutputStep = kOutputs<Bits> > 128 ? kOutputs<Bits> : 128;
+
+// Threads share out the outputs.
 template <class T, int Bits>
-int multiply_encoded(const Quantized& w, const Encoded& x, const Output<T>& target, int threads) {
-  // A tile of outputs is a whole number of blocks, and so is each thread's share: blocks share no cache line then.
-  constexpr int64_t kStep = kOutputs<Bits> > 128 ? kOutputs<Bits> : 128;
-  int64_t tile = kSumsTile;
-  if (x.rows > 1) tile = max_of(kSumsMany / x.rows, 2 * kStep) / kStep * kStep;
+int multiply_by_outputs(const Quantized& w, const Encoded& x, const Output<T>& target, int threads) {
+  constexpr int64_t kStep = kOutputStep<Bits>;
+  int64_t tile = x.rows == 1 ? kSumsTile : max_of(kSumsMany / x.rows, 2 * kStep) / kStep * kStep;
   tile = min_of(tile, round_up(w.out, kStep));
   size_t panel_bytes = 2 * kChunkMany * kVectorBytes;
   int error = 0;
@@ -308,41 +339,64 @@ int multiply_encoded(const Quantized& w, const Encoded& x, const Output<T>& targ
       Range cut = {o, min_of(o + tile, mine.end)};
       memset(sums, 0, x.rows * tile * sizeof(float));
       if (x.rows == 1)
-        stream_outputs<Bits>(w, x, cut, sums);
+        stream_outputs<Bits>(w, x, {0, x.chunks}, cut, sums);
       else
         panel_outputs<Bits>(w, x, cut, sums, tile, (Vb*)own);
-      for (int64_t r = 0; r < x.rows; ++r)
-        finish_outputs(sums + r * tile, w.channel_scales ? w.channel_scales + o : nullptr,
-                       target.bias ? target.bias + o : nullptr, target.offset ? target.offset + o : nullptr,
-                       cut.end - o, target.y + r * target.stride + o);
+      finish_rows(w, target, sums, tile, x.rows, cut);
     }
   });
   return error;
+}
+
+// Threads share out the kept inputs, for one row of x and few outputs: runs of memory stay long.
+template <class T, int Bits>
+int multiply_by_inputs(const Quantized& w, const Encoded& x, const Output<T>& target, int threads) {
+  int64_t stride = round_up(w.out, kOutputStep<Bits>);
+  float* sums = (float*)workspace(kPrivateSlot, threads * stride * sizeof(float));
+  if (!sums) return DEADBAND_NO_MEMORY;
+  memset(sums, 0, threads * stride * sizeof(float));
+  parallel(threads, [&](int part, int parts) {
+    stream_outputs<Bits>(w, x, share(x.chunks, 1, part, parts), {0, w.out}, sums + part * stride);
+  });
+  for (int t = 1; t < threads; ++t)
+    for (int64_t o = 0; o < w.out; ++o) sums[o] += sums[t * stride + o];
+  finish_rows(w, target, sums, stride, 1, {0, w.out});
+  return 0;
+}
+
+template <class T, int Bits>
+int multiply_encoded(const Quantized& w, const Encoded& x, const Output<T>& target, int threads) {
+  if (x.rows == 1 && threads > 1 && w.out <= kSumsTile && w.row_bytes < kShortRun * threads)
+    return multiply_by_inputs<T, Bits>(w, x, target, threads);
+  return multiply_by_outputs<T, Bits>(w, x, target, threads);
 }
 
 // Rows of x that are encoded together.
 template <class T>
 int quantized_rows(const T* x, int64_t rows, int64_t x_stride, const Quantized& w, const Rule& rule,
                    const Output<T>& target, int threads, int64_t* counts) {
-  int64_t in = w.in, most = rows == 1 ? kChunkOne : kChunkMany;
+  int64_t in = w.in, most = rows == 1 ? chunk_of_one(w.bits) : kChunkMany;
   int64_t chunks = in / min_of(most, w.group_size) + in / w.group_size + 2, quads = in / 4 + chunks;
   bool select = rule.threshold;
-  size_t index_bytes = select ? round_up(in * sizeof(int32_t), 64) : 0;
-  size_t value_bytes = select ? round_up(in * rows * sizeof(float), 64) : 0;
-  size_t chunk_bytes = round_up(chunks * sizeof(Chunk), 64), offset_bytes = round_up(quads * 4 * sizeof(int64_t), 64);
+  size_t index_bytes = select ? kept_bytes(in, sizeof(int32_t)) : 0;
+  size_t value_bytes = select ? kept_bytes(in * rows, sizeof(float)) : 0;
+  size_t chunk_bytes = round_up(chunks * sizeof(Chunk), 64), codes_bytes = round_up(quads * 4 * sizeof(char*), 64);
   size_t words_bytes = round_up(quads * rows * 2 * sizeof(int32_t), 64);
   size_t step_bytes = round_up(chunks * rows * sizeof(float), 64);
-  char* shared = (char*)workspace(kSharedSlot, index_bytes + value_bytes + chunk_bytes + offset_bytes + words_bytes +
-                                                   2 * step_bytes);
+  char* shared = (char*)workspace(kSharedSlot,
+                                  index_bytes + value_bytes + chunk_bytes + codes_bytes + words_bytes + 2 * step_bytes);
   if (!shared) return DEADBAND_NO_MEMORY;
   Kept kept = {(int32_t*)shared, (float*)(shared + index_bytes), in};
   shared += index_bytes + value_bytes;
-  Encoded encoded = {rows, 0, (Chunk*)shared, (int64_t*)(shared + chunk_bytes),
-                     (int32_t*)(shared + chunk_bytes + offset_bytes),
-                     (float*)(shared + chunk_bytes + offset_bytes + words_bytes),
-                     (int32_t*)(shared + chunk_bytes + offset_bytes + words_bytes + step_bytes)};
+  Encoded encoded = {rows,
+                     0,
+                     (Chunk*)shared,
+                     (const uint8_t**)(shared + chunk_bytes),
+                     (int32_t*)(shared + chunk_bytes + codes_bytes),
+                     (float*)(shared + chunk_bytes + codes_bytes + words_bytes),
+                     (int32_t*)(shared + chunk_bytes + codes_bytes + words_bytes + step_bytes)};
   if (select) {
-    int64_t skipped = kSelect<T>[rows - 1](x, x_stride, in, rule, &kept);
+    int64_t skipped = kSelect<T>[rows - 1](x, x_stride, in, rule, & kept);
     if (counts) count_entries(x, rows, x_stride, in, skipped, counts);
   }
   quads = cut_chunks(select ? kept.index : nullptr, kept.count, w, most, &encoded);
@@ -351,16 +405,22 @@ int quantized_rows(const T* x, int64_t rows, int64_t x_stride, const Quantized& 
                       : threads_for(rows * kept.count * w.out, kOperationsPerThread, threads);
   parallel(threads_for(rows * kept.count, kEncodedPerThread, threads), [&](int part, int parts) {
     Range mine = share(encoded.chunks, 1, part, parts);
-    for (int64_t c = mine.begin; c < mine.end; ++c)
+    for (int64_t c = mine.begin; c < mine.end; ++c) {
+      const Chunk& chunk = encoded.chunk[c];
       for (int64_t r = 0; r < rows; ++r) {
-        const Chunk& chunk = encoded.chunk[c];
-        float values[kChunkMany];
-        for (int64_t k = 0; k < chunk.count; ++k)
-          values[k] = select ? kept.value[(chunk.entry + k) * rows + r] : to_float(x[r * x_stride + chunk.entry + k]);
-        encoded.step[c * rows + r] =
-            encode_values(values, chunk.count, chunk.quads, encoded.words + 2 * (chunk.first * rows + r), 2 * rows,
-                          encoded.sum + c * rows + r);
+        int32_t* words = encoded.words + 2 * (chunk.first * rows + chunk.quads * r);
+        int32_t* sum = encoded.sum + c * rows + r;
+        float* step = encoded.step + c * rows + r;
+        float values[kChunkMany + kLanes];
+        const float* from = values;
+        if (select && rows == 1)
+          from = kept.value + chunk.entry;
+        else
+          for (int64_t k = 0; k < chunk.count; ++k)
+            values[k] = select ? kept.value[(chunk.entry + k) * rows + r] : to_float(x[r * x_stride + chunk.entry + k]);
+        *step = encode_values(from, chunk.count, chunk.quads, words, sum);
       }
+    }
   });
   return w.bits == 8 ? multiply_encoded<T, 8>(w, encoded, target, threads)
                      : multiply_encoded<T, 4>(w, encoded, target, threads);
@@ -371,8 +431,8 @@ int quantized_typed(const T* x, int64_t rows, int64_t x_stride, const Quantized&
                     const Rule& rule, T* y, int threads, int64_t* counts) {
   for (int64_t r = 0; r < rows; r += kQuantizedRows) {
     Output<T> target = {bias, offset, y + r * w.out, w.out};
-    int error = quantized_rows(x + r * x_stride, min_of(kQuantizedRows, rows - r), x_stride, w, rule, target, threads,
-                               counts);
+    int error =
+        quantized_rows(x + r * x_stride, min_of(kQuantizedRows, rows - r), x_stride, w, rule, target, threads, counts);
     if (error) return error;
   }
   return 0;

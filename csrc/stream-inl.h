@@ -20,6 +20,9 @@ struct Kept {
   int64_t count;
 };
 
+// select_inputs writes whole vectors.
+DEADBAND_INLINE size_t kept_bytes(int64_t count, size_t bytes) { return round_up((count + kLanes) * bytes, 64); }
+
 template <class T>
 float norm_of(const T* x, int64_t in) {
   constexpr int kParts = 32;  // sums side by side: as many as there are lanes, so that the compiler uses them
@@ -76,7 +79,18 @@ int64_t select_inputs(const T* x, int64_t x_stride, int64_t in, const Rule& rule
   float limit[R];
   for (int r = 0; r < R; ++r) limit[r] = limit_of(x + r * x_stride, in, rule);
   const float *scale = rule.scale, *center = rule.center;
-  for (int64_t i = 0; i < in; ++i) {
+  int64_t i = 0;
+  if constexpr (R == 1) {
+    for (; i + kLanes <= in; i += kLanes) {
+      Vf value = load_in_order(x + i);
+      if (center) value -= load(center + i);
+      Vf score = magnitude(value);
+      if (scale) score *= load(scale + i);
+      count += store_kept(kept->value + count, kept->index + count, value, ~(Vu)(score <= limit[0]), (int32_t)i);
+    }
+    skipped = i - count;
+  }
+  for (; i < in; ++i) {
     bool any = false;
     for (int64_t r = 0; r < rows; ++r) {
       float value = to_float(x[r * x_stride + i]);
@@ -211,7 +225,7 @@ int stream_rows(const T* x, int64_t x_stride, int64_t in, const T* weight, int64
   threads = threads_for(in * out * (int64_t)sizeof(T), kBytesPerThread, threads);
   int64_t tile = kTile / R;
   int64_t stride = min_of(tile, round_up(out, kBlock));
-  size_t index_bytes = round_up(in * sizeof(int32_t), 64), value_bytes = round_up(in * R * sizeof(float), 64);
+  size_t index_bytes = kept_bytes(in, sizeof(int32_t)), value_bytes = kept_bytes(in * R, sizeof(float));
   size_t sums_bytes = 2 * R * stride * sizeof(float);
   char* shared = (char*)workspace(kSharedSlot, index_bytes + value_bytes + threads * sums_bytes);
   if (!shared) return DEADBAND_NO_MEMORY;

@@ -64,6 +64,20 @@ DEADBAND_INLINE void store_pair(bf16* p, Pair v) {
   memcpy(p, &u, sizeof u);
 }
 
+// One vector, in order: not for the inner loops of bfloat16.
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+DEADBAND_INLINE Vf load_in_order(const float* p) { return load(p); }
+DEADBAND_INLINE Vf load_in_order(const bf16* p) {
+  Halves halves;
+  memcpy(&halves, p, sizeof halves);
+  return (Vf)(__builtin_convertvector(halves, Vu) << 16);
+}
+DEADBAND_INLINE void store_in_order(float* p, Vf v) { store(p, v); }
+DEADBAND_INLINE void store_in_order(bf16* p, Vf v) {
+  Halves halves = __builtin_convertvector(rounded_bits(v) >> 16, Halves);
+  memcpy(p, &halves, sizeof halves);
+}
+
 // The first `count` < kBlock entries, and zeros.
 template <class T>
 DEADBAND_INLINE Pair load_pair_part(const T* p, int64_t count) {
@@ -76,6 +90,29 @@ DEADBAND_INLINE void store_pair_part(T* p, Pair v, int64_t count) {
   T block[kBlock];
   store_pair(block, v);
   memcpy(p, block, count * sizeof(T));
+}
+
+DEADBAND_INLINE Vf magnitude(Vf v) { return (Vf)((Vu)v & 0x7fffffffu); }
+
+// The lanes with `keep`, and their numbers from `first` on, side by side; writes whole vectors. Returns how many.
+DEADBAND_INLINE int64_t store_kept(float* values, int32_t* index, Vf v, Vu keep, int32_t first) {
+#if defined(__AVX512F__)
+  __mmask16 mask = _mm512_test_epi32_mask((__m512i)keep, (__m512i)keep);
+  __m512i numbers = _mm512_add_epi32(_mm512_set1_epi32(first),
+                                     _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  // compressing to memory instead is slow on AMD
+  store(values, (Vf)_mm512_maskz_compress_ps(mask, (__m512)v));
+  _mm512_storeu_si512(index, _mm512_maskz_compress_epi32(mask, numbers));
+  return __builtin_popcount(mask);
+#else
+  int64_t count = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    values[count] = v[lane];
+    index[count] = first + lane;
+    count += keep[lane] & 1;
+  }
+  return count;
+#endif
 }
 
 DEADBAND_INLINE float sum_lanes(Vf v) {
