@@ -20,6 +20,14 @@ deadband::sparse_linear(x, weight, bias, threshold, scale, center, offset, relat
 deadband::dense_linear(x, weight, bias) -> y
 
     the same product with nothing skipped, for layers that decode faster on the kernels than on torch
+
+deadband::quantized_linear(x, codes, scales, minimum, bias, group_size, threshold, scale, center, offset, relative,
+                           sparse_rows, counts) -> y
+
+    sparse_linear with a weight of 8 or 4 bits, for x of any floating-point dtype. `deadband.quantization` explains
+    codes, scales and minimum; group_size inputs share their scales, or with 0 all of them. Without a threshold (None)
+    nothing is skipped. The kernels round x to 16 bits, up to 128 inputs at a time by the largest of them that is kept;
+    a row of which such an entry is NaN or infinite gives NaN.
 """
 
 from __future__ import annotations
@@ -37,6 +45,12 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor? minimum, Tensor? bias, int group_size, "
+    "Tensor? threshold, Tensor? scale, Tensor? center, Tensor? offset, bool relative, int sparse_rows, "
+    "Tensor(a!)? counts) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 COUNTS = 3
@@ -76,8 +90,59 @@ def dense_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return F.linear(x, weight, bias).contiguous()
 
 
+def dequantize(codes: Tensor, scales: Tensor, minimum: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor:
+    """The weight [out_features, in_features] that `deadband.quantization.QuantizedWeight` stores, computed in float32."""
+    inputs, outputs = codes.shape[0], scales.shape[1]
+    group_size = group_size or max(inputs, 1)
+    weight = torch.empty(outputs, inputs, dtype=dtype, device=codes.device)
+    for group in range(-(-inputs // group_size)):  # a group at a time: no float32 copy of the whole
+        at = slice(group * group_size, (group + 1) * group_size)
+        values = codes[at].float() if codes.dtype == torch.int8 else unpack_nibbles(codes[at], outputs).float()
+        if codes.dtype != torch.int8 and minimum is None:
+            values -= 8
+        values *= scales[group].float()
+        if minimum is not None:
+            values += minimum[group].float()
+        weight[:, at] = values.T
+    return weight
+
+
+NIBBLES = 32  # outputs whose 4-bit codes lie together: 16 in the lower halves of as many bytes, 16 in the upper
+
+
+def unpack_nibbles(packed: Tensor, outputs: int) -> Tensor:
+    """uint8 [in, ceil(out / 32) * 16] -> the codes [in, out], from 0 to 15."""
+    halves = packed.view(packed.shape[0], packed.shape[1] // (NIBBLES // 2), 1, NIBBLES // 2)
+    return torch.cat([halves & 15, halves >> 4], 2).flatten(1)[:, :outputs]
+
+
+def quantized_linear_reference(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    threshold: Tensor | None,
+    scale: Tensor | None,
+    center: Tensor | None,
+    offset: Tensor | None,
+    relative: bool,
+    sparse_rows: int,
+    counts: Tensor | None,
+) -> Tensor:
+    """What the operator means, in plain torch; the module's docstring explains the arguments."""
+    if threshold is not None and x.shape[:-1].numel() <= sparse_rows:
+        keep = keep_mask(x, threshold, scale, center, relative)
+        if counts is not None:
+            count_(counts, x, keep)
+        x = fill(x, keep, center)
+    return F.linear(x, dequantize(codes, scales, minimum, group_size, x.dtype), bias).contiguous()
+
+
 _library.impl("sparse_linear", sparse_linear_reference, "CompositeExplicitAutograd")
 _library.impl("dense_linear", dense_linear_reference, "CompositeExplicitAutograd")
+_library.impl("quantized_linear", quantized_linear_reference, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("deadband::sparse_linear", lib=_library)
@@ -100,8 +165,22 @@ def _dense_linear_fake(x, weight, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@torch.library.register_fake("deadband::quantized_linear", lib=_library)
+def _quantized_linear_fake(
+    x, codes, scales, minimum, bias, group_size, threshold, scale, center, offset, relative, sparse_rows, counts
+):
+    torch._check(codes.dim() == 2 and scales.dim() == 2, lambda: "codes and scales have to be matrices")
+    torch._check(x.dim() >= 1, lambda: "x has no dimension, expected [..., in_features]")
+    torch._check(
+        x.shape[-1] == codes.shape[0],
+        lambda: f"x has {x.shape[-1]} features, codes of shape {tuple(codes.shape)} expect {codes.shape[0]}",
+    )
+    return x.new_empty((*x.shape[:-1], scales.shape[1]))
+
+
 sparse_linear = torch.ops.deadband.sparse_linear.default
 dense_linear = torch.ops.deadband.dense_linear.default
+quantized_linear = torch.ops.deadband.quantized_linear.default
 
 from deadband.ops import cpu  # noqa: E402  (a backend registers itself on the schema above)
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deadband.criterion import fill, keep_mask
-from deadband.ops import COUNTS, count_, kernels
+from deadband.ops import COUNTS, NIBBLES, count_, dequantize, kernels
 
+_CODES = (torch.int8, torch.uint8)
 SPARSE_ROWS = 8  # what the kernel that skips takes at most
 DOT_ROWS = 4  # and the one for a weight in torch's own layout
 INPUT_MAJOR, OUTPUT_MAJOR = 0, 1  # [in, out] as SparseLinear lays it out; [out, in] as torch does
@@ -30,6 +31,7 @@ _KERNEL_DTYPES = {torch.float32: kernels.DTYPES[torch.float32], torch.bfloat16: 
 _get_num_threads = torch.get_num_threads
 if kernels.library is not None:
     _sparse_kernel, _dense_kernel = kernels.library.deadband_sparse_linear, kernels.library.deadband_dense_linear
+    _quantized_kernel = kernels.library.deadband_quantized_linear
 
 
 def register(library: torch.library.Library) -> None:
@@ -37,6 +39,7 @@ def register(library: torch.library.Library) -> None:
     if kernels.library is not None:
         library.impl("sparse_linear", sparse_linear, "CPU")
         library.impl("dense_linear", dense_linear, "CPU")
+        library.impl("quantized_linear", quantized_linear, "CPU")
 
 
 def sparse_linear(
@@ -143,6 +146,99 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         _get_num_threads(),
     )
     return y if not error else _failed(error, x, weight)
+
+
+def quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    threshold: Tensor | None,
+    scale: Tensor | None,
+    center: Tensor | None,
+    offset: Tensor | None,
+    relative: bool,
+    sparse_rows: int,
+    counts: Tensor | None,
+) -> Tensor:
+    """The operator on CPU tensors; its arguments are explained in `deadband.ops`."""
+    in_features, width = codes.shape
+    out_features = scales.shape[1]
+    shape, x_dtype = x.shape, x.dtype
+    rows = x.numel() // in_features if in_features else shape[:-1].numel()
+    if threshold is not None and rows > sparse_rows:
+        threshold = center = offset = counts = None
+    dtype = _KERNEL_DTYPES.get(x_dtype)
+    bits = 8 if codes.dtype is torch.int8 else 4
+    groups = -(-in_features // group_size) if group_size else 1
+    if (
+        codes.dtype not in _CODES
+        or width != (out_features if bits == 8 else -(-out_features // NIBBLES) * (NIBBLES // 2))
+        or scales.dtype is not (torch.float16 if group_size else torch.float32)
+        or scales.shape[0] != groups
+        or not (codes.is_contiguous() and scales.is_contiguous())
+        or shape[-1] != in_features
+        or not (
+            minimum is None
+            or (minimum.dtype is torch.float16 and minimum.shape == scales.shape and minimum.is_contiguous())
+        )
+        or (minimum is not None and (bits == 8 or not group_size))
+    ):
+        raise RuntimeError(
+            f"x {list(shape)}, codes {list(codes.shape)} {codes.dtype}, scales {list(scales.shape)} {scales.dtype} and "
+            f"groups of {group_size or 'all'} inputs do not fit together; deadband.quantization says what does"
+        )
+    if threshold is not None and (
+        threshold.numel() != 1 or (counts is not None and (counts.numel() != COUNTS or counts.dtype is not torch.int64))
+    ):
+        raise RuntimeError(
+            f"threshold has {threshold.numel()} elements, expected 1; counts has to be [{COUNTS}] int64 or None"
+        )
+    if (
+        dtype is None
+        or not (bias is None or _is_vector(bias, x_dtype, out_features))
+        or (threshold is not None and (rows > SPARSE_ROWS or threshold.dtype is not torch.float32))
+        or not (scale is None or _is_vector(scale, torch.float32, in_features))
+        or (center is None) != (offset is None)
+        or not (center is None or _is_vector(center, torch.float32, in_features))
+        or not (offset is None or _is_vector(offset, torch.float32, out_features))
+    ):
+        if threshold is not None:
+            keep = keep_mask(x, threshold, scale, center, relative)
+            if counts is not None:
+                count_(counts, x, keep)
+            x = fill(x, keep, center)
+        if dtype is None:
+            return F.linear(x, dequantize(codes, scales, minimum, group_size, x_dtype), bias).contiguous()
+        threshold = center = offset = counts = None
+        bias = None if bias is None else bias.to(x_dtype).contiguous()
+    x = x.contiguous()
+    y = x.new_empty((*shape[:-1], out_features))
+    error = _quantized_kernel(
+        dtype,
+        x.data_ptr(),
+        rows,
+        in_features,
+        in_features,
+        bits,
+        codes.data_ptr(),
+        scales.data_ptr(),
+        None if minimum is None else minimum.data_ptr(),
+        group_size,
+        out_features,
+        None if bias is None else bias.data_ptr(),
+        None if threshold is None else threshold.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        None if center is None else center.data_ptr(),
+        None if offset is None else offset.data_ptr(),
+        relative,
+        y.data_ptr(),
+        _get_num_threads(),
+        None if counts is None else counts.data_ptr(),
+    )
+    return y if not error else _failed(error, x, codes)
 
 
 def _is_vector(vector: Tensor, dtype: torch.dtype, length: int) -> bool:
