@@ -18,7 +18,7 @@ from deadband.criterion import Rule, check_criterion, scale_of
 from deadband.files import replacing
 from deadband.linear import SparseSite
 from deadband.observation import SiteStatistics, observe_model, observe_sparse, range_of, skipped_means
-from deadband.sites import is_site, matrix_of, weight_sample
+from deadband.sites import is_site, matrix_of, shape_of, weight_sample
 
 if TYPE_CHECKING:
     from deadband.calibration import Calibration
@@ -356,9 +356,9 @@ def check_model(
         module = modules.get(name)
         if module is None or not is_site(module):
             raise ValueError(f"the calibration is of another model: this {type(model).__name__} has no site {name!r}")
-        if tuple(matrix_of(module).shape) != tuple(shape):
+        if shape_of(module) != tuple(shape):
             raise ValueError(
-                f"the calibration is of another model: site {name!r} is {tuple(matrix_of(module).shape)} here and was "
+                f"the calibration is of another model: site {name!r} is {shape_of(module)} here and was "
                 f"{tuple(shape)} there ([out_features, in_features])"
             )
         here, there = torch.tensor(weight_sample(module)), torch.tensor(samples.get(name, ()))

@@ -25,10 +25,20 @@ from deadband.linear import (
     lay_out_,
     make_sparse_,
     new_counts,
+    tensor_of,
     use_dense_product_,
 )
-from deadband.sites import matrix_of
-from deadband.sparsify import SparsityConfig, sparse_sites
+from deadband.quantization import empty_weight
+from deadband.quantized import (
+    QUANTIZED_CLASSES,
+    QuantizedLinear,
+    QuantizedMatrix,
+    QuantizedSite,
+    make_quantized_,
+    on_huge_pages,
+)
+from deadband.sites import shape_of
+from deadband.sparsify import SparsityConfig, sparse_sites, tie_
 
 METHOD = "deadband"
 
@@ -46,7 +56,22 @@ class SparseConv1D(SparseSite, Conv1D):
         return f"nf={self.nf}, nx={self.nx}, {super().extra_repr().lstrip(', ')}"
 
 
-SPARSE_CLASSES[Conv1D] = SparseConv1D
+class QuantizedConv1D(QuantizedLinear, Conv1D):  # type: ignore[misc, override]
+    """A Conv1D with a quantised weight."""
+
+    stored_in_out = True
+    __repr__ = nn.Module.__repr__
+
+
+class QuantizedSparseConv1D(QuantizedSite, SparseConv1D):  # type: ignore[misc]
+    """A sparse Conv1D with a quantised weight."""
+
+    dense_class = QuantizedConv1D
+    stored_in_out = True
+
+
+SPARSE_CLASSES |= {Conv1D: SparseConv1D, QuantizedConv1D: QuantizedSparseConv1D}
+QUANTIZED_CLASSES |= {Conv1D: QuantizedConv1D, SparseConv1D: QuantizedSparseConv1D}
 
 
 @register_quantization_config(METHOD)
@@ -74,14 +99,19 @@ class DeadbandQuantizer(HfQuantizer):
         config = self.quantization_config.sparsity_config
         names = {name for name, _ in model.named_modules()}
         prefix = f"{model.base_model_prefix}."
-        for written in config.sites:
+
+        def find(written: str) -> str:
             # a model with a head and its base model load each other's checkpoints; their names differ by a prefix
             spellings = (written, written.removeprefix(prefix), prefix + written)
             name = next((each for each in spellings if each in names), "")
             if not name:
-                raise ValueError(f"config.json names site {written!r}, which {type(model).__name__} does not have")
+                raise ValueError(f"config.json names layer {written!r}, which {type(model).__name__} does not have")
+            return name
+
+        for written in config.sites:
+            name = find(written)
             module = model.get_submodule(name)
-            features = matrix_of(module).shape[1]
+            features = shape_of(module)[1]
             vectors = {
                 part: torch.empty(features, dtype=dtype, device="meta") if written in getattr(config, part) else None
                 for part, dtype in (("scaled", torch.float32), ("centered", torch.float32), ("masked", torch.bool))
@@ -96,26 +126,36 @@ class DeadbandQuantizer(HfQuantizer):
                 expected=config.expected.get(written, math.nan),
                 site_range=config.site_range.get(written),
             )
-        if config.output_layer is not None and config.output_layer in names:
-            use_dense_product_(model.get_submodule(config.output_layer))
+        for written, form in config.weights.items():
+            name = find(written)
+            out_features, in_features = shape_of(model.get_submodule(name))
+            make_quantized_(model.get_submodule(name), empty_weight(out_features, in_features, form, device="meta"))
+        if config.tied_embedding is not None:
+            tie_(model, find(config.tied_embedding))
+        plain = config.output_layer if config.output_layer not in config.weights else None
+        if plain is not None and plain in names:
+            use_dense_product_(model.get_submodule(plain))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, module in sparse_sites(model).items():
-            if module.weight.is_meta or module.threshold.is_meta:
+            if tensor_of(module).is_meta or module.threshold.is_meta:
                 raise ValueError(
                     f"site {name!r} is offloaded by device_map, and an offloaded layer cannot be sparse; "
                     "choose a device_map that keeps it on a device, or load the dense model"
                 )
             for buffer in ("threshold", "scale", "center", "mask"):
-                value = getattr(module, buffer)
-                if value is not None and not getattr(value, "_is_hf_initialized", False):
-                    raise ValueError(
-                        f"the checkpoint has no {name}.{buffer}; it was not written by deadband, or is incomplete. "
-                        "Calibrate and sparsify the dense model again"
-                    )
-            module.register_buffer("counts", new_counts(module.weight.device), persistent=False)
+                _check_loaded(name, module, buffer)
+            module.register_buffer("counts", new_counts(tensor_of(module).device), persistent=False)
             lay_out_(module)
             module.refresh_offset_()
+
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedMatrix):
+                for buffer in ("codes", "scales", "minimum"):
+                    _check_loaded(name, module, buffer)
+                module.codes = on_huge_pages(module.codes)
+                if isinstance(module, SparseSite):
+                    module.refresh_offset_()
 
     def is_serializable(self) -> bool:
         """Sparse models can be saved."""
@@ -135,6 +175,15 @@ class DeadbandQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The sparse operator works under torch.compile."""
         return True
+
+
+def _check_loaded(name: str, module: nn.Module, buffer: str) -> None:
+    value = getattr(module, buffer)
+    if value is not None and not getattr(value, "_is_hf_initialized", False):
+        raise ValueError(
+            f"the checkpoint has no {name}.{buffer}; it was not written by deadband, or is incomplete. "
+            "Calibrate and sparsify the dense model again"
+        )
 
 
 def set_quantization_config(model: Any, config: SparsityConfig | None) -> None:

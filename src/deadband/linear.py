@@ -71,11 +71,7 @@ class SparseSite(nn.Module):
                 keep = keep_mask(x.detach(), threshold, scale, center, self.relative)
                 if buffers["counts"] is not None and not self.training:
                     count_(buffers["counts"], x.detach(), keep)
-                x = (
-                    _StraightThrough.apply(x, keep, center)
-                    if self.gradient == "straight_through"
-                    else _masked(x, keep, center)
-                )
+                x = fill_skipped(x, keep, center, self.gradient)
             return F.linear(x, weight, bias)
         offset, relative, counts = buffers["offset"], self.relative, buffers["counts"]
         return sparse_linear(x, weight, bias, threshold, scale, center, offset, relative, self.sparse_rows, counts)
@@ -95,7 +91,7 @@ class SparseSite(nn.Module):
 
     def refresh_offset_(self) -> None:
         """Compute `offset` again, after weight or center changed."""
-        if self.center is not None and not (self.center.is_meta or self.weight.is_meta):
+        if self.center is not None and not (self.center.is_meta or tensor_of(self).is_meta):
             self.offset = self.matrix_view(self.weight.detach()).float() @ self.center
 
     def settings(self) -> dict[str, Any]:
@@ -109,13 +105,14 @@ class SparseSite(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseSite:
         exact = {name: getattr(self, name) for name in ("threshold", "scale", "center", "offset")}
-        dtype = self.weight.dtype
+        weight = self._parameters.get("weight")  # a quantised one is none, and its values stay
+        dtype = None if weight is None else weight.dtype
         super()._apply(fn, recurse)
         for name, before in exact.items():  # model.to(bfloat16) must not round a threshold
             after = getattr(self, name)
             if after is not None and after.dtype != torch.float32:
                 setattr(self, name, before.to(after.device))
-        if self.weight.dtype != dtype:
+        if dtype is not None and self.weight.dtype != dtype:
             self.refresh_offset_()
         return self
 
@@ -191,6 +188,11 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None, None
 
 
+def fill_skipped(x: Tensor, keep: Tensor, center: Tensor | None, gradient: str) -> Tensor:
+    """`x` where it is kept, elsewhere the center or zero, with one of `GRADIENTS`."""
+    return _StraightThrough.apply(x, keep, center) if gradient == "straight_through" else _masked(x, keep, center)
+
+
 def _masked(x: Tensor, keep: Tensor, center: Tensor | None) -> Tensor:
     return torch.where(keep, x, 0 if center is None else center.to(x.dtype))
 
@@ -206,7 +208,7 @@ def make_sparse_(
     site_range: tuple[float, float] | None = None,
 ) -> SparseSite:
     """Turn a dense linear layer into its sparse twin, in place, or give a sparse one new settings."""
-    device = cast(Tensor, module.weight).device
+    device = tensor_of(module).device
     limit = torch.full((), rule.threshold, dtype=torch.float32, device=device)
     center = rule.center
     if center is not None and mask is not None and not center.is_meta:
@@ -230,6 +232,12 @@ def make_sparse_(
     return module
 
 
+def tensor_of(module: nn.Module) -> Tensor:
+    """What a layer stores its weight in: the parameter, or the codes of a quantised one."""
+    weight = module._parameters.get("weight")
+    return cast(Tensor, module.codes if weight is None else weight)
+
+
 _BUFFERS = ("threshold", "scale", "center", "offset", "mask", "counts")
 _ATTRIBUTES = ("relative", "sparse_rows", "gradient", "expected", "site_range")
 
@@ -240,13 +248,17 @@ def new_counts(device: torch.device) -> Tensor:
 
 
 def make_dense_(module: SparseSite) -> nn.Module:
-    """Turn a sparse layer back into its dense class, in place, with the weight's usual strides and the same bits."""
+    """Turn a sparse layer back into its dense class, in place, with the weight's usual strides and the same bits.
+
+    One with a quantised weight keeps that.
+    """
     for name in _BUFFERS:
         delattr(module, name)
     for name in _ATTRIBUTES:
         module.__dict__.pop(name, None)
     change_class_(module, module.dense_class)
-    module.weight.data = module.weight.data.contiguous()
+    if "weight" in module._parameters:
+        module.weight.data = module.weight.data.contiguous()
     return module
 
 
@@ -262,6 +274,8 @@ def lay_out_(module: SparseSite) -> None:
     Safetensors, `assign=True` and tying lose strides, so this runs again after loading. Costs a copy, or nothing when
     the weight lies that way already.
     """
+    if "weight" not in module._parameters:
+        return  # quantised: codes always lie so
     matrix = module.matrix_view(module.weight.data)
     if matrix.is_meta or matrix.t().is_contiguous():
         return

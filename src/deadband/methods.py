@@ -28,7 +28,7 @@ from deadband.criterion import keep_mask, scale_of, score
 from deadband.hooks import apply_mask, forget_compiled, take_input, with_input
 from deadband.linear import SparseSite
 from deadband.observation import InputWatcher, SiteStatistics
-from deadband.sites import find_sites, matrix_of, weight_bytes, weight_sample
+from deadband.sites import find_sites, matrix_of, shape_of, weight_bytes, weight_sample
 from deadband.sparsify import SparsityReport
 
 MOST = 0.99
@@ -190,7 +190,7 @@ class Setup:
 
     def simulation(self, parts: Sequence[_Part], added: Mapping[str, float]) -> Simulation:
         """A simulation on this model; `added` are bytes read in addition, by site."""
-        shapes = {name: (matrix_of(m).shape[0], matrix_of(m).shape[1]) for name, m in self.sites.items()}
+        shapes = {name: shape_of(m) for name, m in self.sites.items()}
         samples = {name: weight_sample(module) for name, module in self.sites.items()}
         return Simulation(parts, self.weights, added, shapes, samples)
 
@@ -624,7 +624,7 @@ def _top_k(
         return None
     parts = []
     for name, module in setup.sites.items():
-        features = matrix_of(module).shape[1]
+        features = shape_of(module)[1]
         k = max(round((1 - share) * features), 1)
         parts.append(_TopK(name, k, features, (scales or {}).get(name), rotations.get(name)))
     return setup.simulation(parts, added)

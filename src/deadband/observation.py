@@ -17,7 +17,7 @@ from deadband.criterion import Rule, fill
 from deadband.hooks import attach, detach, take_input, with_input
 from deadband.ops.observe import FIRST_NONFINITE, Statistics, observe
 from deadband.running import evaluating, progress_bar, run
-from deadband.sites import matrix_of, weight_bytes, weight_sample
+from deadband.sites import shape_of, weight_bytes, weight_sample
 
 EDGES = (np.arange(FIRST_NONFINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
 EDGES[-1] = 2.0**128
@@ -52,7 +52,7 @@ class SiteStatistics:
     @classmethod
     def empty(cls, module: nn.Module) -> SiteStatistics:
         """Statistics of a site before any data."""
-        return cls.of_features(matrix_of(module).shape[1]).of_layer(module)
+        return cls.of_features(shape_of(module)[1]).of_layer(module)
 
     @classmethod
     def of_features(cls, in_features: int) -> SiteStatistics:
@@ -73,7 +73,7 @@ class SiteStatistics:
         return dataclasses.replace(
             self,
             weight_bytes=weight_bytes(module),
-            out_features=matrix_of(module).shape[0],
+            out_features=shape_of(module)[0],
             sample=weight_sample(module),
         )
 

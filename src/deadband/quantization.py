@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deadband.observation import InputWatcher, NotReachedError
-from deadband.sites import matrix_of
+from deadband.sites import shape_of
 
 if TYPE_CHECKING:
     from deadband.calibration import Calibration
@@ -180,6 +180,17 @@ class QuantizedWeight:
     def __repr__(self) -> str:
         sizes = f"{self.in_features} inputs, {self.out_features} outputs, {self.nbytes} bytes"
         return f"{type(self).__name__}({self.format}, {sizes})"
+
+
+def empty_weight(
+    out_features: int, in_features: int, format: str | WeightFormat, device: torch.device | str | None = None
+) -> QuantizedWeight:
+    """A `QuantizedWeight` of that shape with whatever memory held, to load one into."""
+    format = WeightFormat.parse(format)
+    codes_dtype = torch.int8 if format.bits == 8 else torch.uint8
+    codes = torch.empty(in_features, _width(out_features, format), dtype=codes_dtype, device=device)
+    scales = torch.empty(format.groups(in_features), out_features, dtype=format.scale_dtype, device=device)
+    return QuantizedWeight(codes, scales, torch.empty_like(scales) if format.zero_point else None, format)
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...] | None) -> None:
@@ -625,7 +636,7 @@ def input_hessians(
     followers: dict[str, list[str]] = {}
     for name in names:
         followers.setdefault(shared.leaders.get(name, name), []).append(name)
-    for leaders in _passes({name: matrix_of(model.get_submodule(name)).shape[1] for name in followers}, memory):
+    for leaders in _passes({name: shape_of(model.get_submodule(name))[1] for name in followers}, memory):
         watcher = _Hessians()
         watcher.watch(model, batches, leaders, "hessians", progress)
         for leader in leaders:

@@ -11,7 +11,8 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from deadband.linear import SPARSE_CLASSES, SparseSite
+from deadband.linear import SPARSE_CLASSES, SparseSite, tensor_of
+from deadband.quantized import QuantizedMatrix
 
 Patterns: TypeAlias = str | re.Pattern | Iterable[str | re.Pattern]
 
@@ -22,18 +23,31 @@ _ADAPTER = re.compile(r"lora_.*")  # a few columns beside the layer that they ad
 
 
 def matrix_of(module: nn.Module) -> Tensor:
-    """The weight of a site as a [out_features, in_features] view, however the module stores it."""
+    """The weight of a site as [out_features, in_features]: a view, however the module stores it, or dequantised."""
     sparse_class = type(module) if isinstance(module, SparseSite) else SPARSE_CLASSES[type(module)]
     return sparse_class.matrix_view(cast(Tensor, module.weight))
 
 
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a site."""
+    if isinstance(module, QuantizedMatrix):
+        return module.matrix_shape
+    out_features, in_features = matrix_of(module).shape
+    return out_features, in_features
+
+
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of a site's weight: what skipping all of its input would save."""
-    return cast(Tensor, module.weight).nbytes
+    """Bytes of a site's weight, or of its codes: what skipping all of its input would save."""
+    return tensor_of(module).nbytes
 
 
 def weight_sample(module: nn.Module) -> tuple[float, ...]:
-    """Sixteen weights of a site from all over its matrix: they tell one model from another of the same shapes."""
+    """Sixteen weights of a site from all over its matrix: they tell one model from another of the same shapes.
+
+    None of a quantised one: its calibration was made with the weights that it was rounded from.
+    """
+    if isinstance(module, QuantizedMatrix):
+        return ()
     matrix = matrix_of(module).detach()
     if matrix.is_meta or not matrix.numel():
         return ()
@@ -46,7 +60,7 @@ def is_site(module: nn.Module) -> bool:
     """Whether `module` is of a class that can be made sparse. Subclasses are not: they may compute something else."""
     known = type(module) in SPARSE_CLASSES or isinstance(module, SparseSite)
     # pruning, old-style weight_norm and quantised tensors put something else in the parameter's place
-    return known and type(module._parameters.get("weight")) is nn.Parameter
+    return known and (isinstance(module, QuantizedMatrix) or type(module._parameters.get("weight")) is nn.Parameter)
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:

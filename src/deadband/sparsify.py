@@ -8,7 +8,7 @@ import math
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,26 @@ from deadband.linear import (
     change_class_,
     make_dense_,
     make_sparse_,
+    tensor_of,
     use_dense_product_,
 )
 from deadband.observation import JUDGED_ROWS
-from deadband.sites import Patterns, find_sites, matrix_of, sites_of, weight_bytes
+from deadband.quantization import QuantizedWeight, WeightFormat, quantize
+from deadband.quantized import (
+    QUANTIZED_CLASSES,
+    QuantizedMatrix,
+    QuantizedTable,
+    make_quantized_,
+    tie_table_,
+    unmake_quantized_,
+    untie_table_,
+)
+from deadband.running import progress_bar
+from deadband.sites import Patterns, find_sites, matrix_of, shape_of, sites_of, weight_bytes
 
-VERSION = 2
+VERSION = 3
+OUTPUT_FORMAT = "int8"
+"""Of the output layer, where `weights` is one format for all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +50,9 @@ class SparsityConfig:
     """What was done to a model, in plain JSON values. Stored in `config.json`; the thresholds lie beside the weights.
 
     `sites` are all sparse layers by name; `scaled`, `centered` and `relative` those whose `deadband.criterion.Rule` has
-    such a part, `masked` those with a static mask. `expected` and `site_range` are those of
-    `deadband.allocation.Thresholds`, where they are known.
+    such a part, `masked` those with a static mask. `weights` has the formats of quantised layers by name, and
+    `tied_embedding` is the embedding that reads its rows from a quantised output layer. `expected` and `site_range` are
+    those of `deadband.allocation.Thresholds`, where they are known.
 
     Example:
         >>> SparsityConfig(sites=("fc",), sparsity=0.4).criterion
@@ -54,6 +69,8 @@ class SparsityConfig:
     centered: tuple[str, ...] = ()
     relative: tuple[str, ...] = ()
     masked: tuple[str, ...] = ()
+    weights: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    tied_embedding: str | None = None
     expected: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
     site_range: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict, hash=False)
     version: int = VERSION
@@ -95,7 +112,11 @@ def sparsify_(
     exclude: Patterns | None = None,
     gradient: str = "exact",
     count: bool = True,
-    output_layer: bool = True,
+    output_layer: bool | str = True,
+    weights: str | Mapping[str, str | QuantizedWeight] | None = None,
+    second_moments: Mapping[str, Tensor] | None = None,
+    hessians: Mapping[str, Tensor] | None = None,
+    progress: bool = False,
 ) -> nn.Module:
     """Make linear layers of `model` skip input entries inside their deadband, in place.
 
@@ -115,8 +136,16 @@ def sparsify_(
         criterion: `magnitude` (the default) or `weighted_magnitude`, when `thresholds` is a plain mapping.
         gradient: of the masked input while training: `exact` (zero where skipped) or `straight_through`.
         count: count what is skipped and what is NaN or infinite, for `deadband.sparsity`.
-        output_layer: a transformers model's output layer (`lm_head`) skips nothing, but decodes on deadband's dense
-            product, which is faster than torch's on CPUs.
+        output_layer: a transformers model's output layer (`lm_head`) skips nothing, unless it is a site itself, but
+            decodes on deadband's dense product, which is faster than torch's on CPUs. With `weights` it is quantised
+            too, to `OUTPUT_FORMAT` or the format given here; an embedding that is tied to it then reads its rows there.
+        weights: quantise the sparse layers: `"int8"`, `"int4"` or another of `deadband.quantization.FORMATS`, or a
+            mapping from site names to formats or `deadband.quantization.QuantizedWeight`s. There is one copy of the
+            weights then, the quantised one. Layers that are quantised already stay as they are.
+        second_moments: of each site's input by site name (`deadband.quantization.second_moments_of(calibration)`): they
+            make the rounding to 4 bits better.
+        hessians: `deadband.quantization.input_hessians(model, batches)`, for GPTQ: better still, and slower.
+        progress: show a bar while weights are quantised.
 
     Returns:
         The model, for chaining.
@@ -154,25 +183,30 @@ def sparsify_(
     chosen = resolve(model, {**dict.fromkeys(kept, 0.0), **thresholds}) if kept else resolve(model, thresholds)
     modules = {name: model.get_submodule(name) for name in chosen}
     for name, module in modules.items():
-        if matrix_of(module).is_meta:
+        if tensor_of(module).is_meta:
             raise ValueError(f"site {name!r} is on the meta device or offloaded; load its weight before sparsify_")
     rules = {name: _rule(name, chosen[name], modules[name], criterion or "magnitude") for name in chosen}
+    output = find_output_layer(model, chosen) if output_layer else None
+    formats = _formats(model, chosen, weights, output, output_layer)
     config = SparsityConfig(
         sites=tuple(chosen),
         criterion=criterion or "magnitude",
         sparsity=allocated.sparsity if allocated is not None else None,
         method=allocated.method if allocated is not None else None,
         gradient=gradient,
-        output_layer=find_output_layer(model, chosen) if output_layer else None,
+        output_layer=output,
         scaled=tuple(name for name, rule in rules.items() if rule.scale is not None),
         centered=tuple(name for name, rule in rules.items() if rule.center is not None),
         relative=tuple(name for name, rule in rules.items() if rule.relative),
         masked=tuple(kept),
+        weights=_format_names(model, formats),
+        tied_embedding=find_tied_embedding(model, formats),
         **_expectations(allocated, [name for name in chosen if name not in kept]),
     )
     left = {name: module for name, module in sparse_sites(model).items() if name not in chosen}
     touched = (*modules.values(), *left.values())
     settings = {module: module.settings() for module in touched if isinstance(module, SparseSite)}
+    quantised = _quantise(model, formats, second_moments, hessians, progress)  # before anything changes
     try:
         for name, module in modules.items():
             make_sparse_(
@@ -195,9 +229,98 @@ def sparsify_(
                 make_dense_(module)
         raise
     _use_torchs_product_(model)
-    if config.output_layer is not None:
+    if config.output_layer is not None and config.output_layer not in formats:
         use_dense_product_(model.get_submodule(config.output_layer))
+    for name in list(quantised):
+        make_quantized_(model.get_submodule(name), quantised.pop(name))
+    if config.tied_embedding is not None and not isinstance(model.get_submodule(config.tied_embedding), QuantizedTable):
+        tie_(model, config.tied_embedding)
     return model
+
+
+def _formats(
+    model: nn.Module,
+    chosen: Mapping[str, float | Rule],
+    weights: str | Mapping[str, str | QuantizedWeight] | None,
+    output: str | None,
+    output_layer: bool | str,
+) -> dict[str, WeightFormat | QuantizedWeight]:
+    """The layers to quantise by name, and to what; a ValueError names the first that cannot be."""
+    wanted: dict[str, Any] = {}
+    if isinstance(weights, Mapping):
+        every = {**sites_of(model, every_name=True)}
+        wanted = {_full_name(model, every, given): value for given, value in weights.items()}
+    elif weights is not None:
+        wanted = dict.fromkeys(chosen, weights)
+        if output is not None:
+            wanted[output] = OUTPUT_FORMAT
+    if output is not None and isinstance(output_layer, str):
+        wanted[output] = output_layer
+    formats: dict[str, WeightFormat | QuantizedWeight] = {}
+    for name, value in wanted.items():
+        module = model.get_submodule(name)
+        if name not in chosen and name != output:
+            raise ValueError(f"weights name {name!r}, which is neither a sparse site nor the output layer")
+        if isinstance(module, QuantizedMatrix):
+            continue
+        if type(module) not in QUANTIZED_CLASSES:
+            raise ValueError(f"site {name!r} is a {type(module).__name__}, which cannot have quantised weights")
+        formats[name] = value if isinstance(value, QuantizedWeight) else WeightFormat.parse(value)
+        if isinstance(value, QuantizedWeight) and (value.out_features, value.in_features) != shape_of(module):
+            raise ValueError(
+                f"weights of {name!r}: got [{value.out_features}, {value.in_features}], "
+                f"expected {list(shape_of(module))}"
+            )
+    return formats
+
+
+def _quantise(
+    model: nn.Module,
+    formats: Mapping[str, WeightFormat | QuantizedWeight],
+    second_moments: Mapping[str, Tensor] | None,
+    hessians: Mapping[str, Tensor] | None,
+    progress: bool,
+) -> dict[str, QuantizedWeight]:
+    quantised = {}
+    for name in progress_bar(list(formats), "quantise", progress):
+        form = formats[name]
+        if isinstance(form, WeightFormat):
+            try:
+                form = quantize(
+                    matrix_of(model.get_submodule(name)).detach(),
+                    form,
+                    (second_moments or {}).get(name),
+                    hessian=(hessians or {}).get(name),
+                )
+            except ValueError as error:
+                raise ValueError(f"site {name!r} cannot be quantised: {error}") from None
+        quantised[name] = form
+    return quantised
+
+
+def _format_names(model: nn.Module, formats: Mapping[str, WeightFormat | QuantizedWeight]) -> dict[str, str]:
+    """Every layer that is quantised or will be, and its format."""
+    there = {name: each.weight_format for name, each in model.named_modules() if isinstance(each, QuantizedMatrix)}
+    new = {name: str(each.format if isinstance(each, QuantizedWeight) else each) for name, each in formats.items()}
+    return {**there, **new}
+
+
+def find_tied_embedding(model: nn.Module, formats: Collection[str]) -> str | None:
+    """The name of the embedding whose weight is that of a layer in `formats`, or that reads a quantised one already."""
+    weights = {id(model.get_submodule(name)._parameters["weight"]) for name in formats}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedTable):
+            return name
+        if isinstance(module, nn.Embedding) and id(module._parameters.get("weight")) in weights:
+            return name
+    return None
+
+
+def tie_(model: Any, embedding: str) -> None:
+    """Make the embedding of that name read its rows from the model's quantised output layer, in place."""
+    table, layer = model.get_submodule(embedding), model.get_output_embeddings()
+    tie_table_(table, layer)
+    model.config.tie_word_embeddings = False  # transformers would look for the weights of both
 
 
 def _expectations(allocated: Thresholds | None, names: Collection[str]) -> dict[str, Any]:
@@ -213,6 +336,8 @@ def _expectations(allocated: Thresholds | None, names: Collection[str]) -> dict[
 def densify_(model: nn.Module) -> nn.Module:
     """Turn every sparse layer of `model` back into the dense layer it was, in place and bit for bit.
 
+    Quantised weights are dequantised: the rounding stays, and a warning says so.
+
     Example:
         >>> model = sparsify_(nn.Sequential(nn.Linear(4, 4)), exact=True)
         >>> densify_(model)
@@ -225,9 +350,25 @@ def densify_(model: nn.Module) -> nn.Module:
     """
     for site in _require_sparse(model).values():
         make_dense_(site)
+    _dequantise_(model)
     _use_torchs_product_(model)
     _remember(model, None)
     return model
+
+
+def _dequantise_(model: Any) -> None:
+    quantised = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedMatrix)}
+    for module in quantised.values():
+        unmake_quantized_(module)
+    for table in [module for module in model.modules() if isinstance(module, QuantizedTable)]:
+        untie_table_(table, cast(nn.Parameter, table.source.weight))  # a dense layer's again
+        model.config.tie_word_embeddings = True
+    if quantised:
+        warnings.warn(
+            f"densify_ dequantised {_layers(len(quantised))}: their weights stay rounded, not those from before "
+            "sparsify_(weights=...)",
+            stacklevel=3,
+        )
 
 
 def _use_torchs_product_(model: nn.Module) -> None:
@@ -364,7 +505,7 @@ def sparsity(model: nn.Module, *, reset: bool = False, warn: bool = True) -> Spa
         fractions[name] = skipped / seen if seen else math.nan
         weights[name] = weight_bytes(module)
         entries += seen
-        if module.site_range is not None and seen >= JUDGED_ROWS * matrix_of(module).shape[1]:
+        if module.site_range is not None and seen >= JUDGED_ROWS * shape_of(module)[1]:
             low, high = module.site_range
             if not low <= fractions[name] <= high:
                 drifted[name] = fractions[name], module.expected
@@ -414,6 +555,10 @@ def _listed(figures: Collection[str], every: Collection[str]) -> str:
     return "; ".join(figures) + (f"; and {more} more" if more else "")
 
 
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' if count > 1 else ''}"
+
+
 def _sites(count: int) -> str:
     return f"{count} site{'s' if count > 1 else ''}"
 
@@ -427,19 +572,19 @@ def _rule(name: str, given: float | Rule, module: nn.Module, criterion: str) -> 
                 "Calibration.allocate returned, or a deadband.Rule with a scale"
             )
         given = Rule(given)
-    matrix = matrix_of(module)
+    features, device = shape_of(module)[1], tensor_of(module).device
     if given.scale is None and criterion == "weighted_magnitude":
-        given = dataclasses.replace(given, scale=scale_of(criterion, matrix))
+        given = dataclasses.replace(given, scale=scale_of(criterion, matrix_of(module)))
     parts = {"scale": given.scale, "center": given.center}
     for what, vector in parts.items():
         if vector is None:
             continue
-        if vector.shape != matrix.shape[1:] or not vector.isfinite().all() or (what == "scale" and (vector < 0).any()):
+        if vector.shape != (features,) or not vector.isfinite().all() or (what == "scale" and (vector < 0).any()):
             raise ValueError(
-                f"site {name!r}: its {what} has to be {matrix.shape[1]} finite values, not negative for a scale; "
+                f"site {name!r}: its {what} has to be {features} finite values, not negative for a scale; "
                 f"got shape {tuple(vector.shape)}"
             )
-        parts[what] = vector.detach().to(device=matrix.device, dtype=torch.float32, copy=True)
+        parts[what] = vector.detach().to(device=device, dtype=torch.float32, copy=True)
     return Rule(given.threshold, parts["scale"], parts["center"], given.relative)
 
 
@@ -464,11 +609,11 @@ def resolve_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Te
     chosen = {}
     for given, mask in masks.items():
         name = _full_name(model, every, given)
-        matrix = matrix_of(every[name])
-        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.shape != matrix.shape[1:]:
+        features = shape_of(every[name])[1]
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.shape != (features,):
             got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"site {given!r}: its mask is {got}, expected torch.bool ({matrix.shape[1]},)")
-        chosen[name] = mask.detach().clone().to(matrix.device)
+            raise ValueError(f"site {given!r}: its mask is {got}, expected torch.bool ({features},)")
+        chosen[name] = mask.detach().clone().to(tensor_of(every[name]).device)
     if not chosen:
         raise ValueError("masks is empty; expected at least one site")
     return chosen

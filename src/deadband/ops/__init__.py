@@ -91,7 +91,7 @@ def dense_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 def dequantize(codes: Tensor, scales: Tensor, minimum: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor:
-    """The weight [out_features, in_features] that `deadband.quantization.QuantizedWeight` stores, computed in float32."""
+    """The weight [out_features, in_features] that a `deadband.quantization.QuantizedWeight` stands for."""
     inputs, outputs = codes.shape[0], scales.shape[1]
     group_size = group_size or max(inputs, 1)
     weight = torch.empty(outputs, inputs, dtype=dtype, device=codes.device)

@@ -168,7 +168,7 @@ def quantized_linear(
     out_features = scales.shape[1]
     shape, x_dtype = x.shape, x.dtype
     rows = x.numel() // in_features if in_features else shape[:-1].numel()
-    if threshold is not None and rows > sparse_rows:
+    if threshold is None or rows > sparse_rows:
         threshold = center = offset = counts = None
     dtype = _KERNEL_DTYPES.get(x_dtype)
     bits = 8 if codes.dtype is torch.int8 else 4
@@ -213,7 +213,10 @@ def quantized_linear(
         if dtype is None:
             return F.linear(x, dequantize(codes, scales, minimum, group_size, x_dtype), bias).contiguous()
         threshold = center = offset = counts = None
-        bias = None if bias is None else bias.to(x_dtype).contiguous()
+        if bias is not None:
+            if bias.numel() != out_features:
+                raise RuntimeError(f"bias has {bias.numel()} elements, expected {out_features}")
+            bias = bias.to(x_dtype).contiguous()
     x = x.contiguous()
     y = x.new_empty((*shape[:-1], out_features))
     error = _quantized_kernel(

@@ -1,0 +1,240 @@
+"""Layers whose weight is stored in 8 or 4 bits: sparse sites, the output layer, and the embedding tied to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deadband.criterion import keep_mask
+from deadband.hooks import apply_mask
+from deadband.linear import SPARSE_CLASSES, DenseLinear, SparseLinear, SparseSite, change_class_, fill_skipped
+from deadband.ops import NIBBLES, count_, dequantize, quantized_linear
+from deadband.ops.kernels import advise_huge_pages
+
+if TYPE_CHECKING:
+    from deadband.quantization import QuantizedWeight
+
+_BUFFERS = ("codes", "scales", "minimum")
+
+
+class QuantizedMatrix(nn.Module):
+    """What layers with a quantised weight share: `codes`, `scales` and `minimum` in the place of the parameter.
+
+    `deadband.quantization.QuantizedWeight` says what they hold. The weight does not train; gradients reach the input.
+    """
+
+    stored_in_out = False
+    codes: Tensor
+    scales: Tensor
+    minimum: Tensor | None
+    bias: Any
+    group_size: int
+    weight_dtype: torch.dtype  # of the weight that was quantised
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the dense layer holds it, dequantised anew on each access."""
+        matrix = dequantize(self.codes, self.scales, self.minimum, self.group_size, self.weight_dtype)
+        return matrix.t() if self.stored_in_out else matrix
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.scales.shape[1], self.codes.shape[0]
+
+    @property
+    def weight_format(self) -> str:
+        """The name of the format, one of `deadband.quantization.FORMATS`."""
+        bits = 8 if self.codes.dtype == torch.int8 else 4
+        group = f"-g{self.group_size}" if self.group_size else ""
+        return f"int{bits}{group}{'' if self.minimum is None else '-zp'}"
+
+    def quantized(self) -> QuantizedWeight:
+        """The weight as it is stored."""
+        from deadband.quantization import QuantizedWeight, WeightFormat
+
+        return QuantizedWeight(self.codes, self.scales, self.minimum, WeightFormat.parse(self.weight_format))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        exact = {name: getattr(self, name) for name in _BUFFERS}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():  # model.to(bfloat16) must not round a scale
+            after = getattr(self, name)
+            if after is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"{super().extra_repr()}, weights={self.weight_format}"
+
+
+class QuantizedLinear(QuantizedMatrix, nn.Linear):  # type: ignore[override]  # the weight is a property
+    """`nn.Linear` with a weight of 8 or 4 bits; skips nothing. `sparsify_(weights=...)` makes the output layer one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = W · x + bias."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.linear(x, self.weight.to(x.dtype), self.bias)
+        return quantized_linear(
+            x, self.codes, self.scales, self.minimum, self.bias, self.group_size,
+            None, None, None, None, False, 0, None,
+        )  # fmt: skip
+
+
+class QuantizedSite(QuantizedMatrix, SparseSite):
+    """What sparse layers with a quantised weight share."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = W · (x where kept, else the center, or 0) + bias; skips in training, else up to `sparse_rows` rows."""
+        buffers: Any = self._buffers
+        bias = self._parameters["bias"]
+        threshold, scale, center = buffers["threshold"], buffers["scale"], buffers["center"]
+        if buffers["mask"] is not None and self.sparse_rows:
+            x = apply_mask(x, buffers["mask"])
+        if self.training or (torch.is_grad_enabled() and x.requires_grad):
+            if self.sparse_rows and (self.training or x.shape[:-1].numel() <= self.sparse_rows):
+                keep = keep_mask(x.detach(), threshold, scale, center, self.relative)
+                if buffers["counts"] is not None and not self.training:
+                    count_(buffers["counts"], x.detach(), keep)
+                x = fill_skipped(x, keep, center, self.gradient)
+            return F.linear(x, self.matrix_view(self.weight).to(x.dtype), bias)
+        return quantized_linear(
+            x, buffers["codes"], buffers["scales"], buffers["minimum"], bias, self.group_size,
+            threshold, scale, center, buffers["offset"], self.relative, self.sparse_rows, buffers["counts"],
+        )  # fmt: skip
+
+
+class QuantizedSparseLinear(QuantizedSite, nn.Linear):  # type: ignore[override]
+    """`SparseLinear` with a weight of 8 or 4 bits; made by `deadband.sparsify_(..., weights=...)`.
+
+    Its state dict has `codes`, `scales` and perhaps `minimum` in the place of `weight`.
+    """
+
+    dense_class = QuantizedLinear
+
+
+class QuantizedTable(nn.Embedding):
+    """An embedding that is tied to a quantised output layer: it reads its rows there, and stores nothing.
+
+    An embedding of another class (Gemma's, which multiplies what it looks up) becomes a subclass of both.
+    """
+
+    source: QuantizedMatrix  # the output layer; not a submodule, as it has its own place in the model
+    table_dtype: torch.dtype
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Shape and dtype of the table, without its values: they are the output layer's."""
+        return torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.table_dtype, device="meta")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[...] -> [..., embedding_dim]."""
+        source, flat = self.source, input.reshape(-1)
+        if source.codes.dtype == torch.int8:
+            codes = source.codes.index_select(1, flat).float()
+        else:
+            place = flat % NIBBLES
+            packed = source.codes.index_select(1, (flat - place + place % (NIBBLES // 2) * 2) // 2)
+            codes = torch.where(place < NIBBLES // 2, packed & 15, packed >> 4).float()
+            if source.minimum is None:
+                codes = codes - 8
+        group = torch.arange(codes.shape[0], device=codes.device) // (source.group_size or codes.shape[0])
+        rows = codes * source.scales.index_select(1, flat).float()[group]
+        if source.minimum is not None:
+            rows = rows + source.minimum.index_select(1, flat).float()[group]
+        return rows.t().to(self.table_dtype).reshape(*input.shape, -1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedTable:
+        self.table_dtype = fn(torch.empty(0, dtype=self.table_dtype)).dtype
+        super()._apply(fn, recurse)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _table, (_other_class(self),), self.__dict__
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"{super().extra_repr()}, tied to a {self.source.weight_format} output layer"
+
+
+_table_classes: dict[type[nn.Embedding], type[QuantizedTable]] = {nn.Embedding: QuantizedTable}
+
+
+def _table_class(embedding: type[nn.Embedding]) -> type[QuantizedTable]:
+    if embedding not in _table_classes:
+        # its own forward finds QuantizedTable's where it calls nn.Embedding's
+        made = type(f"Quantized{embedding.__name__}", (embedding, QuantizedTable), {"__module__": __name__})
+        _table_classes[embedding] = made
+    return _table_classes[embedding]
+
+
+def _table(embedding: type[nn.Embedding]) -> nn.Module:
+    return object.__new__(_table_class(embedding))
+
+
+def _other_class(table: QuantizedTable) -> type[nn.Embedding]:
+    return nn.Embedding if type(table) is QuantizedTable else type(table).__bases__[0]
+
+
+def tie_table_(embedding: nn.Embedding, source: QuantizedMatrix) -> None:
+    """Make an embedding read its rows from a quantised output layer, in place."""
+    parameter = embedding._parameters.pop("weight")
+    assert parameter is not None
+    embedding.__dict__["source"] = source
+    embedding.__dict__["table_dtype"] = parameter.dtype
+    change_class_(embedding, _table_class(type(embedding)))
+
+
+def untie_table_(table: QuantizedTable, parameter: nn.Parameter) -> None:
+    """Give a `QuantizedTable` a weight of its own again."""
+    change_class_(table, _other_class(table))
+    del table.__dict__["source"], table.__dict__["table_dtype"]
+    table.register_parameter("weight", parameter)
+
+
+QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedMatrix]] = {
+    nn.Linear: QuantizedLinear,
+    DenseLinear: QuantizedLinear,
+    SparseLinear: QuantizedSparseLinear,
+}
+"""The quantised twin of each class. `deadband.hf` adds transformers' Conv1D."""
+SPARSE_CLASSES[QuantizedLinear] = QuantizedSparseLinear
+
+
+def make_quantized_(module: nn.Module, weight: QuantizedWeight) -> nn.Parameter:
+    """Put a quantised weight in the place of a layer's, in place; returns the parameter that was there."""
+    parameter = module._parameters.pop("weight")
+    assert parameter is not None
+    module.weight_dtype = parameter.dtype  # type: ignore[assignment]
+    module.group_size = weight.format.group_size or 0  # type: ignore[assignment]
+    for name in _BUFFERS:
+        module.register_buffer(name, getattr(weight, name))
+    if not weight.codes.is_meta:
+        module.codes = on_huge_pages(weight.codes)
+    change_class_(module, QUANTIZED_CLASSES[type(module)])
+    if isinstance(module, SparseSite):
+        module.refresh_offset_()
+    return parameter
+
+
+def unmake_quantized_(module: QuantizedMatrix, parameter: nn.Parameter | None = None) -> None:
+    """Give a layer a weight of its own again: `parameter`, or the dequantised one."""
+    if parameter is None:
+        parameter = nn.Parameter(module.weight, requires_grad=module.weight_dtype.is_floating_point)
+    twin = next(dense for dense, quantised in QUANTIZED_CLASSES.items() if quantised is type(module))
+    for name in (*_BUFFERS, "weight_dtype", "group_size"):
+        delattr(module, name)
+    change_class_(module, twin)
+    module.register_parameter("weight", parameter)
+
+
+def on_huge_pages(tensor: Tensor) -> Tensor:
+    """A copy of a tensor in memory that has huge pages behind it, as far as the system has them."""
+    copy = torch.empty_like(tensor)
+    advise_huge_pages(copy)
+    return copy.copy_(tensor)
