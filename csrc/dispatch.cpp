@@ -192,7 +192,7 @@ int deadband_quantized_linear(int dtype, const void* x, int64_t rows, int64_t x_
                       row_bytes,
                       in,
                       out};
-  return kernels()->quantized(dtype, x, rows, x_stride, weight, bias, offset,
+  return kernels()->quantized(dtype, x, rows, x_stride, weight, bias, threshold ? offset : nullptr,
                               Rule{threshold, scale, center, relative != 0}, y, threads < 1 ? 1 : threads, counts);
 }
 

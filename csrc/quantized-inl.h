@@ -12,10 +12,14 @@
 // One row takes the short way: a chunk's weights pass once, from memory to registers. With more rows the interleaved
 // bytes go to a panel in the first-level cache, and the rows meet it there, kPanelTile at a time.
 
-// Inputs of one chunk: of one group, so that they share their scales, and few enough for the 32-bit sums. One row of x
-// has fewer of them: as many rows of codes come from memory side by side, and 32 at once read 5 % slower than 16.
-constexpr int64_t chunk_of_one(int64_t group_size) { return group_size <= 32 ? 32 : 16; }
 constexpr int64_t kChunkMany = 4 * kMostQuads;
+// Inputs of one chunk: of one group, so that they share their scales, and few enough for the 32-bit sums. With few rows
+// of x there are fewer of them, as many rows of codes come from memory side by side: 32 at once read 5 % slower than
+// 16, and 128, for two rows of x, half as fast. With many rows of x longer sums save time.
+DEADBAND_INLINE int64_t chunk_size(int64_t rows, int64_t group_size) {
+  if (rows > 16) return kChunkMany;
+  return rows == 1 && group_size > 32 ? 16 : 32;
+}
 // Threads share out outputs if each then has so many bytes of every row of codes.
 constexpr int64_t kShortRun = 4096;
 constexpr int64_t kSumsTile = 8192;      // float32 sums of a tile of outputs: they stay in the first-level cache
@@ -219,7 +223,7 @@ DEADBAND_INLINE void fill_panel(const uint8_t* const* codes, int64_t byte, const
   for (int64_t q = 0; q < quads; ++q, codes += 4) {
     Vb rows[4], columns[4];
     for (int k = 0; k < 4; ++k) {
-      __builtin_prefetch(codes[ahead + k] + byte, 0, 3);
+      __builtin_prefetch(codes[ahead + k] + byte, 0, 2);
       rows[k] = load_block(codes[k] + byte, end);
     }
     interleave(rows, columns);
@@ -380,7 +384,7 @@ int multiply_encoded(const Quantized& w, const Encoded& x, const Output<T>& targ
 template <class T>
 int quantized_rows(const T* x, int64_t rows, int64_t x_stride, const Quantized& w, const Rule& rule,
                    const Output<T>& target, int threads, int64_t* counts) {
-  int64_t in = w.in, most = rows == 1 ? chunk_of_one(w.group_size) : kChunkMany;
+  int64_t in = w.in, most = chunk_size(rows, w.group_size);
   int64_t chunks = in / min_of(most, w.group_size) + in / w.group_size + 2, quads = in / 4 + chunks;
   bool select = rule.threshold;
   size_t index_bytes = select ? kept_bytes(in, sizeof(int32_t)) : 0;
