@@ -1,0 +1,83 @@
+// Calls the kernels with arguments from a file: tests/test_aarch64.py writes it, runs this in an emulator and compares.
+//
+// aarch64_driver: prints the instruction sets that can run. aarch64_driver ISA CALLS RESULTS: with one of them, what
+// every call wrote. A call is int64[kNumbers] and then nine operands, each its bytes' number (-1: NULL) and the bytes.
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "../csrc/kernels.h"
+
+namespace {
+
+enum Number { kKind, kDtype, kRows, kIn, kOut, kForm, kGroupSize, kRelative, kThreads, kResultBytes, kNumbers };
+enum Kind { kSparse, kDense, kQuantized, kObserve };
+
+void require(bool fine, const char* what) {
+  if (fine) return;
+  fprintf(stderr, "%s\n", what);
+  exit(1);
+}
+
+// Memory that ends where a page begins that may not be touched.
+char* before_a_wall(int64_t bytes) {
+  int64_t page = sysconf(_SC_PAGESIZE), size = (bytes + page - 1) / page * page;
+  char* p = (char*)mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  require(p != MAP_FAILED && !mprotect(p + size, page, PROT_NONE), "no memory");
+  return p + size - bytes;
+}
+
+bool read_all(FILE* file, void* to, int64_t bytes) { return fread(to, 1, bytes, file) == (size_t)bytes; }
+
+template <class T>
+T* read_operand(FILE* file) {
+  int64_t bytes;
+  require(read_all(file, &bytes, sizeof bytes), "operand is missing");
+  if (bytes < 0) return nullptr;
+  char* data = before_a_wall(bytes);
+  require(read_all(file, data, bytes), "operand is cut off");
+  return (T*)data;
+}
+
+int call(const int64_t* n, FILE* file, char* result, int64_t* counts) {
+  void *x = read_operand<void>(file), *weight = read_operand<void>(file), *scales = read_operand<void>(file);
+  void *minimum = read_operand<void>(file), *bias = read_operand<void>(file);
+  float *threshold = read_operand<float>(file), *scale = read_operand<float>(file);
+  float *center = read_operand<float>(file), *offset = read_operand<float>(file);
+  int dtype = (int)n[kDtype], form = (int)n[kForm], relative = (int)n[kRelative], threads = (int)n[kThreads];
+  int64_t rows = n[kRows], in = n[kIn], out = n[kOut];
+  switch (n[kKind]) {
+    case kSparse:
+      return deadband_sparse_linear(dtype, x, rows, in, in, weight, out, out, bias, threshold, scale, center, offset,
+                                    relative, result, threads, counts);
+    case kDense:
+      return deadband_dense_linear(dtype, form, x, rows, in, in, weight, form ? in : out, out, bias, result, threads);
+    case kQuantized:
+      return deadband_quantized_linear(dtype, x, rows, in, in, form, weight, scales, minimum, n[kGroupSize], out, bias,
+                                       threshold, scale, center, offset, relative, result, threads, counts);
+    default:
+      double* sums = (double*)(result + 32768 * sizeof(int64_t));
+      return deadband_observe(dtype, x, rows, in, in, scale, (int64_t*)result, sums, sums + in, threads);
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count == 1) return puts(deadband_isa_list()) < 0;
+  require(count == 4, "expected an instruction set and two files");
+  require(!deadband_set_isa(arguments[1]) && !strcmp(deadband_isa(), arguments[1]), "no such instruction set");
+  FILE *calls = fopen(arguments[2], "rb"), *results = fopen(arguments[3], "wb");
+  require(calls && results, "a file cannot be opened");
+  int64_t numbers[kNumbers];
+  while (read_all(calls, numbers, sizeof numbers)) {
+    int64_t counts[3] = {}, bytes = numbers[kResultBytes];
+    char* result = before_a_wall(bytes);
+    require(!call(numbers, calls, result, counts), "a call failed");
+    require(fwrite(result, 1, bytes, results) == (size_t)bytes && fwrite(counts, 8, 3, results) == 3, "disk full");
+  }
+  return fclose(results);
+}
