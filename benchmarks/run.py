@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+NAMES = (
+    "overheads", "kernels", "prefill", "decode", "allocation", "quality", "sparsifier", "compaction", "memory",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -15,7 +18,17 @@ def main() -> None:
     parser.add_argument("--data", default="", help="a UTF-8 text file to judge quality on")
     options = parser.parse_args()
     failed = []
-    for name in ("overheads", "kernels", "prefill", "decode", "allocation", "quality", "sparsifier", "compaction"):
+    for name in (
+        "overheads",
+        "kernels",
+        "prefill",
+        "decode",
+        "allocation",
+        "quality",
+        "sparsifier",
+        "compaction",
+        "memory",
+    ):
         print(f"== {name}", flush=True)
         extra = ["--data", options.data] if name == "quality" and options.data else []
         if subprocess.run([sys.executable, HERE / f"{name}.py", *extra], check=False).returncode:

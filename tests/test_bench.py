@@ -1,5 +1,7 @@
 import gc
 import json
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from conftest import mlp, sparse_model, tiny_model
 import deadband
 from deadband import bench
 from deadband.ops import kernels
+from deadband.quantized import QuantizedMatrix
+from deadband.sites import find_sites
 
 
 def test_candidates_take_turns():
@@ -50,6 +54,39 @@ def test_bytes_per_token():
     with torch.no_grad():
         model(torch.tensor([[0.5] * 4 + [2.0] * 12]))
     assert bench.bytes_per_token(model) == sum(p.nbytes for p in model.parameters()) - 16 * 40 * 4 // 4
+
+
+def test_bytes_of_quantised_models():
+    model = deadband.sparsify_(mlp(), {"0": 1.0}, weights="int4-g32-zp")
+    with torch.no_grad():
+        model(torch.tensor([[0.5] * 4 + [2.0] * 12]))
+    codes, scales = 16 * 32, 2 * 40 * 2  # 40 outputs take two blocks of 16 bytes; scales and minimums
+    rest = sum(p.nbytes for p in model.parameters())
+    assert bench.bytes_per_token(model) == rest + codes * 3 // 4 + scales
+    assert bench.model_bytes(model) == rest + codes + scales
+    for name in ("llama", "mistral"):  # tied and untied
+        lm = tiny_model(name)
+        deadband.sparsify_(lm, dict.fromkeys(find_sites(lm), 0.0), weights="int8")
+        quantised = [module for module in lm.modules() if isinstance(module, QuantizedMatrix)]
+        whole = sum(module.quantized().nbytes for module in quantised) + 5 * 64 * 4
+        assert lm.lm_head in quantised
+        assert bench.bytes_per_token(lm) == whole
+        assert bench.model_bytes(lm) == whole + (128 * 64 * 4 if name == "mistral" else 0)
+
+
+def test_a_quantised_model_is_compared_with_its_dense_form():
+    class Tokenizer:
+        def __call__(self, text, return_tensors):
+            return SimpleNamespace(input_ids=torch.randint(3, 100, (1, 5)))
+
+    model = tiny_model("llama", torch.bfloat16)
+    deadband.sparsify_(model, dict.fromkeys(find_sites(model), 0.2), weights="int8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = bench.compare_decoding(model, Tokenizer(), tokens=2, progress=False)["models"]
+    dense = sum(parameter.nbytes for parameter in tiny_model("llama", torch.bfloat16).parameters())
+    assert rows["dense"]["bytes_per_token"] == dense
+    assert rows["sparse"]["bytes_per_token"] < 0.6 * dense
 
 
 def test_decoding_is_what_generate_does():

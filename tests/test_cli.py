@@ -8,8 +8,10 @@ import time
 import pytest
 import torch
 from conftest import tiny_model
+from safetensors.torch import load_file
 
 from deadband import cli
+from deadband.quantization import DEFAULT_INT4
 
 TEXT = "the deadband is the range of input that a control system treats as zero. " * 60
 
@@ -126,6 +128,73 @@ def test_a_budget_is_found_for_a_quality(deadband, folder, calibrated):
     assert json.loads(out)["kl"] < 0.1
 
 
+def test_quantised_weights(deadband, folder, calibrated):
+    arguments = ("sparsify", "dense", calibrated, "--sparsity", 0.4)
+    code, out, err = deadband(*arguments, "--weights", "int4", "-o", "int4")
+    assert code == 0
+    assert f"weights: {DEFAULT_INT4} (14), int8 (1); 0.3 MB became 0.1 MB" in out
+    assert "Warning" not in err
+    code, out, _ = deadband(*arguments, "--weights", "int8", "--output-weights", "int4-g64-zp", "-o", "int8", "--json")
+    figures = json.loads(out)
+    assert code == 0
+    assert figures["weights"]["lm_head"] == "int4-g64-zp"
+    assert set(figures["weights"].values()) == {"int8", "int4-g64-zp"}
+    assert figures["bytes"] < 0.3 * figures["dense_bytes"]
+    code, out, _ = deadband(*arguments, "--weights", "int4", "--gptq", "--data", "text.txt", "-o", "gptq", *SMALL)
+    assert code == 0
+    one, other = (load_file(folder / name / "model.safetensors") for name in ("int4", "gptq"))
+    assert not torch.equal(one["model.layers.0.mlp.down_proj.codes"], other["model.layers.0.mlp.down_proj.codes"])
+    assert deadband("generate", "gptq", "the deadband", "--max-new-tokens", 3)[0] == 0
+    code, out, err = deadband("bench", "int4", "--tokens", 3, "--json")
+    rows = json.loads(out)["models"]
+    assert (code, "dequantised" in err) == (0, False)
+    assert rows["sparse"]["bytes_per_token"] < 0.3 * rows["dense"]["bytes_per_token"]
+
+
+def test_weights_of_a_gguf_file(deadband, folder, calibrated):
+    gguf = pytest.importorskip("gguf")
+    from deadband.gguf_weights import quantized_weights
+
+    model = tiny_model("llama")
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_block_count(2)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, weight in (
+        ("token_embd", model.lm_head.weight),
+        ("blk.0.ffn_up", model.model.layers[0].mlp.up_proj.weight),
+    ):
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weight.detach().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    arguments = ("sparsify", "dense", calibrated, "--sparsity", 0.4, "--gguf", "model.gguf", "--json")
+    code, out, _ = deadband(*arguments, "-o", "file")
+    assert code == 0
+    assert json.loads(out)["weights"] == {"model.layers.0.mlp.up_proj": "int8-g32", "lm_head": "int8-g32"}
+    code, out, _ = deadband(*arguments, "--weights", "int4", "-o", "mixed")
+    formats = json.loads(out)["weights"]
+    assert [formats.pop(name) for name in ("model.layers.0.mlp.up_proj", "lm_head")] == ["int8-g32"] * 2
+    assert (len(formats), set(formats.values())) == (13, {DEFAULT_INT4})
+    stored = load_file(folder / "mixed" / "model.safetensors")
+    given = quantized_weights(folder / "model.gguf")
+    assert torch.equal(stored["lm_head.codes"], given["model.embed_tokens"].codes)
+    assert torch.equal(stored["model.layers.0.mlp.up_proj.scales"], given["model.layers.0.mlp.up_proj"].scales)
+    code, out, _ = deadband(*arguments, "--weights", "int4", "--output-weights", "int8", "-o", "output")
+    assert json.loads(out)["weights"]["lm_head"] == "int8"
+    other = deadband("sparsify", "dense", calibrated, "--sparsity", 0.4, "--gguf", "text.txt", "-o", "x")
+    assert other[0] == 2
+    assert "cannot be read as a GGUF file" in other[2]
+
+
+def test_an_unknown_format_lists_the_known_ones(deadband, calibrated):
+    _, _, err = deadband("sparsify", "dense", calibrated, "--sparsity", 0.4, "--weights", "int3", "-o", "x")
+    assert "'int3' is not known; expected int4" in err
+    assert "int4-g64-zp" in err
+
+
 BAD = {
     "no such model": ("eval", "./missing", "--data", "text.txt"),
     "no such model on the hub": ("eval", "missing-model", "--data", "text.txt"),
@@ -146,6 +215,17 @@ BAD = {
     "not a calibration": ("sparsify", "dense", "text.txt", "--sparsity", 0.5, "-o", "x"),
     "no calibration": ("sparsify", "dense", "missing", "--sparsity", 0.5, "-o", "x"),
     "other model": ("sparsify", "other", "calibration.safetensors", "--sparsity", 0.5, "-o", "x"),
+    "weights": ("sparsify", "dense", "calibration.safetensors", "--sparsity", 0.5, "--weights", "int3", "-o", "x"),
+    "output weights": (
+        "sparsify", "dense", "calibration.safetensors", "--sparsity", 0.5, "--output-weights", "q8", "-o", "x",
+    ),
+    "gptq without data": (
+        "sparsify", "dense", "calibration.safetensors", "--sparsity", 0.5, "--weights", "int4", "--gptq", "-o", "x",
+    ),
+    "gptq without weights": (
+        "sparsify", "dense", "calibration.safetensors", "--sparsity", 0.5, "--data", "text.txt", "--gptq", "-o", "x",
+    ),
+    "no gguf": ("sparsify", "dense", "calibration.safetensors", "--sparsity", 0.5, "--gguf", "missing", "-o", "x"),
     "output exists": ("calibrate", "dense", "--data", "text.txt", "-o", "dense"),
     "output nowhere": ("calibrate", "dense", "--data", "text.txt", "-o", "missing/x"),
     "pattern": ("calibrate", "dense", "--data", "text.txt", "-o", "x", "--include", "nothing"),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deadband.calibration import Calibration, calibrate
     from deadband.compaction import CompactionReport, load_compact_
     from deadband.criterion import Rule
+    from deadband.decoding import DecodeWarning, prepare_decode_, unprepare_decode_
     from deadband.evaluation import (
         Comparison,
         Evaluation,
@@ -53,6 +54,7 @@ _HOME = {
     "Calibration": "calibration",
     "CompactionReport": "compaction",
     "Comparison": "evaluation",
+    "DecodeWarning": "decoding",
     "DriftWarning": "sparsify",
     "Evaluation": "evaluation",
     "GenerationReport": "evaluation",
@@ -73,10 +75,12 @@ _HOME = {
     "evaluate": "evaluation",
     "inspect": "inspection",
     "load_compact_": "compaction",
+    "prepare_decode_": "decoding",
     "run_tasks": "tasks",
     "sparse_prefill": "sparsify",
     "sparsify_": "sparsify",
     "sparsity": "sparsify",
+    "unprepare_decode_": "decoding",
 }
 _MODULES = ("aggregate", "mask", "reduce")
 __all__ = sorted([*_HOME, *_MODULES])

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.metadata
+import math
 import os
 import platform
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deadband.linear import tensor_of
 from deadband.ops import kernels
+from deadband.quantized import QuantizedMatrix
 from deadband.running import evaluating, progress_bar
-from deadband.sites import weight_bytes
 from deadband.sparsify import sparse_sites, sparsity
 
 
@@ -93,23 +96,37 @@ def _processor() -> str:
 
 
 def bytes_per_token(model: nn.Module) -> int:
-    """Bytes of weights that decoding one token reads: all parameters but embeddings, of which it reads a row, less what
-    the sparse layers skipped since they last began to count."""
-    sites = sparse_sites(model)
-    skipped = sparsity(model, warn=False).sites if sites else {}
+    """Bytes of weights that decoding one token reads: all parameters, codes and scales but those of embeddings, of
+    which it reads a row, less what the sparse layers skipped since they last began to count."""
+    skipped = sparsity(model, warn=False).sites if sparse_sites(model) else {}
     read, seen = 0.0, set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue  # one row; the whole of it where an output layer is tied to it, which counts there
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in seen:
+        for tensor in (*module.parameters(recurse=False), *_quantised_tensors(module)):
+            if id(tensor) in seen:
                 continue
-            seen.add(id(parameter))
-            share = (
-                1 - skipped[name] if name in sites and skipped[name] == skipped[name] and parameter.dim() > 1 else 1.0
-            )
-            read += share * (weight_bytes(module) if parameter.dim() > 1 and name in sites else parameter.nbytes)
+            seen.add(id(tensor))
+            left_out = skipped.get(name, 0.0) if tensor.dim() > 1 and tensor is tensor_of(module) else 0.0
+            read += tensor.nbytes * (1.0 if math.isnan(left_out) else 1.0 - left_out)
     return int(read)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights as they are stored, parameters and quantised ones.
+
+    Example:
+        >>> model_bytes(nn.Linear(4, 2))
+        40
+    """
+    tensors = [*model.parameters(), *(tensor for module in model.modules() for tensor in _quantised_tensors(module))]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _quantised_tensors(module: nn.Module) -> list[Tensor]:
+    if not isinstance(module, QuantizedMatrix):
+        return []
+    return [tensor for tensor in (module.codes, module.scales, module.minimum) if tensor is not None]
 
 
 class Decoder:
@@ -151,7 +168,9 @@ def compare_decoding(model: Any, tokenizer: Any, *, tokens: int, progress: bool 
 
     models = {"as it is": model}
     if sparse_sites(model):
-        models = {"dense": densify_(copy.deepcopy(model)), "sparse": model}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that quantised weights stay rounded: the same ones are compared
+            models = {"dense": densify_(copy.deepcopy(model)), "sparse": model}
         sparsity(model, reset=True, warn=False)
     prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
     times = decode_seconds(models, prompt, tokens=tokens, progress=progress)

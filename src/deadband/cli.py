@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,6 +107,18 @@ def sparsify(
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text to choose, fit and judge thresholds on.")
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Quantise the sparse layers: int8, int4, int4-g64, ...")
+    ] = None,
+    output_weights: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="Of the output layer, with a tied embedding; int8 with --weights."),
+    ] = None,
+    gptq: Annotated[bool, typer.Option("--gptq", help="Round --weights with GPTQ, on the text of --data.")] = False,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of the same model: its Q8_0, Q4_0 and Q4_1 weights are taken as they are."),
+    ] = None,
     tokens: Tokens = 4096,
     window: Window = 512,
     dtype: Dtype = "auto",
@@ -117,8 +130,11 @@ def sparsify(
     check_output(output, overwrite, folder=True)
     text = read(data) if data is not None else None
     from deadband.allocation import check_method, check_sparsity
+    from deadband.bench import model_bytes
     from deadband.calibration import Calibration
     from deadband.models import save_model
+    from deadband.quantization import WeightFormat, input_hessians, second_moments_of
+    from deadband.quantized import QuantizedMatrix
     from deadband.sparsify import sparsify_
     from deadband.text import token_windows
 
@@ -129,14 +145,30 @@ def sparsify(
         check_sparsity(sparsity)
     if text is None and (sparsity is None or check_method(method) in ("greedy", "sensitivity")):
         raise ValueError("this runs the model on text: pass --data FILE as well")
+    for form in (weights, output_weights):
+        if form is not None:
+            WeightFormat.parse(form)
+    if gptq and (weights is None or text is None):
+        raise ValueError("--gptq goes with --weights, and runs the model on text: pass --data FILE as well")
+    blocks = gguf_blocks(gguf) if gguf is not None else {}
     statistics = Calibration.load(calibration)
     network, tokenizer = load(model, dtype, threads)
     passes: dict[str, Any] = {}
     if text is not None:
         passes = {"model": network, "batches": token_windows(tokenizer, text, tokens=tokens, window=window)}
     thresholds = statistics.allocate(sparsity, method, **limits, **passes)
-    sparsify_(network, thresholds)
+    dense_bytes = model_bytes(network)
+    sparsify_(
+        network,
+        thresholds,
+        weights=chosen_weights(network, list(thresholds), weights, blocks),
+        output_layer=output_weights or True,
+        second_moments=second_moments_of(statistics),
+        hessians=input_hessians(network, passes["batches"], thresholds) if gptq else None,
+        progress=True,
+    )
     save_model(network, tokenizer, output)
+    formats = {name: each.weight_format for name, each in network.named_modules() if isinstance(each, QuantizedMatrix)}
     note = (
         ""
         if thresholds.corrected
@@ -149,8 +181,13 @@ def sparsify(
         "reason": thresholds.reason,
         "corrected": thresholds.corrected,
         "thresholds": {name: rule.threshold for name, rule in thresholds.items()},
+        "weights": formats,
+        "dense_bytes": dense_bytes,
+        "bytes": (size := model_bytes(network)),
     }
-    show(figures, f"{thresholds}\n\nwritten to {output}{note}", as_json)
+    counted = ", ".join(f"{form} ({count})" for form, count in Counter(formats.values()).items())
+    stored = f"\nweights: {counted}; {dense_bytes / 1e6:.1f} MB became {size / 1e6:.1f} MB" if formats else ""
+    show(figures, f"{thresholds}{stored}\n\nwritten to {output}{note}", as_json)
 
 
 @app.command()
@@ -419,6 +456,37 @@ def read(path: Path) -> str:
     from deadband.text import read_text
 
     return read_text(path)
+
+
+def gguf_blocks(path: Path) -> dict[str, Any]:
+    """The weights that --gguf can take over, before the model is loaded."""
+    from deadband.gguf_weights import FORMATS, quantized_weights
+
+    try:
+        blocks = quantized_weights(path)
+    except ImportError as error:  # a user's mistake like any other
+        raise ValueError(str(error)) from None
+    if not blocks:
+        raise ValueError(f"{str(path)!r} holds no linear layer as {', '.join(FORMATS)}")
+    return blocks
+
+
+def chosen_weights(network: Any, sites: list[str], form: str | None, blocks: dict[str, Any]) -> Any:
+    """`weights` of sparsify_: what a GGUF file holds as it is, and everything else in one format."""
+    if not blocks:
+        return form
+    from deadband.sparsify import OUTPUT_FORMAT, find_output_layer
+
+    output = find_output_layer(network, sites)
+    wanted: dict[str, Any] = {}
+    if form is not None:
+        wanted = dict.fromkeys(sites, form) | ({} if output is None else {output: OUTPUT_FORMAT})
+    if output is not None and output not in blocks:
+        embedding = network.get_input_embeddings()
+        if embedding.weight is network.get_output_embeddings().weight:  # the file holds it as the embedding
+            name = next(name for name, module in network.named_modules() if module is embedding)
+            blocks = blocks | ({output: blocks[name]} if name in blocks else {})
+    return wanted | {name: blocks[name] for name in (*sites, output) if name in blocks}
 
 
 def load(name: str, dtype: str, threads: int | None) -> tuple[Any, Any]:

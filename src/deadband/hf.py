@@ -9,7 +9,7 @@ checkpoint loads as the dense model.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from deadband.linear import (
     tensor_of,
     use_dense_product_,
 )
+from deadband.mapped import MappedFiles, on_huge_pages
 from deadband.quantization import empty_weight
 from deadband.quantized import (
     QUANTIZED_CLASSES,
@@ -35,7 +36,6 @@ from deadband.quantized import (
     QuantizedMatrix,
     QuantizedSite,
     make_quantized_,
-    on_huge_pages,
 )
 from deadband.sites import shape_of
 from deadband.sparsify import SparsityConfig, sparse_sites, tie_
@@ -100,10 +100,13 @@ class DeadbandQuantizer(HfQuantizer):
         names = {name for name, _ in model.named_modules()}
         prefix = f"{model.base_model_prefix}."
 
-        def find(written: str) -> str:
+        def found(written: str) -> str:
             # a model with a head and its base model load each other's checkpoints; their names differ by a prefix
             spellings = (written, written.removeprefix(prefix), prefix + written)
-            name = next((each for each in spellings if each in names), "")
+            return next((each for each in spellings if each in names), "")
+
+        def find(written: str) -> str:
+            name = found(written)
             if not name:
                 raise ValueError(f"config.json names layer {written!r}, which {type(model).__name__} does not have")
             return name
@@ -127,35 +130,43 @@ class DeadbandQuantizer(HfQuantizer):
                 site_range=config.site_range.get(written),
             )
         for written, form in config.weights.items():
-            name = find(written)
-            out_features, in_features = shape_of(model.get_submodule(name))
-            make_quantized_(model.get_submodule(name), empty_weight(out_features, in_features, form, device="meta"))
+            name = find(written) if written in config.sites else found(written)
+            if not name:
+                continue  # a base model has no output layer
+            layer: Any = model.get_submodule(name)
+            make_quantized_(layer, empty_weight(*shape_of(layer), form, device="meta"))
+            layer._is_hf_initialized = True  # transformers would dequantise it for a look
         if config.tied_embedding is not None:
-            tie_(model, find(config.tied_embedding))
+            layer = cast(Any, model).get_output_embeddings()
+            if not isinstance(layer, QuantizedMatrix):
+                raise ValueError(
+                    f"in this checkpoint the embedding is stored as the quantised output layer, which "
+                    f"{type(model).__name__} does not have; load it as a model that has one (AutoModelForCausalLM)"
+                )
+            tie_(model, find(config.tied_embedding), layer)
         plain = config.output_layer if config.output_layer not in config.weights else None
         if plain is not None and plain in names:
             use_dense_product_(model.get_submodule(plain))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        files = MappedFiles()  # transformers leaves weights in the mapped checkpoint
         for name, module in sparse_sites(model).items():
-            if tensor_of(module).is_meta or module.threshold.is_meta:
-                raise ValueError(
-                    f"site {name!r} is offloaded by device_map, and an offloaded layer cannot be sparse; "
-                    "choose a device_map that keeps it on a device, or load the dense model"
-                )
+            _refuse_offloaded(name, tensor_of(module), module.threshold)
             for buffer in ("threshold", "scale", "center", "mask"):
                 _check_loaded(name, module, buffer)
             module.register_buffer("counts", new_counts(tensor_of(module).device), persistent=False)
+            before = tensor_of(module).detach()
             lay_out_(module)
+            if tensor_of(module).data_ptr() != before.data_ptr():
+                files.give_back(before)
             module.refresh_offset_()
 
         for name, module in model.named_modules():
             if isinstance(module, QuantizedMatrix):
-                for buffer in ("codes", "scales", "minimum"):
-                    _check_loaded(name, module, buffer)
-                module.codes = on_huge_pages(module.codes)
-                if isinstance(module, SparseSite):
-                    module.refresh_offset_()
+                _refuse_offloaded(name, module.codes, module.bias)
+                for tensor in ("codes", "scales", "minimum", "bias"):
+                    _check_loaded(name, module, tensor)
+                module.codes = on_huge_pages(module.codes, files)
 
     def is_serializable(self) -> bool:
         """Sparse models can be saved."""
@@ -177,11 +188,19 @@ class DeadbandQuantizer(HfQuantizer):
         return True
 
 
-def _check_loaded(name: str, module: nn.Module, buffer: str) -> None:
-    value = getattr(module, buffer)
+def _refuse_offloaded(name: str, *tensors: torch.Tensor | None) -> None:
+    if any(tensor is not None and tensor.is_meta for tensor in tensors):
+        raise ValueError(
+            f"site {name!r} is offloaded by device_map, and an offloaded layer cannot be sparse; "
+            "choose a device_map that keeps it on a device, or load the dense model"
+        )
+
+
+def _check_loaded(name: str, module: nn.Module, tensor: str) -> None:
+    value = getattr(module, tensor)
     if value is not None and not getattr(value, "_is_hf_initialized", False):
         raise ValueError(
-            f"the checkpoint has no {name}.{buffer}; it was not written by deadband, or is incomplete. "
+            f"the checkpoint has no {name}.{tensor}; it was not written by deadband, or is incomplete. "
             "Calibrate and sparsify the dense model again"
         )
 

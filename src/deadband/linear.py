@@ -74,6 +74,8 @@ class SparseSite(nn.Module):
                 x = fill_skipped(x, keep, center, self.gradient)
             return F.linear(x, weight, bias)
         offset, relative, counts = buffers["offset"], self.relative, buffers["counts"]
+        if counts is None:
+            counts = uncounted(x.device)
         return sparse_linear(x, weight, bias, threshold, scale, center, offset, relative, self.sparse_rows, counts)
 
     @property
@@ -245,6 +247,13 @@ _ATTRIBUTES = ("relative", "sparse_rows", "gradient", "expected", "site_range")
 def new_counts(device: torch.device) -> Tensor:
     """A sparse layer's counters, at zero."""
     return torch.zeros(COUNTS, dtype=torch.int64, device=device)
+
+
+def uncounted(device: torch.device) -> Tensor | None:
+    """What an operator gets in the place of counters: None, or, as torch.compile cannot leave out what an operator
+    writes to, some that nobody reads."""
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return new_counts(device) if compiling else None
 
 
 def make_dense_(module: SparseSite) -> nn.Module:

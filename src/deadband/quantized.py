@@ -10,9 +10,17 @@ from torch.nn import functional as F
 
 from deadband.criterion import keep_mask
 from deadband.hooks import apply_mask
-from deadband.linear import SPARSE_CLASSES, DenseLinear, SparseLinear, SparseSite, change_class_, fill_skipped
+from deadband.linear import (
+    SPARSE_CLASSES,
+    DenseLinear,
+    SparseLinear,
+    SparseSite,
+    change_class_,
+    fill_skipped,
+    uncounted,
+)
+from deadband.mapped import on_huge_pages
 from deadband.ops import NIBBLES, count_, dequantize, quantized_linear
-from deadband.ops.kernels import advise_huge_pages
 
 if TYPE_CHECKING:
     from deadband.quantization import QuantizedWeight
@@ -37,8 +45,12 @@ class QuantizedMatrix(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight as the dense layer holds it, dequantised anew on each access."""
-        matrix = dequantize(self.codes, self.scales, self.minimum, self.group_size, self.weight_dtype)
+        matrix = self.matrix(self.weight_dtype)
         return matrix.t() if self.stored_in_out else matrix
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight as [out_features, in_features], dequantised."""
+        return dequantize(self.codes, self.scales, self.minimum, self.group_size, dtype)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -79,10 +91,10 @@ class QuantizedLinear(QuantizedMatrix, nn.Linear):  # type: ignore[override]  # 
     def forward(self, x: Tensor) -> Tensor:
         """y = W · x + bias."""
         if torch.is_grad_enabled() and x.requires_grad:
-            return F.linear(x, self.weight.to(x.dtype), self.bias)
+            return F.linear(x, self.matrix(x.dtype), self.bias)
         return quantized_linear(
             x, self.codes, self.scales, self.minimum, self.bias, self.group_size,
-            None, None, None, None, False, 0, None,
+            None, None, None, None, False, 0, uncounted(x.device),
         )  # fmt: skip
 
 
@@ -102,10 +114,11 @@ class QuantizedSite(QuantizedMatrix, SparseSite):
                 if buffers["counts"] is not None and not self.training:
                     count_(buffers["counts"], x.detach(), keep)
                 x = fill_skipped(x, keep, center, self.gradient)
-            return F.linear(x, self.matrix_view(self.weight).to(x.dtype), bias)
+            return F.linear(x, self.matrix(x.dtype), bias)
+        counts = uncounted(x.device) if buffers["counts"] is None else buffers["counts"]
         return quantized_linear(
             x, buffers["codes"], buffers["scales"], buffers["minimum"], bias, self.group_size,
-            threshold, scale, center, buffers["offset"], self.relative, self.sparse_rows, buffers["counts"],
+            threshold, scale, center, buffers["offset"], self.relative, self.sparse_rows, counts,
         )  # fmt: skip
 
 
@@ -147,7 +160,7 @@ class QuantizedTable(nn.Embedding):
         rows = codes * source.scales.index_select(1, flat).float()[group]
         if source.minimum is not None:
             rows = rows + source.minimum.index_select(1, flat).float()[group]
-        return rows.t().to(self.table_dtype).reshape(*input.shape, -1)
+        return rows.t().to(self.table_dtype).reshape(*input.shape, self.embedding_dim)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedTable:
         self.table_dtype = fn(torch.empty(0, dtype=self.table_dtype)).dtype
@@ -159,7 +172,7 @@ class QuantizedTable(nn.Embedding):
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
-        return f"{super().extra_repr()}, tied to a {self.source.weight_format} output layer"
+        return f"{super().extra_repr()}, rows of the {self.source.weight_format} output layer"
 
 
 _table_classes: dict[type[nn.Embedding], type[QuantizedTable]] = {nn.Embedding: QuantizedTable}
@@ -225,16 +238,9 @@ def make_quantized_(module: nn.Module, weight: QuantizedWeight) -> nn.Parameter:
 def unmake_quantized_(module: QuantizedMatrix, parameter: nn.Parameter | None = None) -> None:
     """Give a layer a weight of its own again: `parameter`, or the dequantised one."""
     if parameter is None:
-        parameter = nn.Parameter(module.weight, requires_grad=module.weight_dtype.is_floating_point)
+        parameter = nn.Parameter(module.weight.contiguous(), requires_grad=module.weight_dtype.is_floating_point)
     twin = next(dense for dense, quantised in QUANTIZED_CLASSES.items() if quantised is type(module))
     for name in (*_BUFFERS, "weight_dtype", "group_size"):
         delattr(module, name)
     change_class_(module, twin)
     module.register_parameter("weight", parameter)
-
-
-def on_huge_pages(tensor: Tensor) -> Tensor:
-    """A copy of a tensor in memory that has huge pages behind it, as far as the system has them."""
-    copy = torch.empty_like(tensor)
-    advise_huge_pages(copy)
-    return copy.copy_(tensor)

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -115,7 +115,7 @@ def sparsify_(
     output_layer: bool | str = True,
     weights: str | Mapping[str, str | QuantizedWeight] | None = None,
     second_moments: Mapping[str, Tensor] | None = None,
-    hessians: Mapping[str, Tensor] | None = None,
+    hessians: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Make linear layers of `model` skip input entries inside their deadband, in place.
@@ -144,7 +144,7 @@ def sparsify_(
             weights then, the quantised one. Layers that are quantised already stay as they are.
         second_moments: of each site's input by site name (`deadband.quantization.second_moments_of(calibration)`): they
             make the rounding to 4 bits better.
-        hessians: `deadband.quantization.input_hessians(model, batches)`, for GPTQ: better still, and slower.
+        hessians: `deadband.quantization.input_hessians(model, batches, sites)`, for GPTQ: better still, and slower.
         progress: show a bar while weights are quantised.
 
     Returns:
@@ -188,6 +188,7 @@ def sparsify_(
     rules = {name: _rule(name, chosen[name], modules[name], criterion or "magnitude") for name in chosen}
     output = find_output_layer(model, chosen) if output_layer else None
     formats = _formats(model, chosen, weights, output, output_layer)
+    tied = find_tied_embedding(model, formats)
     config = SparsityConfig(
         sites=tuple(chosen),
         criterion=criterion or "magnitude",
@@ -200,7 +201,7 @@ def sparsify_(
         relative=tuple(name for name, rule in rules.items() if rule.relative),
         masked=tuple(kept),
         weights=_format_names(model, formats),
-        tied_embedding=find_tied_embedding(model, formats),
+        tied_embedding=tied[0] if tied is not None else None,
         **_expectations(allocated, [name for name in chosen if name not in kept]),
     )
     left = {name: module for name, module in sparse_sites(model).items() if name not in chosen}
@@ -233,8 +234,8 @@ def sparsify_(
         use_dense_product_(model.get_submodule(config.output_layer))
     for name in list(quantised):
         make_quantized_(model.get_submodule(name), quantised.pop(name))
-    if config.tied_embedding is not None and not isinstance(model.get_submodule(config.tied_embedding), QuantizedTable):
-        tie_(model, config.tied_embedding)
+    if tied is not None:
+        tie_(model, *tied)
     return model
 
 
@@ -259,10 +260,10 @@ def _formats(
     formats: dict[str, WeightFormat | QuantizedWeight] = {}
     for name, value in wanted.items():
         module = model.get_submodule(name)
-        if name not in chosen and name != output:
-            raise ValueError(f"weights name {name!r}, which is neither a sparse site nor the output layer")
         if isinstance(module, QuantizedMatrix):
             continue
+        if name not in chosen and name != output:
+            raise ValueError(f"weights name {name!r}, which is neither a sparse site nor the output layer")
         if type(module) not in QUANTIZED_CLASSES:
             raise ValueError(f"site {name!r} is a {type(module).__name__}, which cannot have quantised weights")
         formats[name] = value if isinstance(value, QuantizedWeight) else WeightFormat.parse(value)
@@ -278,23 +279,27 @@ def _quantise(
     model: nn.Module,
     formats: Mapping[str, WeightFormat | QuantizedWeight],
     second_moments: Mapping[str, Tensor] | None,
-    hessians: Mapping[str, Tensor] | None,
+    hessians: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None,
     progress: bool,
 ) -> dict[str, QuantizedWeight]:
-    quantised = {}
-    for name in progress_bar(list(formats), "quantise", progress):
-        form = formats[name]
-        if isinstance(form, WeightFormat):
-            try:
-                form = quantize(
-                    matrix_of(model.get_submodule(name)).detach(),
-                    form,
-                    (second_moments or {}).get(name),
-                    hessian=(hessians or {}).get(name),
-                )
-            except ValueError as error:
-                raise ValueError(f"site {name!r} cannot be quantised: {error}") from None
-        quantised[name] = form
+    quantised = {name: form for name, form in formats.items() if isinstance(form, QuantizedWeight)}
+
+    def jobs() -> Iterator[tuple[str, Tensor | None]]:
+        yield from hessians.items() if isinstance(hessians, Mapping) else hessians or ()
+        yield from ((name, None) for name in formats)
+
+    remaining = len(formats) - len(quantised)
+    todo = ((name, hessian) for name, hessian in jobs() if name in formats and name not in quantised)
+    for name, hessian in progress_bar(todo, "quantise", progress, remaining):
+        try:
+            quantised[name] = quantize(
+                matrix_of(model.get_submodule(name)).detach(),
+                cast(WeightFormat, formats[name]),
+                (second_moments or {}).get(name),
+                hessian=hessian,
+            )
+        except ValueError as error:
+            raise ValueError(f"site {name!r} cannot be quantised: {error}") from None
     return quantised
 
 
@@ -305,22 +310,39 @@ def _format_names(model: nn.Module, formats: Mapping[str, WeightFormat | Quantiz
     return {**there, **new}
 
 
-def find_tied_embedding(model: nn.Module, formats: Collection[str]) -> str | None:
-    """The name of the embedding whose weight is that of a layer in `formats`, or that reads a quantised one already."""
-    weights = {id(model.get_submodule(name)._parameters["weight"]) for name in formats}
+def find_tied_embedding(model: nn.Module, formats: Collection[str]) -> tuple[str, QuantizedMatrix] | None:
+    """The name of the embedding that reads its rows from a quantised layer, or whose weight is that of a layer in
+    `formats`; and that layer."""
+    layers: dict[int, Any] = {}
+    for name in formats:
+        layer = model.get_submodule(name)
+        layers[id(layer._parameters["weight"])] = layer
+    tied = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedTable):
-            return name
-        if isinstance(module, nn.Embedding) and id(module._parameters.get("weight")) in weights:
-            return name
-    return None
+            return name, module.source
+        if isinstance(module, nn.Embedding) and id(module._parameters.get("weight")) in layers:
+            tied.append((name, layers[id(module._parameters["weight"])]))
+    if len(tied) > 1:
+        raise ValueError(
+            f"embeddings {[name for name, _ in tied]} share the weight of one layer, which then cannot be quantised; "
+            "for the output layer, pass output_layer=False"
+        )
+    return tied[0] if tied else None
 
 
-def tie_(model: Any, embedding: str) -> None:
-    """Make the embedding of that name read its rows from the model's quantised output layer, in place."""
-    table, layer = model.get_submodule(embedding), model.get_output_embeddings()
-    tie_table_(table, layer)
-    model.config.tie_word_embeddings = False  # transformers would look for the weights of both
+def tie_(model: nn.Module, embedding: str, layer: QuantizedMatrix) -> None:
+    """Make the embedding of that name read its rows from a quantised layer of the model, in place."""
+    table = model.get_submodule(embedding)
+    if not isinstance(table, QuantizedTable):
+        tie_table_(cast(nn.Embedding, table), layer)
+        _set_tied(model, False)  # transformers would look for the weights of both
+
+
+def _set_tied(model: nn.Module, tied: bool) -> None:
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "tie_word_embeddings"):
+        config.tie_word_embeddings = tied
 
 
 def _expectations(allocated: Thresholds | None, names: Collection[str]) -> dict[str, Any]:
@@ -356,13 +378,13 @@ def densify_(model: nn.Module) -> nn.Module:
     return model
 
 
-def _dequantise_(model: Any) -> None:
+def _dequantise_(model: nn.Module) -> None:
     quantised = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedMatrix)}
     for module in quantised.values():
         unmake_quantized_(module)
     for table in [module for module in model.modules() if isinstance(module, QuantizedTable)]:
         untie_table_(table, cast(nn.Parameter, table.source.weight))  # a dense layer's again
-        model.config.tie_word_embeddings = True
+        _set_tied(model, True)
     if quantised:
         warnings.warn(
             f"densify_ dequantised {_layers(len(quantised))}: their weights stay rounded, not those from before "
