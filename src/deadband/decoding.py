@@ -40,7 +40,7 @@ OPTIONS: dict[str, Any] = {
     "alignment_asserts": False,
     "scalar_asserts": False,
 }
-"""Settings of inductor. Tried without gain: cpp_wrapper (the operators are called through one more layer)."""
+"""Settings of inductor."""
 
 
 class DecodeWarning(UserWarning):
@@ -132,7 +132,7 @@ def _prepared_class(original: type) -> type:
     return type(original.__name__, (original,), body)
 
 
-def _new(kind: type) -> Any:
+def _new(kind: Any) -> Any:
     return kind.__new__(kind)
 
 
@@ -443,14 +443,17 @@ class Decoder:
         try:
             self._compile(model, passes)
         except Exception as error:  # the compiler, torch.export and any model's code may raise anything
-            reason = str(error).strip().split("\n")[0][:300]
-            self._warn(f"this model decodes without a compiled graph: {type(error).__name__}: {reason}")
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"
+            if "CppCompileError" in reason and any(" " in folder for folder in _compiler_folders()):
+                reason += " (torch's compiler does not work in folders with a space in their name: "
+                reason += "move the environment, or set TORCHINDUCTOR_CACHE_DIR)"
+            self._warn(f"this model decodes without a compiled graph: {reason}")
             self.run = None
         self.seconds = time.perf_counter() - start
 
     def _warn(self, message: str) -> None:
         if not self.warned:
-            warnings.warn(message, DecodeWarning, stacklevel=5)
+            warnings.warn(message, DecodeWarning, stacklevel=4)
         self.warned = True
 
     def _compile(self, model: Any, passes: Sequence[GraphPass]) -> None:
@@ -486,17 +489,18 @@ class Decoder:
         self.run = run
 
     def _check(self, model: Any, run: Any, cache: Any, store: Store) -> None:
-        """Compare with the model itself, once: it may have parts that work in a way that is not known here."""
-        token, counts = torch.ones(1, 1, dtype=torch.int64), _counts(model)
-        with evaluating(model):
+        """Compare with the model itself, once: it may have parts that work in a way that is not known here.
+
+        Nothing is skipped meanwhile. At its thresholds a bfloat16 model amplifies rounding, as entries change sides: on
+        random weights of 1 B parameters at 0.5, logits differ by 0.45 between two of transformers' own caches. With
+        all entries kept they differ by 0.02, as these do from the model's, and in float32 with skipping by 5e-7.
+        """
+        token = torch.ones(1, 1, dtype=torch.int64)
+        with evaluating(model), _nothing_skipped(model):
             compiled = self._logits(run, store, token).float()
             expected = model(token, past_key_values=cache, use_cache=True).logits.float()
-        for buffer, before in counts:
-            buffer.copy_(before)
         error = float((compiled - expected).norm() / expected.norm())
-        # Rounding alone makes a sparse bfloat16 model's logits differ by 0.1 between two of transformers' own caches:
-        # entries change sides at the thresholds
-        limit = 0.01 if expected.dtype == next(model.parameters()).dtype else 0.5
+        limit = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
         if not error <= limit:
             raise RuntimeError(f"its logits differ by {error:.2g} from those of the model")
 
@@ -568,6 +572,12 @@ class Decoder:
         return True
 
 
+def _compiler_folders() -> tuple[str, str]:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return torch.__path__[0], cache_dir()
+
+
 _PLAIN = ("input_ids", "past_key_values", "cache_position", "logits_to_keep")  # nothing that changes one token's output
 _TRUE = ("use_cache", "return_dict")
 _positions = torch.arange(1024)
@@ -600,6 +610,16 @@ def _state(model: nn.Module) -> list[Any]:
     return state
 
 
-def _counts(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    buffers = (site.counts for site in sparse_sites(model).values())
-    return [(buffer, buffer.clone()) for buffer in buffers if buffer is not None]
+@contextlib.contextmanager
+def _nothing_skipped(model: nn.Module) -> Iterator[None]:
+    """Thresholds below zero, which keep every entry, and counters as they were afterwards."""
+    sites = sparse_sites(model).values()
+    buffers = [buffer for site in sites for buffer in (site.threshold, site.counts) if buffer is not None]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        for site in sites:
+            site.threshold.fill_(-1)
+        yield
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
