@@ -1,106 +1,333 @@
-"""Decoding, end to end: transformers' eager model against the same model made sparse, taking turns token by token.
+"""Decoding, end to end: transformers, deadband in three weight formats at four sparsities, and llama.cpp, side by side.
 
-SmolLM2-135M at 0.4 is calibrated on Python's documentation. A Llama of 1 B parameters (the shapes of Llama 3.2 1B) has
-random weights: only its speed means something.
+All decoders of a group live in one process and take turns, token by token, with the same number of threads. A group is
+a width of weights, with transformers' eager bfloat16 model in each, so that ratios are of one run; for large models the
+groups do not fit into memory together.
+
+SmolLM2-135M and Gemma 3 270M are real: their thresholds are calibrated on Python's documentation (method `sensitivity`), and
+each row has its perplexity and its KL to the float32 model on the text given by --data, every token sparse. The Llamas
+of 1 B and 3 B parameters have the shapes of Llama 3.2 and random weights: only their speed means something.
+
+Needs the extras gguf, plot and llama (llama.cpp); without the last its rows are left out.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from common import parser, save
+from common import RESULTS, parser, save
+from shapes import random_llama
+from torch import Tensor
 
 import deadband
-from deadband.bench import bytes_per_token, decode_seconds, median, threads
-from deadband.models import load_model, load_tokenizer, smollm2
+from deadband.bench import Decoder, bytes_per_token, interleave, median, threads
+from deadband.evaluation import divergence
+from deadband.files import write_json
+from deadband.models import GEMMA3, SMOLLM2, cache_folder, gemma3, load_model, load_tokenizer, smollm2
 from deadband.ops import kernels
-from deadband.text import python_documentation, token_windows
+from deadband.running import evaluating, progress_bar
+from deadband.sites import find_sites
+from deadband.text import python_documentation, read_text, token_windows
+
+try:
+    import llamacpp
+except ImportError:
+    llamacpp = None  # type: ignore[assignment]
+
+REAL = {"smollm2": (SMOLLM2, smollm2), "gemma3": (GEMMA3, gemma3)}
+RANDOM = {"llama-1b": ("Llama 1B random", "1b"), "llama-3b": ("Llama 3B random", "3b")}
+LEVELS = (0.0, 0.25, 0.4, 0.5)
+# weights of ours (None: bfloat16 as they are) and llama.cpp's of the same width
+GROUPS: dict[str, tuple[Sequence[str | None], Sequence[str]]] = {
+    "bf16": ((None,), ("BF16",)),
+    "int8": (("int8",), ("Q8_0",)),
+    "int4": (("int4",), ("Q4_0", "Q4_K_M")),
+}
+PROMPT_TOKENS = 64
 
 
-def llama_1b():
-    """A bfloat16 Llama of 1.24 B random parameters, tied embeddings."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+class CompiledDecoder:
+    """transformers as its documentation advises for speed: a static cache and a compiled forward."""
 
-    config = LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=64, vocab_size=128256, tie_word_embeddings=True, max_position_embeddings=2048, bos_token_id=1,
-        eos_token_id=2,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model = model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.ones_(parameter)
-            continue
-        block = (
-            torch.randn(1 << 20, dtype=torch.bfloat16) * 0.02
-        )  # repeated: drawing 1.2 billion numbers takes a minute
-        parameter.data.view(-1).copy_(block.repeat(parameter.numel() // len(block) + 1)[: parameter.numel()])
-    model.tie_weights()
-    rotary = model.model.rotary_emb
-    rotary.inv_freq = 1.0 / 10000 ** (torch.arange(0, 64, 2) / 64)
-    rotary.original_inv_freq = rotary.inv_freq
-    return model.eval()
+    def __init__(self, model: Any, prompt: Tensor, context: int) -> None:
+        from transformers import StaticCache
+
+        self.cache = StaticCache(model.config, max_cache_len=context)
+        self.length = prompt.shape[-1]
+        with evaluating(model):
+            output = model(prompt, past_key_values=self.cache, cache_position=torch.arange(self.length))
+        self.token = output.logits[:, -1:].argmax(-1)
+        self.forward = torch.compile(model.forward, fullgraph=True)
+
+    def step(self) -> None:
+        """Decode one token."""
+        position = torch.tensor([self.length])
+        with torch.no_grad():
+            output = self.forward(
+                self.token, past_key_values=self.cache, cache_position=position, position_ids=position.unsqueeze(0)
+            )
+        self.token = output.logits[:, -1:].argmax(-1).clone()
+        self.length += 1
 
 
-def measure(name: str, model, batches: list, sparsity: float, prompt: torch.Tensor, tokens: int, counts: list[int]):
-    calibration = deadband.calibrate(model, batches)
-    sparse = deadband.sparsify_(
-        copy.deepcopy(model), calibration.allocate(sparsity, "uniform", model=model, batches=batches)
+def load(key: str) -> Any:
+    """The bfloat16 model."""
+    return random_llama(RANDOM[key][1]) if key in RANDOM else load_model(REAL[key][1](), dtype="bfloat16")
+
+
+def sharing_copy(model: Any) -> Any:
+    """A copy of a model with the very same weights in memory, but thresholds of its own."""
+    large = [each for each in (*model.parameters(), *model.buffers()) if each.dim() > 1]
+    return copy.deepcopy(model, {id(each): each for each in large})
+
+
+def ours(key: str, weights: str | None, model: Any) -> dict[float, Any]:
+    """Sparse models of one weight format, one for each level; they share their weights."""
+    levels = {level: thresholds(key, level, model) for level in LEVELS[1:]}
+    second_moments = None
+    if key in REAL:
+        second_moments = deadband.quantization.second_moments_of(calibration(key))
+    base = deadband.sparsify_(
+        model, dict.fromkeys(find_sites(model), 0.0), weights=weights, second_moments=second_moments, progress=True
     )
-    unskipped = deadband.sparsify_(copy.deepcopy(model), dict.fromkeys(calibration.sites, 0.0))  # our own, at 0
-    models = {"transformers": model, "deadband at 0": unskipped, f"deadband at {sparsity}": sparse}
-    for count in counts:
+    if weights is not None:
+        base.to(torch.float32)  # of activations: what llama.cpp has too, and nothing large is left to convert
+    made = {level: deadband.sparsify_(sharing_copy(base), chosen) for level, chosen in levels.items()}
+    return {0.0: base, **made}
+
+
+def calibration(key: str) -> Any:
+    """Of a real model, kept from run to run."""
+    return _kept(f"{key}-calibration", deadband.Calibration, lambda: deadband.calibrate(*_for_calibration(key)))
+
+
+def thresholds(key: str, level: float, model: Any) -> Any:
+    """Real models: `sensitivity`, kept from run to run. Random ones: uniform."""
+    if key in REAL:
+
+        def allocate() -> Any:
+            dense, batches = _for_calibration(key)
+            return calibration(key).allocate(level, "sensitivity", model=dense, batches=batches)
+
+        return _kept(f"{key}-{level}-sensitivity", deadband.allocation.Thresholds, allocate)
+    ids = torch.randint(0, 128256, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": ids}]
+    return deadband.calibrate(model, batches).allocate(level, "uniform", model=model, batches=batches)
+
+
+def _for_calibration(key: str) -> tuple[Any, list]:
+    folder = REAL[key][1]()
+    tokenizer = load_tokenizer(folder)
+    batches = token_windows(tokenizer, python_documentation()[0], tokens=8192, window=512)
+    return load_model(folder, dtype="float32"), batches
+
+
+def _kept(name: str, kind: Any, make: Callable[[], Any]) -> Any:
+    path = cache_folder() / "benchmarks" / f"{name}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make().save(path)
+    return kind.load(path)
+
+
+class Quality:
+    """Perplexity and KL to the float32 model, on windows of text, every token sparse."""
+
+    def __init__(self, key: str, options: Any) -> None:
+        folder = REAL[key][1]()
+        tokenizer = load_tokenizer(folder)
+        text = read_text(options.data) if options.data else python_documentation()[1]
+        self.windows = token_windows(tokenizer, text, tokens=512 * options.windows, window=512)
+        self.reference = load_model(folder, dtype="float32")
+
+    def judge(self, logits: dict[str, Callable[[Tensor], Tensor]]) -> dict[str, dict[str, float]]:
+        """`kl`, its standard error over windows and `perplexity` of each candidate, window by window."""
+        kl: dict[str, list[float]] = {name: [] for name in logits}
+        loss: dict[str, list[float]] = {name: [] for name in logits}
+        for window in progress_bar(self.windows, "quality", True):
+            ids = window["input_ids"]
+            expected = _logits(self.reference, ids).log_softmax(-1)
+            for name, run in logits.items():
+                got = run(ids).float().log_softmax(-1)
+                kl[name].append(float(divergence(expected, got).mean()))
+                loss[name].append(-float(got[:-1].gather(-1, ids[0, 1:, None]).mean()))
+        return {
+            name: {
+                "kl": sum(kl[name]) / len(kl[name]),
+                "kl_error": float(torch.tensor(kl[name]).std() / math.sqrt(len(kl[name]))),
+                "perplexity": math.exp(sum(loss[name]) / len(loss[name])),
+            }
+            for name in logits
+        }
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    with evaluating(model):
+        return model(ids).logits[0].float()
+
+
+def _sparse_logits(model: Any, ids: Tensor) -> Tensor:
+    with deadband.sparse_prefill(model):
+        return _logits(model, ids)
+
+
+def measure(key: str, group: str, quality: Quality | None, options: Any) -> list[dict[str, Any]]:
+    """All decoders of one width, taking turns, with each number of threads."""
+    name = (REAL.get(key) or RANDOM[key])[0]
+    formats, kinds = GROUPS[group]
+    eager = load(key)
+    tokens = (120 if key in REAL else 24) * options.rounds
+    context = PROMPT_TOKENS + (tokens + 8) * len(options.threads)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(3, eager.config.get_text_config().vocab_size - 8, (1, PROMPT_TOKENS), generator=generator)
+    steps: dict[str, Callable[[], Any]] = {"transformers": Decoder(eager, prompt).step}
+    logits: dict[str, Callable[[Tensor], Tensor]] = {"transformers": lambda ids: _logits(eager, ids)}
+    size = {"transformers": bytes_per_token(eager)}
+    if group == "bf16" and not options.no_compile:
+        steps["transformers, compiled"] = CompiledDecoder(eager, prompt, context).step
+        size["transformers, compiled"] = size["transformers"]
+    models: dict[str, Any] = {}
+    for weights in formats:
+        for level, model in ours(key, weights, load(key)).items():
+            label = f"deadband {weights or 'bf16'} at {level:.0%}"
+            models[label] = deadband.prepare_decode_(model)
+            steps[label] = Decoder(model, prompt).step
+            logits[label] = lambda ids, model=model: _sparse_logits(model, ids)
+    llamas: dict[str, Any] = {}
+    for kind in kinds if llamacpp is not None else ():
+        path = llamacpp.quantize(_gguf(key, eager), llamacpp.gguf_path(_file_name(key), kind), kind)
+        llama = llamas[f"llama.cpp {kind}"] = llamacpp.LlamaCpp(path, max(options.threads), context=max(context, 640))
+        size[f"llama.cpp {kind}"] = sum(llamacpp.tensor_types(path).values())
+        logits[f"llama.cpp {kind}"] = lambda ids, llama=llama: torch.from_numpy(llama.logits(ids))
+    judged = quality.judge(logits) if quality is not None else {}
+    rows = []
+    print(f"{name}, {group}\n{'decoder':24}{'threads':>8}{'sparsity':>9}{'tokens/s':>10}{'/transformers':>14}"
+          f"{'/llama.cpp':>11}{'MB/token':>10}{'of bandwidth':>13}{'KL':>9}{'perplexity':>11}")  # fmt: skip
+    for count in options.threads:
         with threads(count):
-            deadband.sparsity(sparse, reset=True, warn=False)
-            deadband.sparsity(unskipped, reset=True, warn=False)
-            times = decode_seconds(models, prompt, tokens=tokens, what=name)
+            for label, llama in llamas.items():
+                llama.set_threads(count)
+                llama.prefill(prompt[0])
+                steps[label] = llama.step
+            for model in models.values():
+                deadband.sparsity(model, reset=True, warn=False)
+            times = interleave(steps, rounds=tokens, what=f"{name}, {group}, {count} threads")
             bandwidth = kernels.read_bandwidth()
-        achieved = deadband.sparsity(sparse, warn=False).total
+        rival = next((label for label in llamas), None)
         for label, seconds in times.items():
-            one, size = median(seconds), bytes_per_token(models[label])
-            yield {
+            one = median(seconds)
+            read = size[label] if label in size else bytes_per_token(models[label])
+            row = {
                 "model": name,
-                "threads": count,
+                "group": group,
                 "decoder": label,
-                "sparsity": achieved if label.endswith(str(sparsity)) else 0.0,
+                "threads": count,
+                "sparsity": deadband.sparsity(models[label], warn=False).total if label in models else 0.0,
                 "tokens_per_second": 1 / one,
                 "against_transformers": median(times["transformers"]) / one,
-                "bytes_per_token": size,
-                "of_bandwidth": size / one / bandwidth,
+                "against_llama_cpp": median(times[rival]) / one if rival else math.nan,
+                "bytes_per_token": read,
+                "of_bandwidth": read / one / bandwidth,
                 "read_bandwidth": bandwidth,
+                **judged.get(label, {}),
             }
+            rows.append(row)
+            print(f"{label:24}{count:8}{row['sparsity']:9.1%}{row['tokens_per_second']:10.1f}"
+                  f"{row['against_transformers']:13.2f}x{row['against_llama_cpp']:10.2f}x{read / 1e6:10.0f}"
+                  f"{row['of_bandwidth']:13.0%}{row.get('kl', math.nan):9.4f}{row.get('perplexity', math.nan):11.2f}",
+                  flush=True)  # fmt: skip
+    for llama in llamas.values():
+        llama.close()
+    return rows
+
+
+def _file_name(key: str) -> str:
+    return {"smollm2": "SmolLM2-135M", "gemma3": "gemma-3-270m"}.get(key, f"{key}-random")
+
+
+def _gguf(key: str, model: Any) -> Path:
+    path = llamacpp.gguf_path(_file_name(key))
+    return path if path.is_file() else llamacpp.write_gguf(model, path)
+
+
+def frontier(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Each llama.cpp point, and the fastest of the others that is at least as close to the float32 model."""
+    for row in rows:
+        if row["decoder"].startswith("llama.cpp"):
+            near = [each for each in rows if each["decoder"].startswith("deadband") and each["kl"] <= row["kl"]]
+            near = [each for each in near if each["threads"] == row["threads"]]
+            yield row, max(near, key=lambda each: each["tokens_per_second"], default=None)
+
+
+def print_frontier(rows: Sequence[dict[str, Any]]) -> None:
+    for row, best in frontier(rows):
+        found = "none is as close"
+        if best is not None:
+            ratio = best["tokens_per_second"] / row["tokens_per_second"]
+            found = f"{best['decoder']}, KL {best['kl']:.4f}, {best['tokens_per_second']:.1f} tokens/s: {ratio:.2f}x"
+        own = f"KL {row['kl']:.4f}, {row['tokens_per_second']:.1f} tokens/s"
+        print(f"{row['threads']} threads, {row['decoder']}, {own}; at its KL: {found}")
+
+
+def plot(key: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Tokens per second against KL, one point for each configuration, and the frontier of each maker."""
+    from matplotlib.figure import Figure
+
+    counts = sorted({row["threads"] for row in rows})
+    figure = Figure(figsize=(6.4 * len(counts), 4.8), layout="constrained")
+    for axes, count in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts, strict=True):
+        for maker, marker in (("transformers", "s"), ("llama.cpp", "^"), ("deadband", "o")):
+            mine = [row for row in rows if row["decoder"].startswith(maker) and row["threads"] == count and "kl" in row]
+            mine.sort(key=lambda row: row["kl"])
+            if not mine:
+                continue
+            points = axes.scatter(
+                [row["kl"] for row in mine], [row["tokens_per_second"] for row in mine], marker=marker, label=maker
+            )
+            best, line = 0.0, []
+            for row in mine:
+                axes.annotate(row["decoder"].removeprefix(maker).strip(" ,"), (row["kl"], row["tokens_per_second"]),
+                              fontsize=6, xytext=(3, 3), textcoords="offset points")  # fmt: skip
+                if row["tokens_per_second"] > best:
+                    best = row["tokens_per_second"]
+                    line.append((row["kl"], best))
+            if maker != "transformers":
+                axes.step(*zip(*line, strict=True), where="post", color=points.get_facecolor(), linewidth=1)
+        axes.set(xscale="log", xlabel="KL to the float32 model", ylabel="tokens/s", title=f"{rows[0]['model']}, "
+                 f"{count} thread{'s' if count > 1 else ''}")  # fmt: skip
+        axes.grid(alpha=0.3)
+        axes.legend()
+    path = RESULTS / f"decode-{key}.svg"
+    figure.savefig(path)
+    print(f"drawn to benchmarks/results/{path.name}")
 
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--models", nargs="+", choices=["smollm2", "llama-1b"], default=["smollm2", "llama-1b"])
+    made.add_argument("--models", nargs="+", choices=[*REAL, *RANDOM], default=["smollm2", "gemma3", "llama-1b"])
+    made.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    made.add_argument("--data", type=Path, help="a UTF-8 text file to judge quality on")
+    made.add_argument("--windows", type=int, default=8, help="windows of 512 tokens to judge on")
+    made.add_argument("--no-compile", action="store_true", help="leave out transformers with torch.compile")
     options = made.parse_args()
-    print(f"{'model':14}{'threads':>8}  {'decoder':18}{'sparsity':>9}{'tokens/s':>10}{'/transformers':>15}"
-          f"{'MB/token':>10}"
-          f"{'of read bandwidth':>19}")  # fmt: skip
-    rows = []
-    for name in options.models:
-        if name == "smollm2":
-            folder = smollm2()
-            model, tokenizer = load_model(folder), load_tokenizer(folder)
-            text, other = python_documentation()
-            batches = token_windows(tokenizer, text, tokens=4096, window=512)
-            prompt = token_windows(tokenizer, other, tokens=64, window=64)[0]["input_ids"]
-            arguments = ("SmolLM2-135M", model, batches, 0.4, prompt, 60 * options.rounds)
-        else:
-            ids = torch.randint(0, 128256, (1, 64), generator=torch.Generator().manual_seed(0))
-            arguments = ("Llama 1B random", llama_1b(), [{"input_ids": ids}], 0.5, ids, 24 * options.rounds)
-        for row in measure(*arguments, options.threads):
-            rows.append(row)
-            print(f"{row['model']:14}{row['threads']:8}  {row['decoder']:18}{row['sparsity']:9.1%}"
-                  f"{row['tokens_per_second']:10.1f}{row['against_transformers']:14.2f}x"
-                  f"{row['bytes_per_token'] / 1e6:10.0f}"
-                  f"{row['of_bandwidth']:19.0%}", flush=True)  # fmt: skip
-        del arguments
-    save("decode", rows)
+    RESULTS.mkdir(exist_ok=True)
+    for key in options.models:
+        rows: list[dict[str, Any]] = []
+        quality = Quality(key, options) if key in REAL else None
+        for group in options.groups:
+            rows += measure(key, group, quality, options)
+            gc.collect()
+            write_json(RESULTS / f"decode-{key}.json", {"rows": rows})  # what there is, should the next be stopped
+        save(f"decode-{key}", rows)
+        if quality is not None:
+            plot(key, rows)
+            print_frontier(rows)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def test_format_names_go_there_and_back(name):
 
 
 def test_int4_is_the_default_form():
-    assert WeightFormat.parse("int4") == WeightFormat(4, 32)
+    assert WeightFormat.parse("int4") == WeightFormat(4, 64, zero_point=True)
 
 
 @pytest.mark.parametrize(

@@ -160,10 +160,16 @@ def decode_seconds(
     return interleave(steps, rounds=tokens, what=what, progress=progress)
 
 
-def compare_decoding(model: Any, tokenizer: Any, *, tokens: int, progress: bool = True) -> dict[str, Any]:
-    """Decoding speed of a model as it is beside transformers' own on a dense copy of its weights, taking turns."""
+def compare_decoding(
+    model: Any, tokenizer: Any, *, tokens: int, compiled: bool = True, progress: bool = True
+) -> dict[str, Any]:
+    """Decoding speed of a model as it is beside transformers' own on a dense copy of its weights, taking turns.
+
+    With `compiled`, the sparse model is prepared for decoding first (`deadband.prepare_decode_`).
+    """
     import copy
 
+    from deadband.decoding import prepare_decode_
     from deadband.sparsify import densify_
 
     models = {"as it is": model}
@@ -172,6 +178,8 @@ def compare_decoding(model: Any, tokenizer: Any, *, tokens: int, progress: bool 
             warnings.simplefilter("ignore")  # that quantised weights stay rounded: the same ones are compared
             models = {"dense": densify_(copy.deepcopy(model)), "sparse": model}
         sparsity(model, reset=True, warn=False)
+        if compiled:
+            prepare_decode_(model)
     prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
     times = decode_seconds(models, prompt, tokens=tokens, progress=progress)
     rows = {name: decoding_figures(models[name], seconds) for name, seconds in times.items()}

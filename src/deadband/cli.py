@@ -33,6 +33,10 @@ Overwrite = Annotated[bool, typer.Option(help="Replace the output if it exists."
 Sites = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Names, ends of names, globs, or re:...")]
 
 
+COMPILED_TOKENS = 500
+"""From so many tokens on `generate` compiles first: that takes up to a minute."""
+
+
 @app.command()
 def inspect(
     model: Model,
@@ -195,6 +199,10 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
+    compile: Annotated[
+        bool | None,
+        typer.Option(help=f"Compile decoding first; by default where {COMPILED_TOKENS} tokens or more are to come."),
+    ] = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -206,6 +214,10 @@ def generate(
     from deadband.sparsify import sparse_sites, sparsity
 
     inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
+    if compile if compile is not None else max_new_tokens >= COMPILED_TOKENS:
+        from deadband.decoding import prepare_decode_
+
+        prepare_decode_(network)
     tokens = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     text = tokenizer.decode(tokens[0], skip_special_tokens=True)
     figures: dict[str, Any] = {"text": text, "new_tokens": tokens.shape[1] - inputs["input_ids"].shape[1]}
@@ -302,6 +314,8 @@ def evaluate(
 def bench(
     model: Model,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode with each.")] = 32,
+    compile: Annotated[bool, typer.Option(help="Compile the sparse model's decoding first.")] = True,
+    break_even: Annotated[bool, typer.Option(help="Show from which sparsity each kind of layer gains.")] = True,
     dtype: Dtype = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -310,7 +324,13 @@ def bench(
     network, tokenizer = load(model, dtype, threads)
     from deadband.bench import compare_decoding
 
-    figures = compare_decoding(network, tokenizer, tokens=tokens)
+    limits = {}
+    if break_even:
+        from deadband.breakeven import break_even as measured
+
+        limits = measured(network)
+    figures = compare_decoding(network, tokenizer, tokens=tokens, compiled=compile)
+    figures["break_even"] = {str(kind): limit for kind, limit in limits.items()}
     lines = [f"{'':10} {'tokens/s':>9} {'MB/token':>9} {'GB/s':>6}"]
     for name, row in figures["models"].items():
         lines.append(
@@ -318,6 +338,12 @@ def bench(
             f"{row['bandwidth'] / 1e9:6.1f}"
         )
     lines.append(f"memory reads {figures['read_bandwidth'] / 1e9:.1f} GB/s; {describe(figures['machine'])}")
+    if limits:
+        counts = list(next(iter(limits.values())))
+        lines.append(f"\n{'break-even sparsity, for tokens at once':44}" + "".join(f"{count:>7}" for count in counts))
+        for kind, limit in limits.items():
+            shown = (f"{limit[count]:7.0%}" if limit[count] <= 1 else f"{'never':>7}" for count in counts)
+            lines.append(f"{kind!s:44}" + "".join(shown))
     show(figures, "\n".join(lines), as_json)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from deadband.allocation import Thresholds, allocate
 from deadband.bench import decode_seconds, decoding_figures, machine
 from deadband.calibration import calibrate
+from deadband.decoding import prepare_decode_
 from deadband.evaluation import dense_logits, evaluate
 from deadband.files import replacing, write_json
 from deadband.models import SMOLLM2, load_model, load_tokenizer, save_model, smollm2
@@ -81,6 +82,9 @@ def _run(folder: Path, output: Path, say: Any) -> dict[str, Any]:
         sparsity(sparse, reset=True, warn=False)  # from here on, what decoding skips
         models[_label(thresholds)] = sparse
     del reference
+    say("compiling one token's work (a minute the first time)")
+    for label in list(models)[1:]:
+        prepare_decode_(models[label])
     prompt = tokenizer(PROMPT, return_tensors="pt")
     times = decode_seconds(models, prompt.input_ids, tokens=DECODE_TOKENS)
     rows = []

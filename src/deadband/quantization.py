@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from deadband.calibration import Calibration
 
 GROUP_SIZES = (32, 64, 128)
-DEFAULT_INT4 = "int4-g32"
+DEFAULT_INT4 = "int4-g64-zp"
 """What `int4` stands for."""
 _INT8 = ("int8", *(f"int8-g{size}" for size in GROUP_SIZES))
 FORMATS = (*_INT8, *(f"int4-g{size}{end}" for size in GROUP_SIZES for end in ("", "-zp")))
@@ -253,7 +253,8 @@ def quantize(
         format: a `WeightFormat` or its name.
         second_moments: E[x_i^2] of each input, [in]: how much its weights' errors count. Inputs that hardly ever differ
             from zero count a thousandth of the mean. None: all alike. 8 bit scales do not depend on it.
-        hessian: E[x_i x_j], [in, in], for GPTQ; takes the place of `second_moments`. See `input_hessians`.
+        hessian: E[x_i x_j], [in, in], for GPTQ; takes the place of `second_moments`. See `input_hessians`. Half of what
+            is off the diagonal is believed.
         minimise: choose 4 bit scales that minimise the error; else by the largest magnitude, or the range, of a group,
             as 8 bit ones are.
 
@@ -536,9 +537,10 @@ def _half(values: Tensor, at_least: Tensor | None = None) -> Tensor:
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper triangular U [in, in] of which U.T @ U is the inverse of the damped Hessian."""
-    damped = hessian.to(torch.float32, copy=True)
+    """The upper triangular U [in, in] of which U.T @ U is the inverse of the shrunk and damped Hessian."""
+    damped = hessian.float() * (1 - _SHRINKAGE)
     diagonal = damped.diagonal()
+    diagonal.copy_(hessian.diagonal())
     mean = float(diagonal.mean())
     if mean == 0:
         return torch.eye(len(damped), device=damped.device)
@@ -554,6 +556,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
 
 
 _DAMPING = 0.01
+_SHRINKAGE = 0.5  # of products of two inputs towards zero: they differ from text to text, which single inputs hardly do
 
 
 def _gptq(
