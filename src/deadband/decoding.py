@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from deadband.linear import SparseSite
+from deadband.ops import COUNTS, quantized_linear, sparse_linear
 from deadband.running import evaluating
 from deadband.sparsify import sparse_sites
 
@@ -368,7 +369,26 @@ def realize_shared(graph: torch.fx.GraphModule) -> None:
             node.replace_all_uses_with(kept, delete_user_cb=lambda user, kept=kept: user is not kept)
 
 
-PASSES: tuple[GraphPass, ...] = (realize_shared,)
+def give_counts(graph: torch.fx.GraphModule) -> None:
+    """Give operators without counters some that nobody reads: inductor cannot leave out what an operator writes to."""
+    uncounted = [
+        node
+        for node in graph.graph.nodes
+        if node.target in (sparse_linear, quantized_linear) and len(node.args) == _ARGUMENTS[node.target]
+        if node.args[-1] is None
+    ]
+    if not uncounted:
+        return
+    with graph.graph.inserting_before(uncounted[0]):
+        counts = graph.graph.call_function(torch.ops.aten.zeros.default, ([COUNTS],), {"dtype": torch.int64})
+    with next(node.meta["val"] for node in uncounted).fake_mode:
+        counts.meta["val"] = torch.zeros(COUNTS, dtype=torch.int64)
+    for node in uncounted:
+        node.args = (*node.args[:-1], counts)
+
+
+_ARGUMENTS = {each: len(each._schema.arguments) for each in (sparse_linear, quantized_linear)}
+PASSES: tuple[GraphPass, ...] = (give_counts, realize_shared)
 """What is done to the graph before inductor compiles it, in this order. A pass changes, in place, a graph of ATen
 operators with the weights as inputs: deadband::sparse_linear and aten.linear, with whatever lies between them."""
 
