@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deadband.linear import tensor_of
 from deadband.ops import kernels
 from deadband.quantized import QuantizedMatrix
-from deadband.running import evaluating, progress_bar
+from deadband.running import evaluating, progress_bar, threads  # noqa: F401  (benchmarks take all from here)
 from deadband.sparsify import sparse_sites, sparsity
 
 
@@ -58,17 +58,6 @@ def interleave(
 def median(seconds: list[float]) -> float:
     """The median, which a neighbour's burst of work does not move."""
     return statistics.median(seconds)
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch's number of threads inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def machine() -> dict[str, Any]:

@@ -55,3 +55,14 @@ def _forward_parameters(model_class: Any) -> frozenset[str]:
 def progress_bar(items: Iterable[Any], what: str, show: bool, total: int | None = None) -> Iterable[Any]:
     """`items` with a progress bar on a terminal; nothing where the output is a file or `show` is false."""
     return tqdm(items, desc=what, total=total, disable=None if show else True, leave=False)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's number of threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

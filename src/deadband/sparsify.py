@@ -37,7 +37,7 @@ from deadband.quantized import (
     unmake_quantized_,
     untie_table_,
 )
-from deadband.running import progress_bar
+from deadband.running import progress_bar, threads
 from deadband.sites import Patterns, find_sites, matrix_of, shape_of, sites_of, weight_bytes
 
 VERSION = 3
@@ -292,12 +292,13 @@ def _quantise(
     todo = ((name, hessian) for name, hessian in jobs() if name in formats and name not in quantised)
     for name, hessian in progress_bar(todo, "quantise", progress, remaining):
         try:
-            quantised[name] = quantize(
-                matrix_of(model.get_submodule(name)).detach(),
-                cast(WeightFormat, formats[name]),
-                (second_moments or {}).get(name),
-                hessian=hessian,
-            )
+            with threads(1):  # it works on pieces that fit a cache: more threads cost as much as they save
+                quantised[name] = quantize(
+                    matrix_of(model.get_submodule(name)).detach(),
+                    cast(WeightFormat, formats[name]),
+                    (second_moments or {}).get(name),
+                    hessian=hessian,
+                )
         except ValueError as error:
             raise ValueError(f"site {name!r} cannot be quantised: {error}") from None
     return quantised
