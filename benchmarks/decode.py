@@ -4,7 +4,7 @@ All decoders of a group live in one process and take turns, token by token, with
 a width of weights, with transformers' eager bfloat16 model in each, so that ratios are of one run; for large models the
 groups do not fit into memory together.
 
-SmolLM2-135M and Gemma 3 270M are real: their thresholds are calibrated on Python's documentation (method `sensitivity`), and
+SmolLM2-135M and Gemma 3 270M are real: their thresholds are calibrated on Python's documentation (`sensitivity`), and
 each row has its perplexity and its KL to the float32 model on the text given by --data, every token sparse. The Llamas
 of 1 B and 3 B parameters have the shapes of Llama 3.2 and random weights: only their speed means something.
 
@@ -43,11 +43,11 @@ except ImportError:
 REAL = {"smollm2": (SMOLLM2, smollm2), "gemma3": (GEMMA3, gemma3)}
 RANDOM = {"llama-1b": ("Llama 1B random", "1b"), "llama-3b": ("Llama 3B random", "3b")}
 LEVELS = (0.0, 0.25, 0.4, 0.5)
-# weights of ours (None: bfloat16 as they are) and llama.cpp's of the same width
+# weights of ours (None: bfloat16 as they are; random models: the first alone) and llama.cpp's of the same width
 GROUPS: dict[str, tuple[Sequence[str | None], Sequence[str]]] = {
     "bf16": ((None,), ("BF16",)),
-    "int8": (("int8",), ("Q8_0",)),
-    "int4": (("int4",), ("Q4_0", "Q4_K_M")),
+    "int8": (("int8", "int8-g32"), ("Q8_0",)),
+    "int4": (("int4", "int4-g32-zp"), ("Q4_0", "Q4_K_M")),
 }
 PROMPT_TOKENS = 64
 
@@ -193,7 +193,7 @@ def measure(key: str, group: str, quality: Quality | None, options: Any) -> list
         steps["transformers, compiled"] = CompiledDecoder(eager, prompt, context).step
         size["transformers, compiled"] = size["transformers"]
     models: dict[str, Any] = {}
-    for weights in formats:
+    for weights in formats if key in REAL else formats[:1]:
         for level, model in ours(key, weights, load(key)).items():
             label = f"deadband {weights or 'bf16'} at {level:.0%}"
             models[label] = deadband.prepare_decode_(model)

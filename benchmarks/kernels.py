@@ -1,48 +1,84 @@
 """The matrix-vector kernels: sparse at 0.5 against torch's F.linear and against our own dense kernel.
 
+Quantised weights stand beside torch's bfloat16 product.
+
 Weights come from memory: each call takes the next of a pool of more than 1 GB. All candidates take turns.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
-from common import parser, pool, save
+from common import POOL_BYTES, parser, pool, save
+from torch import Tensor
 from torch.nn import functional as F
 
 from deadband.bench import interleave, median, threads
-from deadband.ops import dense_linear, kernels, sparse_linear
+from deadband.mapped import on_huge_pages
+from deadband.ops import dense_linear, kernels, quantized_linear, sparse_linear
+from deadband.quantization import empty_weight
 
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096)]  # in_features, out_features
+FORMATS = ("bfloat16", "float32", "int8", "int8-g32", "int4", "int4-g32")
+Run = Callable[[Tensor | None], Tensor]  # a product that skips by a threshold, or, with None, nothing
 
 
-def measure(dtype: torch.dtype, in_features: int, out_features: int, sparsity: float, rounds: int, counts: list[int]):
+def plain(weights: list[Tensor], x: Tensor) -> tuple[list[Tensor], Run]:
+    """Weights [out, in] laid out as SparseLinear has them, and products with one after the other."""
+    ours = [on_huge_pages(weight.t().contiguous()).t() for weight in weights]
+    turn = itertools.cycle(ours)
+
+    def run(threshold: Tensor | None) -> Tensor:
+        if threshold is None:
+            return dense_linear(x, next(turn), None)
+        return sparse_linear(x, next(turn), None, threshold, None, None, None, False, 4, None)
+
+    return ours, run
+
+
+def quantised(form: str, in_features: int, out_features: int, x: Tensor) -> tuple[list[Tensor], Run, int]:
+    """Random codes, products with one set after the other, and the bytes of scales."""
+    like = empty_weight(out_features, in_features, form)
+    scales = torch.rand(like.scales.shape).to(like.scales.dtype) * 0.01
+    minimum = None if like.minimum is None else -8 * scales
+    codes = [on_huge_pages(like.codes.random_(0, 127)) for _ in range(max(POOL_BYTES // like.codes.nbytes, 2))]
+    sets = itertools.cycle([(each, scales.clone(), None if minimum is None else minimum.clone()) for each in codes])
+    group = like.format.group_size or 0
+
+    def run(threshold: Tensor | None) -> Tensor:
+        return quantized_linear(
+            x, *next(sets), None, group, threshold, None, None, None, False, 4, None
+        )  # fmt: skip
+
+    return codes, run, like.nbytes - like.codes.nbytes
+
+
+def measure(form: str, in_features: int, out_features: int, sparsity: float, rounds: int, counts: list[int]):
+    dtype = getattr(torch, form, torch.bfloat16)  # of torch, beside quantised weights
     torchs = pool(out_features, in_features, dtype)
-    ours = []
-    for weight in torchs:
-        stored = torch.empty_strided(weight.shape, (1, out_features), dtype=dtype)
-        kernels.advise_huge_pages(stored)
-        ours.append(stored.copy_(weight))
     x = torch.randn(1, in_features).to(dtype)
+    if form.startswith("int"):
+        ours, run, others = quantised(form, in_features, out_features, x)
+    else:
+        (ours, run), others = plain(torchs, x), 0
     threshold = torch.quantile(x.float().abs(), sparsity)
-    dense, sparse, usual = itertools.cycle(ours), itertools.cycle(ours[1:] + ours[:1]), itertools.cycle(torchs)
-    read = itertools.cycle(torchs[1:] + torchs[:1])
+    usual, read = itertools.cycle(torchs), itertools.cycle(torchs[1:] + torchs[:1])
     candidates = {
         "torch": lambda: F.linear(x, next(usual)),
-        "dense": lambda: dense_linear(x, next(dense), None),
-        "sparse": lambda: sparse_linear(x, next(sparse), None, threshold, None, None, None, False, 4, None),
+        "dense": lambda: run(None),
+        "sparse": lambda: run(threshold),
         "read": lambda: kernels.read(next(read)),
     }
     for count in counts:
         with threads(count), torch.inference_mode():
-            times = interleave(candidates, rounds=rounds, what=f"{in_features}x{out_features}")
+            times = interleave(candidates, rounds=rounds, what=f"{form} {in_features}x{out_features}")
         seconds = {name: median(values) for name, values in times.items()}
-        whole = in_features * out_features * dtype.itemsize
-        bandwidth = whole / seconds["read"]  # of reading one weight of the pool, in the same rounds
-        needed = whole * (x.float().abs() > threshold).double().mean().item()
+        bandwidth = torchs[0].nbytes / seconds["read"]  # of reading one weight of torch's pool, in the same rounds
+        needed = ours[0].nbytes * (x.float().abs() > threshold).double().mean().item() + others
         yield {
-            "dtype": str(dtype).removeprefix("torch."),
+            "format": form,
             "shape": [in_features, out_features],
             "sparsity": sparsity,
             "threads": count,
@@ -58,18 +94,19 @@ def measure(dtype: torch.dtype, in_features: int, out_features: int, sparsity: f
 
 def main() -> None:
     arguments = parser(__doc__)
+    arguments.add_argument("--formats", nargs="+", default=FORMATS)
     arguments.add_argument("--sparsity", type=float, nargs="+", default=[0.5])
     options = arguments.parse_args()
     print("matrix-vector products, weights from memory; shapes are in_features x out_features")
-    print(f"{'dtype':9}{'shape':>13}{'sparsity':>9}{'threads':>8}{'torch us':>10}{'dense us':>10}{'sparse us':>10}"
+    print(f"{'format':9}{'shape':>13}{'sparsity':>9}{'threads':>8}{'torch us':>10}{'dense us':>10}{'sparse us':>10}"
           f"{'/torch':>8}{'/dense':>8}{'GB/s':>7}{'of read bandwidth':>19}")  # fmt: skip
     rows = []
-    for dtype, shape in itertools.product((torch.bfloat16, torch.float32), SHAPES):
+    for form, shape in itertools.product(options.formats, SHAPES):
         for sparsity in options.sparsity:
-            for row in measure(dtype, *shape, sparsity, 60 * options.rounds, options.threads):
+            for row in measure(form, *shape, sparsity, 60 * options.rounds, options.threads):
                 rows.append(row)
                 us = row["microseconds"]
-                print(f"{row['dtype']:9}{shape[0]:>7}x{shape[1]:<5}{sparsity:9.2f}{row['threads']:8}{us['torch']:10.0f}"
+                print(f"{row['format']:9}{shape[0]:>7}x{shape[1]:<5}{sparsity:9.2f}{row['threads']:8}{us['torch']:10.0f}"
                       f"{us['dense']:10.0f}{us['sparse']:10.0f}{row['against_torch']:7.2f}x{row['against_own_dense']:7.2f}x"
                       f"{row['needed_bytes_per_second'] / 1e9:7.1f}{row['of_bandwidth']:19.0%}",
                       flush=True)  # fmt: skip

@@ -122,6 +122,22 @@ int check_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64
   return 0;
 }
 
+int64_t row_bytes_of(const deadband_layer& layer) { return layer.bits == 8 ? layer.out : (layer.out + 31) / 32 * 16; }
+
+int check_layer(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer& layer,
+                const void* y) {
+  if (layer.bits != 0 && layer.bits != 8 && layer.bits != 4) return DEADBAND_BAD_DTYPE;
+  int64_t run = layer.bits ? row_bytes_of(layer) : layer.out;
+  if (int error = check_linear(dtype, x, rows, x_stride, in, layer.weight, layer.bits ? run : layer.weight_stride, in,
+                               run, y, layer.out))
+    return error;
+  if (layer.group_size < 0 || (layer.threshold && rows > DEADBAND_STREAM_ROWS)) return DEADBAND_BAD_SIZE;
+  if (!layer.center != !layer.offset) return DEADBAND_BAD_POINTER;
+  if (layer.bits && ((in && layer.out && !layer.scales) || (layer.minimum && (layer.bits == 8 || !layer.group_size))))
+    return DEADBAND_BAD_POINTER;
+  return 0;
+}
+
 }  // namespace
 
 void* workspace(WorkspaceSlot slot, size_t bytes) {
@@ -142,16 +158,40 @@ void* workspace(WorkspaceSlot slot, size_t bytes) {
 
 using namespace deadband;
 
+int deadband_linears(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer* layers,
+                     int count, void* y, int threads) {
+  if (rows > DEADBAND_STREAM_ROWS || count < 0) return DEADBAND_BAD_SIZE;
+  if (count && !layers) return DEADBAND_BAD_POINTER;
+  for (int l = 0; l < count; ++l)
+    if (int error = check_layer(dtype, x, rows, x_stride, in, layers[l], y)) return error;
+  if (!rows || !count) return 0;
+  return kernels()->linears(dtype, x, rows, x_stride, in, layers, count, y, threads < 1 ? 1 : threads);
+}
+
+int deadband_gated_mlp(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
+                       const deadband_layer* layers, int activation, void* y, int threads) {
+  if (rows > DEADBAND_STREAM_ROWS) return DEADBAND_BAD_SIZE;
+  if (activation != DEADBAND_SILU && activation != DEADBAND_GELU_TANH) return DEADBAND_BAD_DTYPE;
+  if (!layers) return DEADBAND_BAD_POINTER;
+  for (int l = 0; l < 3; ++l) {
+    // what is between the layers is memory of the kernel's own
+    const void* from = l < 2 ? x : (const void*)layers;
+    int64_t inputs = l < 2 ? in : layers[0].out, stride = l < 2 ? x_stride : inputs;
+    if (int error = check_layer(dtype, from, rows, stride, inputs, layers[l], l < 2 ? layers : y)) return error;
+  }
+  if (layers[0].out != layers[1].out) return DEADBAND_BAD_SIZE;
+  if (!rows) return 0;
+  return kernels()->gated_mlp(dtype, x, rows, x_stride, in, layers, activation, y, threads < 1 ? 1 : threads);
+}
+
 int deadband_sparse_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
                            int64_t weight_stride, int64_t out, const void* bias, const float* threshold,
                            const float* scale, const float* center, const float* offset, int relative, void* y,
                            int threads, int64_t* counts) {
-  if (int error = check_linear(dtype, x, rows, x_stride, in, weight, weight_stride, in, out, y, out)) return error;
-  if (rows > DEADBAND_STREAM_ROWS) return DEADBAND_BAD_SIZE;
-  if (!threshold || !center != !offset) return DEADBAND_BAD_POINTER;
-  if (!rows) return 0;
-  return kernels()->stream(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, offset,
-                           Rule{threshold, scale, center, relative != 0}, y, threads < 1 ? 1 : threads, counts);
+  if (!threshold) return DEADBAND_BAD_POINTER;
+  deadband_layer layer = {0,    out,       weight, weight_stride, nullptr, nullptr,  0,
+                          bias, threshold, scale,  center,        offset,  relative, counts};
+  return deadband_linears(dtype, x, rows, x_stride, in, &layer, 1, y, threads);
 }
 
 int deadband_dense_linear(int dtype, int layout, const void* x, int64_t rows, int64_t x_stride, int64_t in,
@@ -165,9 +205,12 @@ int deadband_dense_linear(int dtype, int layout, const void* x, int64_t rows, in
   if (!rows || !out) return 0;
   if (threads < 1) threads = 1;
   if (layout == 1) return kernels()->dot(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, y, threads);
-  if (rows <= DEADBAND_STREAM_ROWS)
-    return kernels()->stream(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, nullptr, Rule{}, y,
-                             threads, nullptr);
+  deadband_layer layer = {};
+  layer.out = out;
+  layer.weight = weight;
+  layer.weight_stride = weight_stride;
+  layer.bias = bias;
+  if (rows <= DEADBAND_STREAM_ROWS) return kernels()->linears(dtype, x, rows, x_stride, in, &layer, 1, y, threads);
   return kernels()->gemm(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, y, threads);
 }
 
@@ -177,23 +220,11 @@ int deadband_quantized_linear(int dtype, const void* x, int64_t rows, int64_t x_
                               const float* center, const float* offset, int relative, void* y, int threads,
                               int64_t* counts) {
   if (bits != 8 && bits != 4) return DEADBAND_BAD_DTYPE;
-  int64_t row_bytes = bits == 8 ? out : (out + 31) / 32 * 16;
-  if (int error = check_linear(dtype, x, rows, x_stride, in, codes, row_bytes, in, row_bytes, y, out)) return error;
-  if (group_size < 0 || (threshold && rows > DEADBAND_STREAM_ROWS)) return DEADBAND_BAD_SIZE;
-  if (!center != !offset || (in && out && !scales) || (minimum && (bits == 8 || !group_size)))
-    return DEADBAND_BAD_POINTER;
+  deadband_layer layer = {bits, out,       codes, 0,      scales, minimum,  group_size,
+                          bias, threshold, scale, center, offset, relative, counts};
+  if (int error = check_layer(dtype, x, rows, x_stride, in, layer, y)) return error;
   if (!rows || !out) return 0;
-  Quantized weight = {bits,
-                      (const uint8_t*)codes,
-                      group_size ? (const uint16_t*)scales : nullptr,
-                      (const uint16_t*)minimum,
-                      group_size ? nullptr : (const float*)scales,
-                      group_size ? group_size : in + 1,
-                      row_bytes,
-                      in,
-                      out};
-  return kernels()->quantized(dtype, x, rows, x_stride, weight, bias, threshold ? offset : nullptr,
-                              Rule{threshold, scale, center, relative != 0}, y, threads < 1 ? 1 : threads, counts);
+  return kernels()->linears(dtype, x, rows, x_stride, in, &layer, 1, y, threads < 1 ? 1 : threads);
 }
 
 int deadband_observe(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t cols, const float* scale,

@@ -30,9 +30,11 @@ namespace {
 #include "stream-inl.h"
 // after those
 #include "quantized-inl.h"
+// and after that
+#include "linears-inl.h"
 
 }  // namespace
 
-extern const KernelTable DEADBAND_TABLE = {DEADBAND_ISA, stream, dot, gemm, quantized, observe, read};
+extern const KernelTable DEADBAND_TABLE = {DEADBAND_ISA, linears, gated_mlp, dot, gemm, observe, read};
 
 }  // namespace deadband

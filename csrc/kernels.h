@@ -66,6 +66,31 @@ DEADBAND_API int deadband_quantized_linear(int dtype, const void* x, int64_t row
                                            const float* scale, const float* center, const float* offset, int relative,
                                            void* y, int threads, int64_t* counts);
 
+// One layer of the functions below: what deadband_sparse_linear takes (bits 0) or deadband_quantized_linear (8 or 4; no
+// weight_stride then). The threshold may be NULL in both.
+struct deadband_layer {
+  int64_t bits, out;
+  const void* weight;
+  int64_t weight_stride;
+  const void *scales, *minimum;
+  int64_t group_size;
+  const void* bias;
+  const float *threshold, *scale, *center, *offset;
+  int64_t relative;
+  int64_t* counts;
+};
+
+// Several layers on the one x of 0 to 8 rows; x is read, and threads are woken, once for all of them. y: [rows, sum of
+// the layers' out], the outputs of each layer beside those of the one before.
+DEADBAND_API int deadband_linears(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
+                                  const struct deadband_layer* layers, int count, void* y, int threads);
+
+// y[rows, layers[2].out] = layers[2] of the product of activation(layers[0] of x) and layers[1] of x, 0 to 8 rows. The
+// outputs of both layers, of the activation and the product are rounded to dtype.
+enum deadband_activation { DEADBAND_SILU = 0, DEADBAND_GELU_TANH = 1 };
+DEADBAND_API int deadband_gated_mlp(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
+                                    const struct deadband_layer* layers, int activation, void* y, int threads);
+
 // One pass of statistics over x [rows, cols]; everything is added to what the buffers hold.
 // histogram: int64[32768], indexed by the upper half of the score's float32 pattern: (bits & 0x7fffffff) >> 16. The
 // bins from 0x7f80 on count infinity and NaN. sum, sum_of_squares: double[cols], of x and x * x, over finite entries

@@ -28,6 +28,27 @@ constexpr int64_t kQuantizedRows = 256;  // rows of x that are encoded at a time
 constexpr int64_t kEncodedPerThread = 16384;
 constexpr int kPanelTile = kParts == 2 ? 3 : 6;  // rows whose sums fit the registers, 4 * kParts vectors each
 
+struct Quantized {
+  int bits;
+  const uint8_t* codes;              // [in][row_bytes]
+  const uint16_t *scales, *minimum;  // [groups][out] float16, or nullptr
+  const float* channel_scales;       // [out] where there are no groups, else nullptr
+  int64_t group_size, row_bytes, in, out;
+};
+
+DEADBAND_INLINE Quantized quantized_of(const deadband_layer& layer, int64_t in) {
+  int64_t groups = layer.group_size;
+  return {(int)layer.bits,
+          (const uint8_t*)layer.weight,
+          groups ? (const uint16_t*)layer.scales : nullptr,
+          (const uint16_t*)layer.minimum,
+          groups ? nullptr : (const float*)layer.scales,
+          groups ? groups : in + 1,
+          layer.bits == 8 ? layer.out : (layer.out + 31) / 32 * 16,
+          in,
+          layer.out};
+}
+
 DEADBAND_INLINE const uint8_t* end_of(const Quantized& w) { return w.codes + w.in * w.row_bytes; }
 
 struct Chunk {
@@ -87,7 +108,7 @@ DEADBAND_INLINE float encode_values(const T* values, int64_t count, int64_t quad
 }
 
 // Cuts the kept inputs (all where `index` is NULL) into chunks, and notes where their weights lie.
-int64_t cut_chunks(const int32_t* index, int64_t count, const Quantized& w, int64_t most, Encoded* x) {
+void cut_chunks(const int32_t* index, int64_t count, const Quantized& w, int64_t most, Encoded* x) {
   int64_t chunks = 0, quads = 0;
   for (int64_t i = 0; i < count;) {
     int64_t group = (index ? index[i] : i) / w.group_size, end = (group + 1) * w.group_size, first = i;
@@ -100,7 +121,6 @@ int64_t cut_chunks(const int32_t* index, int64_t count, const Quantized& w, int6
     quads += (i - first + 3) / 4;
   }
   x->chunks = chunks;
-  return quads;
 }
 
 // The vectors of columns that one vector of bytes holds: those of the bytes, or of the lower and the upper nibbles.
@@ -307,14 +327,6 @@ void finish_outputs(const float* sums, const float* scales, const T* bias, const
 }
 
 template <class T>
-struct Output {
-  const T* bias;
-  const float* offset;
-  T* y;
-  int64_t stride;
-};
-
-template <class T>
 void finish_rows(const Quantized& w, const Output<T>& target, const float* sums, int64_t stride, int64_t rows,
                  Range outputs) {
   int64_t o = outputs.begin;
@@ -328,90 +340,81 @@ void finish_rows(const Quantized& w, const Output<T>& target, const float* sums,
 template <int Bits>
 constexpr int64_t kOutputStep = kOutputs<Bits> > 128 ? kOutputs<Bits> : 128;
 
-// Threads share out the outputs.
-template <class T, int Bits>
-int multiply_by_outputs(const Quantized& w, const Encoded& x, const Output<T>& target, int threads) {
+// Outputs that are summed at a time.
+template <int Bits>
+DEADBAND_INLINE int64_t output_tile(const Quantized& w, int64_t rows) {
   constexpr int64_t kStep = kOutputStep<Bits>;
-  int64_t tile = x.rows == 1 ? kSumsTile : max_of(kSumsMany / x.rows, 2 * kStep) / kStep * kStep;
-  tile = min_of(tile, round_up(w.out, kStep));
-  size_t panel_bytes = 2 * kChunkMany * kVectorBytes;
-  int error = 0;
-  parallel(threads, [&](int part, int parts) {
-    Range mine = share(w.out, kStep, part, parts);
-    char* own = (char*)workspace(kPrivateSlot, panel_bytes + x.rows * tile * sizeof(float));
-    if (!own) {
-      __atomic_store_n(&error, (int)DEADBAND_NO_MEMORY, __ATOMIC_RELAXED);
-      return;
-    }
-    float* sums = (float*)(own + panel_bytes);
-    for (int64_t o = mine.begin; o < mine.end; o += tile) {
-      Range cut = {o, min_of(o + tile, mine.end)};
-      memset(sums, 0, x.rows * tile * sizeof(float));
-      if (x.rows == 1)
-        stream_outputs<Bits>(w, x, {0, x.chunks}, cut, sums);
-      else
-        panel_outputs<Bits>(w, x, cut, sums, tile, (Vb*)own);
-      finish_rows(w, target, sums, tile, x.rows, cut);
-    }
-  });
-  return error;
+  int64_t tile = rows == 1 ? kSumsTile : max_of(kSumsMany / rows, 2 * kStep) / kStep * kStep;
+  return min_of(tile, round_up(w.out, kStep));
+}
+constexpr size_t kPanelBytes = 2 * kChunkMany * kVectorBytes;
+
+// Bytes that multiply_share takes.
+template <int Bits>
+DEADBAND_INLINE size_t multiply_bytes(const Quantized& w, int64_t rows) {
+  return kPanelBytes + rows * output_tile<Bits>(w, rows) * sizeof(float);
 }
 
-// Threads share out the kept inputs, for one row of x and few outputs: runs of memory stay long.
+// One thread's share where threads share out the outputs.
 template <class T, int Bits>
-int multiply_by_inputs(const Quantized& w, const Encoded& x, const Output<T>& target, int threads) {
-  int64_t stride = round_up(w.out, kOutputStep<Bits>);
-  float* sums = (float*)workspace(kPrivateSlot, threads * stride * sizeof(float));
-  if (!sums) return DEADBAND_NO_MEMORY;
-  memset(sums, 0, threads * stride * sizeof(float));
-  parallel(threads, [&](int part, int parts) {
-    stream_outputs<Bits>(w, x, share(x.chunks, 1, part, parts), {0, w.out}, sums + part * stride);
-  });
+void multiply_share(const Quantized& w, const Encoded& x, const Output<T>& target, int part, int parts, char* scratch) {
+  Range mine = share(w.out, kOutputStep<Bits>, part, parts);
+  int64_t tile = output_tile<Bits>(w, x.rows);
+  float* sums = (float*)(scratch + kPanelBytes);
+  for (int64_t o = mine.begin; o < mine.end; o += tile) {
+    Range cut = {o, min_of(o + tile, mine.end)};
+    memset(sums, 0, x.rows * tile * sizeof(float));
+    if (x.rows == 1)
+      stream_outputs<Bits>(w, x, {0, x.chunks}, cut, sums);
+    else
+      panel_outputs<Bits>(w, x, cut, sums, tile, (Vb*)scratch);
+    finish_rows(w, target, sums, tile, x.rows, cut);
+  }
+}
+
+// Whether threads share out the kept inputs instead, for one row of x and few outputs: runs of memory stay long. Then
+// each has sums of its own, [threads][sums_stride], which are zero at first and added up in the end.
+DEADBAND_INLINE bool by_inputs(const Quantized& w, int64_t rows, int threads) {
+  return rows == 1 && threads > 1 && w.out <= kSumsTile && w.row_bytes < kShortRun * threads;
+}
+DEADBAND_INLINE int64_t sums_stride(const Quantized& w) { return round_up(w.out, 256); }
+
+template <class T>
+void add_up(const Quantized& w, const Output<T>& target, int threads, float* sums) {
+  int64_t stride = sums_stride(w);
   for (int t = 1; t < threads; ++t)
     for (int64_t o = 0; o < w.out; ++o) sums[o] += sums[t * stride + o];
   finish_rows(w, target, sums, stride, 1, {0, w.out});
-  return 0;
 }
 
-template <class T, int Bits>
-int multiply_encoded(const Quantized& w, const Encoded& x, const Output<T>& target, int threads) {
-  if (x.rows == 1 && threads > 1 && w.out <= kSumsTile && w.row_bytes < kShortRun * threads)
-    return multiply_by_inputs<T, Bits>(w, x, target, threads);
-  return multiply_by_outputs<T, Bits>(w, x, target, threads);
-}
+// Memory for an x that is encoded for a weight.
+struct EncodedSizes {
+  int64_t chunks, quads, rows;
 
-// Rows of x that are encoded together.
+  EncodedSizes(const Quantized& w, int64_t rows) : rows(rows) {
+    chunks = w.in / min_of(chunk_size(rows, w.group_size), w.group_size) + w.in / w.group_size + 2;
+    quads = w.in / 4 + chunks;
+  }
+  size_t chunk() const { return round_up(chunks * sizeof(Chunk), 64); }
+  size_t codes() const { return round_up(quads * 4 * sizeof(char*), 64); }
+  size_t words() const { return round_up(quads * rows * 2 * sizeof(int32_t), 64); }
+  size_t step() const { return round_up(chunks * rows * sizeof(float), 64); }
+  size_t total() const { return chunk() + codes() + words() + 2 * step(); }
+};
+
+// `kept.index` is NULL where nothing is selected: then kept.count is the number of inputs.
 template <class T>
-int quantized_rows(const T* x, int64_t rows, int64_t x_stride, const Quantized& w, const Rule& rule,
-                   const Output<T>& target, int threads, int64_t* counts) {
-  int64_t in = w.in, most = chunk_size(rows, w.group_size);
-  int64_t chunks = in / min_of(most, w.group_size) + in / w.group_size + 2, quads = in / 4 + chunks;
-  bool select = rule.threshold;
-  size_t index_bytes = select ? kept_bytes(in, sizeof(int32_t)) : 0;
-  size_t value_bytes = select ? kept_bytes(in * rows, sizeof(float)) : 0;
-  size_t chunk_bytes = round_up(chunks * sizeof(Chunk), 64), codes_bytes = round_up(quads * 4 * sizeof(char*), 64);
-  size_t words_bytes = round_up(quads * rows * 2 * sizeof(int32_t), 64);
-  size_t step_bytes = round_up(chunks * rows * sizeof(float), 64);
-  char* shared = (char*)workspace(kSharedSlot,
-                                  index_bytes + value_bytes + chunk_bytes + codes_bytes + words_bytes + 2 * step_bytes);
-  if (!shared) return DEADBAND_NO_MEMORY;
-  Kept kept = {(int32_t*)shared, (float*)(shared + index_bytes), in};
-  shared += index_bytes + value_bytes;
+Encoded encode(const Input<T>& input, const Kept& kept, const Quantized& w, int threads, char* memory) {
+  EncodedSizes sizes(w, input.rows);
+  int64_t rows = input.rows;
   Encoded encoded = {rows,
                      0,
-                     (Chunk*)shared,
-                     (const uint8_t**)(shared + chunk_bytes),
-                     (int32_t*)(shared + chunk_bytes + codes_bytes),
-                     (float*)(shared + chunk_bytes + codes_bytes + words_bytes),
-                     (int32_t*)(shared + chunk_bytes + codes_bytes + words_bytes + step_bytes)};
-  if (select) {
-    int64_t skipped = kSelect<T>[rows - 1](x, x_stride, in, rule, & kept);
-    if (counts) count_entries(x, rows, x_stride, in, skipped, counts);
-  }
-  quads = cut_chunks(select ? kept.index : nullptr, kept.count, w, most, &encoded);
-  int64_t bytes = kept.count * w.row_bytes;
-  threads = rows == 1 ? threads_for(bytes, kBytesPerThread, threads)
-                      : threads_for(rows * kept.count * w.out, kOperationsPerThread, threads);
+                     (Chunk*)memory,
+                     (const uint8_t**)(memory += sizes.chunk()),
+                     (int32_t*)(memory += sizes.codes()),
+                     (float*)(memory += sizes.words()),
+                     (int32_t*)(memory += sizes.step())};
+  cut_chunks(kept.index, kept.count, w, chunk_size(rows, w.group_size), &encoded);
   parallel(threads_for(rows * kept.count, kEncodedPerThread, threads), [&](int part, int parts) {
     Range mine = share(encoded.chunks, 1, part, parts);
     for (int64_t c = mine.begin; c < mine.end; ++c) {
@@ -422,36 +425,15 @@ int quantized_rows(const T* x, int64_t rows, int64_t x_stride, const Quantized& 
         float* step = encoded.step + c * rows + r;
         float values[kChunkMany + kLanes];
         const float* from = values;
-        if (select && rows == 1)
+        if (kept.index && rows == 1)
           from = kept.value + chunk.entry;
         else
           for (int64_t k = 0; k < chunk.count; ++k)
-            values[k] = select ? kept.value[(chunk.entry + k) * rows + r] : to_float(x[r * x_stride + chunk.entry + k]);
+            values[k] = kept.index ? kept.value[(chunk.entry + k) * rows + r]
+                                   : to_float(input.x[r * input.stride + chunk.entry + k]);
         *step = encode_values(from, chunk.count, chunk.quads, words, sum);
       }
     }
   });
-  return w.bits == 8 ? multiply_encoded<T, 8>(w, encoded, target, threads)
-                     : multiply_encoded<T, 4>(w, encoded, target, threads);
-}
-
-template <class T>
-int quantized_typed(const T* x, int64_t rows, int64_t x_stride, const Quantized& w, const T* bias, const float* offset,
-                    const Rule& rule, T* y, int threads, int64_t* counts) {
-  for (int64_t r = 0; r < rows; r += kQuantizedRows) {
-    Output<T> target = {bias, offset, y + r * w.out, w.out};
-    int error =
-        quantized_rows(x + r * x_stride, min_of(kQuantizedRows, rows - r), x_stride, w, rule, target, threads, counts);
-    if (error) return error;
-  }
-  return 0;
-}
-
-int quantized(int dtype, const void* x, int64_t rows, int64_t x_stride, const Quantized& weight, const void* bias,
-              const float* offset, const Rule& rule, void* y, int threads, int64_t* counts) {
-  if (dtype == DEADBAND_FLOAT32)
-    return quantized_typed((const float*)x, rows, x_stride, weight, (const float*)bias, offset, rule, (float*)y,
-                           threads, counts);
-  return quantized_typed((const bf16*)x, rows, x_stride, weight, (const bf16*)bias, offset, rule, (bf16*)y, threads,
-                         counts);
+  return encoded;
 }

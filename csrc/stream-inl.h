@@ -56,19 +56,28 @@ int64_t count_nonfinite(const T* x, int64_t in) {
   return count;
 }
 
-// What the scores of one row are compared with. Below every score if the row's norm is infinite or NaN.
+// The rows of x, and what is found once for all layers that read them.
 template <class T>
-float limit_of(const T* x, int64_t in, const Rule& rule) {
-  if (!rule.relative) return *rule.threshold;
-  float limit = *rule.threshold * norm_of(x, in);
+struct Input {
+  const T* x;
+  int64_t rows, stride, in;
+  float norm[DEADBAND_STREAM_ROWS];  // of each row, where a threshold is relative
+  int64_t nonfinite;                 // where entries are counted
+};
+
+// What the scores of one row are compared with. Below every score if the row's norm is infinite or NaN.
+DEADBAND_INLINE float limit_of(const deadband_layer& layer, float norm) {
+  if (!layer.relative) return *layer.threshold;
+  float limit = *layer.threshold * norm;
   return limit < __builtin_inff() ? limit : -1.0f;
 }
 
 template <class T, int R>
-int64_t select_inputs(const T* x, int64_t x_stride, int64_t in, const Rule& rule, Kept* kept) {
+int64_t select_inputs(const Input<T>& input, const deadband_layer& layer, Kept* kept) {
   constexpr int64_t rows = R;
-  int64_t count = 0, skipped = 0;
-  if (!rule.threshold) {
+  const T* x = input.x;
+  int64_t x_stride = input.stride, in = input.in, count = 0, skipped = 0;
+  if (!layer.threshold) {
     for (int64_t i = 0; i < in; ++i) {
       kept->index[i] = (int32_t)i;
       for (int64_t r = 0; r < rows; ++r) kept->value[i * rows + r] = to_float(x[r * x_stride + i]);
@@ -77,8 +86,8 @@ int64_t select_inputs(const T* x, int64_t x_stride, int64_t in, const Rule& rule
     return 0;
   }
   float limit[R];
-  for (int r = 0; r < R; ++r) limit[r] = limit_of(x + r * x_stride, in, rule);
-  const float *scale = rule.scale, *center = rule.center;
+  for (int r = 0; r < R; ++r) limit[r] = limit_of(layer, input.norm[r]);
+  const float *scale = layer.scale, *center = layer.center;
   int64_t i = 0;
   if constexpr (R == 1) {
     for (; i + kLanes <= in; i += kLanes) {
@@ -113,15 +122,6 @@ template <class T>
 constexpr decltype(&select_inputs<T, 1>) kSelect[] = {select_inputs<T, 1>, select_inputs<T, 2>, select_inputs<T, 3>,
                                                       select_inputs<T, 4>, select_inputs<T, 5>, select_inputs<T, 6>,
                                                       select_inputs<T, 7>, select_inputs<T, 8>};
-
-template <class T>
-void count_entries(const T* x, int64_t rows, int64_t x_stride, int64_t in, int64_t skipped, int64_t* counts) {
-  int64_t nonfinite = 0;
-  for (int64_t r = 0; r < rows; ++r) nonfinite += count_nonfinite(x + r * x_stride, in);
-  __atomic_fetch_add(&counts[0], skipped, __ATOMIC_RELAXED);
-  __atomic_fetch_add(&counts[1], in * rows, __ATOMIC_RELAXED);
-  if (nonfinite) __atomic_fetch_add(&counts[2], nonfinite, __ATOMIC_RELAXED);
-}
 
 // sums[r] += the weights of K inputs times their values, over one tile. `ahead`: weights to fetch meanwhile.
 template <class T, int R, int K>
@@ -219,52 +219,35 @@ void stream_tile(const Kept& kept, const T* weight, int64_t weight_stride, int64
     }
 }
 
-template <class T, int R>
-int stream_rows(const T* x, int64_t x_stride, int64_t in, const T* weight, int64_t weight_stride, int64_t out,
-                const T* bias, const float* offset, const Rule& rule, T* y, int threads, int64_t* counts) {
-  threads = threads_for(in * out * (int64_t)sizeof(T), kBytesPerThread, threads);
-  int64_t tile = kTile / R;
-  int64_t stride = min_of(tile, round_up(out, kBlock));
-  size_t index_bytes = kept_bytes(in, sizeof(int32_t)), value_bytes = kept_bytes(in * R, sizeof(float));
-  size_t sums_bytes = 2 * R * stride * sizeof(float);
-  char* shared = (char*)workspace(kSharedSlot, index_bytes + value_bytes + threads * sums_bytes);
-  if (!shared) return DEADBAND_NO_MEMORY;
-  Kept kept = {(int32_t*)shared, (float*)(shared + index_bytes), 0};
-  float* scratch = (float*)(shared + index_bytes + value_bytes);
+template <class T>
+struct Output {
+  const T* bias;
+  const float* offset;
+  T* y;
+  int64_t stride;
+};
 
-  int64_t skipped = select_inputs<T, R>(x, x_stride, in, rule, &kept);
-  if (counts) count_entries(x, R, x_stride, in, skipped, counts);
-  threads = threads_for(kept.count * out * (int64_t)sizeof(T), kBytesPerThread, threads);
-  parallel(threads, [&](int part, int parts) {
-    Range mine = share(out, 64, part, parts);
-    float* sums = scratch + part * (sums_bytes / sizeof(float));
-    int64_t tiles = (mine.end - mine.begin + tile - 1) / tile;
-    for (int64_t t = 0; t < tiles; ++t) {
-      Range cut = share(mine.end - mine.begin, kBlock, (int)t, (int)tiles);
-      int64_t first = mine.begin + cut.begin;
-      stream_tile<T, R>(kept, weight + first, weight_stride, cut.end - cut.begin, bias ? bias + first : nullptr,
-                        offset ? offset + first : nullptr, y + first, out, sums, sums + R * stride, stride);
-    }
-  });
-  return 0;
+// Bytes of sums that stream_range takes for so many outputs.
+DEADBAND_INLINE size_t stream_bytes(int64_t rows, int64_t count) {
+  return 2 * rows * min_of(kTile / rows, round_up(count, kBlock)) * sizeof(float);
+}
+
+// The outputs in `mine` of the product.
+template <class T, int R>
+void stream_range(const Kept& kept, const T* weight, int64_t weight_stride, const Output<T>& target, Range mine,
+                  float* sums) {
+  int64_t count = mine.end - mine.begin, tile = kTile / R, tiles = (count + tile - 1) / tile;
+  int64_t stride = min_of(tile, round_up(count, kBlock));
+  for (int64_t t = 0; t < tiles; ++t) {
+    Range cut = share(count, kBlock, (int)t, (int)tiles);
+    int64_t first = mine.begin + cut.begin;
+    stream_tile<T, R>(kept, weight + first, weight_stride, cut.end - cut.begin,
+                      target.bias ? target.bias + first : nullptr, target.offset ? target.offset + first : nullptr,
+                      target.y + first, target.stride, sums, sums + R * stride, stride);
+  }
 }
 
 template <class T>
-int stream_typed(const T* x, int64_t rows, int64_t x_stride, int64_t in, const T* weight, int64_t weight_stride,
-                 int64_t out, const T* bias, const float* offset, const Rule& rule, T* y, int threads,
-                 int64_t* counts) {
-  constexpr decltype(&stream_rows<T, 1>) kByRows[] = {stream_rows<T, 1>, stream_rows<T, 2>, stream_rows<T, 3>,
-                                                      stream_rows<T, 4>, stream_rows<T, 5>, stream_rows<T, 6>,
-                                                      stream_rows<T, 7>, stream_rows<T, 8>};
-  return kByRows[rows - 1](x, x_stride, in, weight, weight_stride, out, bias, offset, rule, y, threads, counts);
-}
-
-int stream(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
-           int64_t weight_stride, int64_t out, const void* bias, const float* offset, const Rule& rule, void* y,
-           int threads, int64_t* counts) {
-  if (dtype == DEADBAND_FLOAT32)
-    return stream_typed((const float*)x, rows, x_stride, in, (const float*)weight, weight_stride, out,
-                        (const float*)bias, offset, rule, (float*)y, threads, counts);
-  return stream_typed((const bf16*)x, rows, x_stride, in, (const bf16*)weight, weight_stride, out, (const bf16*)bias,
-                      offset, rule, (bf16*)y, threads, counts);
-}
+constexpr decltype(&stream_range<T, 1>) kStream[] = {stream_range<T, 1>, stream_range<T, 2>, stream_range<T, 3>,
+                                                     stream_range<T, 4>, stream_range<T, 5>, stream_range<T, 6>,
+                                                     stream_range<T, 7>, stream_range<T, 8>};

@@ -15,7 +15,8 @@ import deadband
 from deadband import decoding
 from deadband.bench import Decoder
 from deadband.decoding import DecodeWarning, is_prepared, prepare_decode_, unprepare_decode_
-from deadband.sparsify import sparse_sites
+from deadband.sites import find_sites
+from deadband.sparsify import sparse_prefill, sparse_sites, sparsify_
 
 compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="torch's inductor needs a C++ compiler")
 PROMPT = torch.randint(3, 128, (1, 20), generator=torch.Generator().manual_seed(5))
@@ -290,3 +291,25 @@ def test_smollm2():
     prepare_decode_(model)
     assert is_prepared(model)
     assert torch.equal(decode(model, prompt, 24), expected)
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_speculative_decoding_gives_the_same_tokens(weights):
+    model = tiny_model("llama").eval()
+    sparsify_(model, dict.fromkeys(find_sites(model), 0.02), weights=weights)
+    assistant = tiny_model("llama").eval()
+    sparsify_(assistant, dict.fromkeys(find_sites(assistant), 0.1), weights=weights)
+    ids = torch.tensor([[5, 9, 13, 5, 9, 13, 5, 9]])
+    settings = {"max_new_tokens": 24, "do_sample": False}
+    with sparse_prefill(model):  # several drafted tokens at once skip as one alone does
+        expected = model.generate(ids, **settings)
+        assert torch.equal(model.generate(ids, **settings, assistant_model=assistant), expected)
+        assert torch.equal(model.generate(ids, **settings, prompt_lookup_num_tokens=3), expected)
+
+
+def test_changes_undo_the_preparation():
+    model = tiny_model("llama").eval()
+    sparsify_(model, dict.fromkeys(find_sites(model), 0.02))
+    model.__dict__["_deadband_decoder"] = object()  # what prepare_decode_ leaves
+    sparsify_(model, dict.fromkeys(find_sites(model), 0.05))
+    assert "_deadband_decoder" not in model.__dict__

@@ -6,10 +6,12 @@ worth it depends on the shape of a layer, the format of its weight, the number o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +72,15 @@ def break_even(model: nn.Module, *, progress: bool = True) -> dict[Kind, dict[in
         >>> break_even(nn.Linear(2, 2))
         {}
     """
-    sites = [site for site in sparse_sites(model).values() if tensor_of(site).device.type == "cpu"]
-    kinds = sorted({Kind.of(site) for site in sites}, key=str) if kernels.library is not None else []
+    return _table({Kind.of(site) for site in sparse_sites(model).values() if _on_cpu(site)}, progress)
+
+
+def _on_cpu(site: SparseSite) -> bool:
+    return tensor_of(site).device.type == "cpu" and kernels.library is not None
+
+
+def _table(wanted: Collection[Kind], progress: bool) -> dict[Kind, dict[int, float]]:
+    kinds = sorted(wanted, key=str)
     path = cache_folder() / "breakeven.json"
     remembered = _read(path)
     here = remembered.setdefault(_where(), {})
@@ -79,8 +88,9 @@ def break_even(model: nn.Module, *, progress: bool = True) -> dict[Kind, dict[in
     for kind in progress_bar(missing, "break-even", progress and bool(missing)):
         here[str(kind)] = {str(rows): value if math.isfinite(value) else None for rows, value in measure(kind).items()}
     if missing:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, remembered)
+        with contextlib.suppress(OSError):  # then it is measured again next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, remembered)
     return {kind: {int(rows): _number(value) for rows, value in here[str(kind)].items()} for kind in kinds}
 
 
@@ -97,11 +107,12 @@ def tune_(model: nn.Module, *, progress: bool = False) -> nn.Module:
     Example:
         >>> _ = tune_(model)                                             # doctest: +SKIP
     """
-    table = break_even(model, progress=progress)
-    for site in sparse_sites(model).values():
-        limits = table.get(Kind.of(site)) if tensor_of(site).device.type == "cpu" else None
-        if limits is not None and not math.isnan(site.expected):
-            site.sparse_rows = max((rows for rows, least in limits.items() if site.expected >= least), default=0)
+    sites = [site for site in sparse_sites(model).values() if _on_cpu(site) and not math.isnan(site.expected)]
+    table = _table({Kind.of(site) for site in sites}, progress)
+    for site in sites:
+        limits = table[Kind.of(site)]
+        paying = itertools.takewhile(lambda rows: site.expected >= limits[rows], limits)  # noqa: B023
+        site.sparse_rows = max(paying, default=0)
     return model
 
 
@@ -174,7 +185,8 @@ def _read(path: Path) -> dict[str, Any]:
         remembered = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return remembered if isinstance(remembered, dict) else {}
+    known = isinstance(remembered, dict) and all(isinstance(each, dict) for each in remembered.values())
+    return remembered if known else {}
 
 
 def _name(dtype: torch.dtype) -> str:

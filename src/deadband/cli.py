@@ -512,7 +512,10 @@ def chosen_weights(network: Any, sites: list[str], form: str | None, blocks: dic
         if embedding.weight is network.get_output_embeddings().weight:  # the file holds it as the embedding
             name = next(name for name, module in network.named_modules() if module is embedding)
             blocks = blocks | ({output: blocks[name]} if name in blocks else {})
-    return wanted | {name: blocks[name] for name in (*sites, output) if name in blocks}
+    taken = {name: blocks[name] for name in (*sites, output) if name in blocks}
+    if not taken:
+        raise ValueError(f"the GGUF file has no layer of this model; it has for example {sorted(blocks)[0]!r}")
+    return wanted | taken
 
 
 def load(name: str, dtype: str, threads: int | None) -> tuple[Any, Any]:

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deadband.breakeven import tune_
+from deadband.fusion import fuse_gated_mlps, fuse_linears
 from deadband.linear import SparseSite
 from deadband.ops import COUNTS, quantized_linear, sparse_linear
 from deadband.running import evaluating
@@ -48,22 +50,25 @@ class DecodeWarning(UserWarning):
     """A prepared model decodes as slowly as one that is not."""
 
 
-def prepare_decode_(model: Any, *, passes: Sequence[GraphPass] | None = None) -> Any:
+def prepare_decode_(model: Any, *, tune: bool = False, passes: Sequence[GraphPass] | None = None) -> Any:
     """Compile what `model` does to decode one token, in place; about a minute the first time, less from torch's cache.
 
     From then on `model.generate(...)` and `model(token, past_key_values=cache)` take the compiled graph for one token
     of one sequence without padding, outside of training and with gradients off (`torch.no_grad`). All else runs as
     before: prompts, batches, padding, beams, attentions or hidden states asked for, models with hooks.
 
-    The graph has the model's layers as they are now, sparse or dense. Writing to weights is seen; after `sparsify_`,
-    `densify_`, `.to(dtype)` or other changes of tensors the model decodes without the graph, and says so, until it is
-    prepared again. Copies of the model and what `save_pretrained` writes are not prepared.
+    The graph has the model's layers as they are now, sparse or dense. Writing to weights is seen; `sparsify_` and
+    `densify_` undo `prepare_decode_`; after `.to(dtype)` or other changes of tensors a new sequence decodes without the
+    graph, and says so, until the model is prepared again. Copies of the model and what `save_pretrained` writes are not
+    prepared.
 
     Where compiling fails (no C++ compiler, a model that cannot be captured), a `DecodeWarning` says why, and the model
     decodes as it did.
 
     Args:
         model: a causal language model of transformers, on the CPU.
+        tune: first let layers skip only where that is faster (`deadband.breakeven.tune_`): measured the first time,
+            some seconds for each kind of layer, and remembered. What is computed then depends on the machine.
         passes: what to do to the graph of ATen operators before it is compiled; the default is `PASSES`.
 
     Returns:
@@ -79,8 +84,10 @@ def prepare_decode_(model: Any, *, passes: Sequence[GraphPass] | None = None) ->
     """
     if not callable(getattr(model, "generate", None)):
         raise ValueError(f"{type(model).__name__} is not a causal language model of transformers: it has no generate")
+    if tune:
+        tune_(model)
     existing = model.__dict__.get("_deadband_decoder")
-    if existing is not None and existing.run is not None and existing.fits(model):
+    if existing is not None and existing.fits(model) and existing.rows == existing.current_rows():
         return model
     unprepare_decode_(model)
     decoder = Decoder(model, PASSES if passes is None else passes)
@@ -149,6 +156,7 @@ class Store:
     def __init__(self, keys: list[Tensor], values: list[Tensor], length: int) -> None:
         self.length = length
         self.capacity = 0
+        self.owner: Any = None  # the decoder that reads and writes here
         self.intact = True  # whether every layer of the cache still has its keys and values here
         self.keys, self.values = keys, values
         self.inputs: list[Tensor] = []
@@ -228,7 +236,7 @@ def _layer_classes() -> dict[type, type]:
     }
 
 
-def _attach(cache: Any) -> Store:
+def _attach(cache: Any, owner: Any = None) -> Store:
     """Move the states of a DynamicCache into a new Store, in place."""
     length = cache.get_seq_length()
     keys, values = [], []
@@ -240,6 +248,7 @@ def _attach(cache: Any) -> Store:
         keys.append(nn.functional.pad(key.transpose(2, 3), (missing, 0)))
         values.append(nn.functional.pad(value, (0, 0, missing, 0)))
     store = Store(keys, values, length)
+    store.owner = owner
     twins = _layer_classes()
     for index, layer in enumerate(cache.layers):
         for name in _STATES:
@@ -388,7 +397,7 @@ def give_counts(graph: torch.fx.GraphModule) -> None:
 
 
 _ARGUMENTS = {each: len(each._schema.arguments) for each in (sparse_linear, quantized_linear)}
-PASSES: tuple[GraphPass, ...] = (give_counts, realize_shared)
+PASSES: tuple[GraphPass, ...] = (give_counts, fuse_gated_mlps, fuse_linears, realize_shared)
 """What is done to the graph before inductor compiles it, in this order. A pass changes, in place, a graph of ATen
 operators with the weights as inputs: deadband::sparse_linear and aten.linear, with whatever lies between them."""
 
@@ -491,6 +500,7 @@ class Decoder:
         self.layers = [type(layer) for layer in cache.layers]
         self.output_class = type(output)
         windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+        self.states = [_state_of(layer) for layer in cache.layers]
         store = _attach(cache)
         with evaluating(model):
             program = capture(model, store, windows)
@@ -503,7 +513,7 @@ class Decoder:
         self.weights = weights
         self.state = _state(model)
         self.sites = [site.__dict__ for site in sparse_sites(model).values()]
-        self.rows = [site["sparse_rows"] for site in self.sites]
+        self.rows = self.current_rows()
         run = compile_graph(program, passes)
         self._check(model, run, cache, store)
         self.run = run
@@ -533,6 +543,10 @@ class Decoder:
         (logits,) = run(*self.weights, token, _positions[length : length + 1], _blocks[:blocks], *store.inputs)
         return logits
 
+    def current_rows(self) -> list[int]:
+        """Up to how many rows each sparse layer skips now."""
+        return [site.get("sparse_rows", -1) for site in self.sites]
+
     def fits(self, model: Any) -> bool:
         """Whether the model is still what was compiled."""
         return self.run is not None and _state(model) == self.state
@@ -543,18 +557,20 @@ class Decoder:
             return None
         cache = kwargs.get("past_key_values")
         token = args[0] if len(args) == 1 else kwargs.get("input_ids")
-        if cache is None or token is None or len(args) > 1 or token.shape != (1, 1) or not cache.layers:
+        if cache is None or token is None or len(args) > 1 or token.shape != (1, 1) or token.dtype is not torch.int64:
+            return None
+        if not getattr(cache, "layers", None):
             return None
         store = cache.layers[0].__dict__.get("store")
-        if store is None or not store.intact:
+        if store is None or not store.intact or store.owner is not self:
             if not self._can_attach(model, cache):
                 return None
-            store = _attach(cache)
+            store = _attach(cache, self)
         for name, value in kwargs.items():
             if value is None or name in _PLAIN:
                 continue
             if name == "attention_mask":
-                if value.shape != (1, store.length + 1) or not value.all():
+                if not isinstance(value, Tensor) or value.shape != (1, store.length + 1) or not value.all():
                     return None
             elif name == "position_ids":
                 if value.shape[-2:] != (1, 1) or value.numel() != 1 or value.item() != store.length:
@@ -564,7 +580,7 @@ class Decoder:
                     return None
             else:
                 return None
-        if [site["sparse_rows"] for site in self.sites] != self.rows:  # inside `dense` or `sparse_prefill`
+        if self.current_rows() != self.rows:  # inside `dense` or `sparse_prefill`
             return None
         logits = self._logits(self.run, store, token)
         store.length += 1
@@ -583,6 +599,8 @@ class Decoder:
                 return False
             if layer.keys.shape[0] != 1 or getattr(layer, "record_past", False):
                 return False
+        if [_state_of(layer) for layer in cache.layers] != self.states:
+            return False
         config = model.config
         if getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False):
             return False
@@ -608,6 +626,10 @@ def _extend_positions(length: int) -> None:
     global _positions, _blocks
     _positions = torch.arange(2 * length)
     _blocks = torch.empty(2 * length // BLOCK + 2)
+
+
+def _state_of(layer: Any) -> tuple[Any, ...]:
+    return layer.keys.dtype, layer.keys.shape[1], layer.keys.shape[3]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

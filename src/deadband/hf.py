@@ -3,7 +3,7 @@
 A sparse checkpoint is a dense one plus a float32 `threshold` for each site (and `scale`, `center` and `mask` where its
 rule has them), and a `quantization_config` in config.json.
 transformers has no entry points for quantizers, so `import deadband` registers this one; without deadband the same
-checkpoint loads as the dense model.
+checkpoint loads as the dense model, unless its weights are quantised: those only deadband can read.
 """
 
 from __future__ import annotations

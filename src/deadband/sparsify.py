@@ -208,6 +208,7 @@ def sparsify_(
     touched = (*modules.values(), *left.values())
     settings = {module: module.settings() for module in touched if isinstance(module, SparseSite)}
     quantised = _quantise(model, formats, second_moments, hessians, progress)  # before anything changes
+    parameters: dict[nn.Module, nn.Parameter] = {}  # what was quantised
     try:
         for name, module in modules.items():
             make_sparse_(
@@ -221,8 +222,15 @@ def sparsify_(
             )
         for each in left.values():
             make_dense_(each)
+        for name, weight in quantised.items():
+            module = model.get_submodule(name)
+            parameters[module] = cast(nn.Parameter, module._parameters["weight"])
+            make_quantized_(module, weight)
         _remember(model, config)
     except BaseException:
+        for module, parameter in parameters.items():
+            if isinstance(module, QuantizedMatrix):
+                unmake_quantized_(module, parameter)
         for module in touched:
             if module in settings:
                 make_sparse_(module, Rule(0.0)).restore(settings[module])
@@ -232,11 +240,18 @@ def sparsify_(
     _use_torchs_product_(model)
     if config.output_layer is not None and config.output_layer not in formats:
         use_dense_product_(model.get_submodule(config.output_layer))
-    for name in list(quantised):
-        make_quantized_(model.get_submodule(name), quantised.pop(name))
     if tied is not None:
         tie_(model, *tied)
+    _unprepare(model)
     return model
+
+
+def _unprepare(model: nn.Module) -> None:
+    """Drop the compiled graph of `prepare_decode_`, if there is one: it has the tensors from before."""
+    if "_deadband_decoder" in model.__dict__:
+        from deadband.decoding import unprepare_decode_
+
+        unprepare_decode_(model)
 
 
 def _formats(
@@ -282,6 +297,10 @@ def _quantise(
     hessians: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None,
     progress: bool,
 ) -> dict[str, QuantizedWeight]:
+    for what, given in (("second_moments", second_moments), ("hessians", hessians)):
+        unknown = sorted(set(given) - {name for name, _ in model.named_modules()}) if isinstance(given, Mapping) else []
+        if unknown:
+            raise ValueError(f"{what} has {unknown[0]!r}, which is no layer of the model; expected full names of sites")
     quantised = {name: form for name, form in formats.items() if isinstance(form, QuantizedWeight)}
 
     def jobs() -> Iterator[tuple[str, Tensor | None]]:
@@ -373,6 +392,7 @@ def densify_(model: nn.Module) -> nn.Module:
     """
     for site in _require_sparse(model).values():
         make_dense_(site)
+    _unprepare(model)
     _dequantise_(model)
     _use_torchs_product_(model)
     _remember(model, None)

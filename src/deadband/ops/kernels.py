@@ -31,6 +31,8 @@ _SIGNATURES = {
             *[c_void_p, c_int, c_void_p],
         ],
     ),
+    "deadband_linears": (c_int, [c_int, c_void_p, *[c_int64] * 3, c_void_p, c_int, c_void_p, c_int]),
+    "deadband_gated_mlp": (c_int, [c_int, c_void_p, *[c_int64] * 3, c_void_p, c_int, c_void_p, c_int]),
     "deadband_observe": (
         c_int,
         [c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int],

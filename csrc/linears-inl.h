@@ -1,0 +1,200 @@
+// Several layers on one x, plain and quantised ones: selected (and encoded) one after the other, then multiplied in one
+// parallel region. And the gated MLP, which is two of those with an activation between them.
+
+// What is known of a layer once its inputs are selected.
+template <class T>
+struct Task {
+  Output<T> target;
+  Kept kept;
+  Quantized quantized;  // and the rest: of a quantised layer
+  Encoded encoded;
+  float* sums;  // the threads', where they share out the inputs
+};
+
+DEADBAND_INLINE size_t task_bytes(const deadband_layer& layer, int64_t rows, int64_t in, int threads) {
+  size_t bytes = 0;
+  if (!layer.bits || layer.threshold) bytes = kept_bytes(in, sizeof(int32_t)) + kept_bytes(in * rows, sizeof(float));
+  if (!layer.bits) return bytes;
+  Quantized w = quantized_of(layer, in);
+  bytes += EncodedSizes(w, rows).total();
+  return bytes + (by_inputs(w, rows, threads) ? threads * sums_stride(w) * sizeof(float) : 0);
+}
+
+template <class T>
+DEADBAND_INLINE void add_counts(const Input<T>& input, int64_t skipped, int64_t* counts) {
+  __atomic_fetch_add(&counts[0], skipped, __ATOMIC_RELAXED);
+  __atomic_fetch_add(&counts[1], input.in * input.rows, __ATOMIC_RELAXED);
+  if (input.nonfinite) __atomic_fetch_add(&counts[2], input.nonfinite, __ATOMIC_RELAXED);
+}
+
+// Selects a layer's inputs into `memory`. Returns the work left, in bytes of weights.
+template <class T>
+int64_t prepare(const Input<T>& input, const deadband_layer& layer, int threads, char* memory, Task<T>* task) {
+  int64_t rows = input.rows, in = input.in;
+  task->kept = {nullptr, nullptr, in};
+  if (!layer.bits || layer.threshold) {
+    size_t index_bytes = kept_bytes(in, sizeof(int32_t));
+    task->kept = {(int32_t*)memory, (float*)(memory + index_bytes), 0};
+    memory += index_bytes + kept_bytes(in * rows, sizeof(float));
+    int64_t skipped = kSelect<T>[rows - 1](input, layer, & task->kept);
+    if (layer.threshold && layer.counts) add_counts(input, skipped, layer.counts);
+  }
+  if (!layer.bits) return task->kept.count * layer.out * (int64_t)sizeof(T);
+  task->quantized = quantized_of(layer, in);
+  task->encoded = encode(input, task->kept, task->quantized, threads, memory);
+  task->sums = (float*)(memory + EncodedSizes(task->quantized, rows).total());
+  if (rows == 1) return task->kept.count * task->quantized.row_bytes;
+  return rows * task->kept.count * layer.out / (kOperationsPerThread / kBytesPerThread);
+}
+
+// A thread's memory for its share of a layer.
+DEADBAND_INLINE size_t share_bytes(const deadband_layer& layer, int64_t rows, int64_t in) {
+  if (!layer.bits) return stream_bytes(rows, layer.out);
+  Quantized w = quantized_of(layer, in);
+  return layer.bits == 8 ? multiply_bytes<8>(w, rows) : multiply_bytes<4>(w, rows);
+}
+
+template <class T>
+void multiply(const deadband_layer& layer, const Task<T>& task, int64_t rows, int part, int parts, bool inputs,
+              char* scratch) {
+  const Quantized& w = task.quantized;
+  const Encoded& x = task.encoded;
+  if (!layer.bits)
+    kStream<T>[rows - 1](task.kept, (const T*)layer.weight, layer.weight_stride, task.target,
+                         share(layer.out, 64, part, parts), (float*)scratch);
+  else if (inputs) {
+    float* sums = task.sums + part * sums_stride(w);
+    Range chunks = share(x.chunks, 1, part, parts);
+    layer.bits == 8 ? stream_outputs<8>(w, x, chunks, {0, w.out}, sums)
+                    : stream_outputs<4>(w, x, chunks, {0, w.out}, sums);
+  } else {
+    layer.bits == 8 ? multiply_share<T, 8>(w, x, task.target, part, parts, scratch)
+                    : multiply_share<T, 4>(w, x, task.target, part, parts, scratch);
+  }
+}
+
+template <class T>
+int linears_of(const T* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer* layers, int count, T* y,
+               int64_t y_stride, int threads) {
+  Input<T> input = {x, rows, x_stride, in, {}, 0};
+  size_t bytes = round_up(count * sizeof(Task<T>), 64), most = 0;
+  bool relative = false, counted = false;
+  for (int l = 0; l < count; ++l) {
+    bytes += task_bytes(layers[l], rows, in, threads);
+    most = max_of(most, share_bytes(layers[l], rows, in));
+    relative |= layers[l].threshold && layers[l].relative;
+    counted |= layers[l].threshold && layers[l].counts;
+  }
+  char* memory = (char*)workspace(kSharedSlot, bytes);
+  if (!memory) return DEADBAND_NO_MEMORY;
+  for (int64_t r = 0; relative && r < rows; ++r) input.norm[r] = norm_of(x + r * x_stride, in);
+  for (int64_t r = 0; counted && r < rows; ++r) input.nonfinite += count_nonfinite(x + r * x_stride, in);
+
+  Task<T>* tasks = (Task<T>*)memory;
+  memory += round_up(count * sizeof(Task<T>), 64);
+  int64_t work = 0, first = 0;
+  for (int l = 0; l < count; ++l) {
+    const deadband_layer& layer = layers[l];
+    tasks[l].target = {(const T*)layer.bias, layer.threshold ? layer.offset : nullptr, y + first, y_stride};
+    work += prepare(input, layer, threads, memory, tasks + l);
+    memory += task_bytes(layer, rows, in, threads);
+    first += layer.out;
+  }
+  threads = threads_for(work, kBytesPerThread, threads);
+  auto shares_inputs = [&](int l) { return layers[l].bits && by_inputs(tasks[l].quantized, rows, threads); };
+  for (int l = 0; l < count; ++l)
+    if (shares_inputs(l)) memset(tasks[l].sums, 0, threads * sums_stride(tasks[l].quantized) * sizeof(float));
+  int error = 0;
+  parallel(threads, [&](int part, int parts) {
+    char* scratch = (char*)workspace(kPrivateSlot, most);
+    if (!scratch) {
+      __atomic_store_n(&error, (int)DEADBAND_NO_MEMORY, __ATOMIC_RELAXED);
+      return;
+    }
+    for (int l = 0; l < count; ++l)  // every other layer from the other end, as the last share is often the largest
+      multiply(layers[l], tasks[l], rows, l & 1 ? parts - 1 - part : part, parts, shares_inputs(l), scratch);
+  });
+  for (int l = 0; l < count; ++l)
+    if (shares_inputs(l)) add_up(tasks[l].quantized, tasks[l].target, threads, tasks[l].sums);
+  return error;
+}
+
+template <class T>
+int linears_typed(const T* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer* layers, int count, T* y,
+                  int threads) {
+  int64_t y_stride = 0;
+  for (int l = 0; l < count; ++l) y_stride += layers[l].out;
+  for (int64_t r = 0; r < rows; r += kQuantizedRows)  // only a quantised layer alone has more than 8
+    if (int error = linears_of(x + r * x_stride, min_of(kQuantizedRows, rows - r), x_stride, in, layers, count,
+                               y + r * y_stride, y_stride, threads))
+      return error;
+  return 0;
+}
+
+int linears(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer* layers,
+            int count, void* y, int threads) {
+  if (dtype == DEADBAND_FLOAT32)
+    return linears_typed((const float*)x, rows, x_stride, in, layers, count, (float*)y, threads);
+  return linears_typed((const bf16*)x, rows, x_stride, in, layers, count, (bf16*)y, threads);
+}
+
+// e^v to 2 ulp. 2^n comes in two factors, as n may be beyond the exponents of normal numbers.
+DEADBAND_INLINE Vf exponential(Vf v) {
+  v = v > 89.0f ? splat(89.0f) : v;  // infinity from there on; NaN stays
+  v = v < -104.0f ? splat(-104.0f) : v;
+  Vf n = v * 1.44269504f + 12582912.0f - 12582912.0f;  // to the nearest integer
+  Vf r = v - n * 0.693145752f - n * 1.42860677e-6f;
+  Vf p =
+      1.0f +
+      r * (1.0f + r * (0.5f + r * (1.66666667e-1f + r * (4.16666667e-2f + r * (8.33333333e-3f + r * 1.38888889e-3f)))));
+  Vi half = __builtin_convertvector(n * 0.5f, Vi), rest = __builtin_convertvector(n, Vi) - half;
+  return p * (Vf)((half + 127) << 23) * (Vf)((rest + 127) << 23);
+}
+
+// Both activations are v / (1 + e^-z): SiLU with z = v, and the tanh of GELU's is that of z / 2.
+template <int Activation>
+DEADBAND_INLINE Vf activation(Vf v) {
+  Vf z = Activation == DEADBAND_SILU ? v : v * 1.59576912f + v * v * v * 0.0713548163f;
+  return v / (1.0f + exponential(-z));
+}
+
+DEADBAND_INLINE Vf rounded_as(const float*, Vf v) { return v; }
+DEADBAND_INLINE Vf rounded_as(const bf16*, Vf v) { return (Vf)(rounded_bits(v) & 0xffff0000u); }
+
+// gate = activation(gate) * up
+template <int Activation, class T>
+void activate(T* gate, const T* up, int64_t count) {
+  auto step = [](T* g, const T* u) __attribute__((always_inline)) {
+    store_in_order(g, rounded_as(g, activation<Activation>(load_in_order(g))) * load_in_order(u));
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) step(gate + i, up + i);
+  if (i == count) return;
+  T last[2][kLanes] = {};
+  memcpy(last[0], gate + i, (count - i) * sizeof(T));
+  memcpy(last[1], up + i, (count - i) * sizeof(T));
+  step(last[0], last[1]);
+  memcpy(gate + i, last[0], (count - i) * sizeof(T));
+}
+
+template <class T>
+int gated_mlp_typed(const T* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer* layers, int which,
+                    T* y, int threads) {
+  int64_t inner = layers[0].out;
+  T* both = (T*)workspace(kProductSlot, 2 * rows * inner * sizeof(T));
+  if (!both) return DEADBAND_NO_MEMORY;
+  if (int error = linears_typed(x, rows, x_stride, in, layers, 2, both, threads)) return error;
+  for (int64_t r = 0; r < rows; ++r) {
+    T* gate = both + 2 * r * inner;
+    which == DEADBAND_SILU ? activate<DEADBAND_SILU>(gate, gate + inner, inner)
+                           : activate<DEADBAND_GELU_TANH>(gate, gate + inner, inner);
+  }
+  return linears_typed(both, rows, 2 * inner, inner, layers + 2, 1, y, threads);
+}
+
+int gated_mlp(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer* layers,
+              int activation, void* y, int threads) {
+  if (dtype == DEADBAND_FLOAT32)
+    return gated_mlp_typed((const float*)x, rows, x_stride, in, layers, activation, (float*)y, threads);
+  return gated_mlp_typed((const bf16*)x, rows, x_stride, in, layers, activation, (bf16*)y, threads);
+}

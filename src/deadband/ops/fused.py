@@ -1,0 +1,322 @@
+"""Operators that do in one call what several layers do: fewer passes over x, fewer calls, threads woken less often.
+
+deadband::linears(x, parts, group_sizes, relative, sparse_rows, counts) -> y
+
+    the outputs of several layers on the one x, side by side
+
+    parts      eight for each layer: weight or codes, scales, minimum, bias, threshold, scale, center, offset; the
+               arguments of `sparse_linear` where scales is None, else those of `quantized_linear`
+    group_sizes, relative
+               one for each layer
+    counts     one for each layer, or none at all
+    y          [..., sum of the layers' out_features], contiguous
+
+deadband::gated_mlp(x, parts, group_sizes, relative, sparse_rows, counts, activation) -> y
+
+    down(activation(gate(x)) * up(x)), with the parts of gate, up and down. As layer by layer, the outputs of gate and
+    up, of the activation and the product are rounded to the dtype of x.
+
+    activation  "silu", or "gelu_tanh": GELU by its approximation with tanh
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deadband.ops import COUNTS, NIBBLES, _library, kernels, quantized_linear, sparse_linear
+from deadband.ops.cpu import SPARSE_ROWS
+
+PARTS = 8
+ACTIVATIONS = ("silu", "gelu_tanh")
+"""As csrc/kernels.h numbers them."""
+LAYER = 14  # fields of csrc/kernels.h's deadband_layer, 8 bytes each
+
+_library.define(
+    "linears(Tensor x, Tensor?[] parts, int[] group_sizes, bool[] relative, int sparse_rows, Tensor(a!)[] counts) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "gated_mlp(Tensor x, Tensor?[] parts, int[] group_sizes, bool[] relative, int sparse_rows, Tensor(a!)[] counts, "
+    "str activation) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+linears = torch.ops.deadband.linears.default
+gated_mlp = torch.ops.deadband.gated_mlp.default
+
+
+def linears_reference(
+    x: Tensor,
+    parts: Sequence[Tensor | None],
+    group_sizes: Sequence[int],
+    relative: Sequence[bool],
+    sparse_rows: int,
+    counts: Sequence[Tensor],
+) -> Tensor:
+    """What the operator means: the layers one by one."""
+    layers = range(len(group_sizes))
+    return torch.cat([_linear(x, parts, group_sizes, relative, sparse_rows, counts, layer) for layer in layers], -1)
+
+
+def gated_mlp_reference(
+    x: Tensor,
+    parts: Sequence[Tensor | None],
+    group_sizes: Sequence[int],
+    relative: Sequence[bool],
+    sparse_rows: int,
+    counts: Sequence[Tensor],
+    activation: str,
+) -> Tensor:
+    """What the operator means: the layers one by one."""
+    arguments = (parts, group_sizes, relative, sparse_rows, counts)
+    gate, up = (_linear(x, *arguments, layer) for layer in (0, 1))
+    gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return _linear(gate * up, *arguments, 2)
+
+
+def _linear(
+    x: Tensor,
+    parts: Sequence[Tensor | None],
+    group_sizes: Sequence[int],
+    relative: Sequence[bool],
+    sparse_rows: int,
+    counts: Sequence[Tensor],
+    layer: int,
+) -> Tensor:
+    own: Any = parts[PARTS * layer : PARTS * (layer + 1)]
+    weight, scales, minimum, bias, *rule = own
+    rest = (*rule, relative[layer], sparse_rows, counts[layer] if counts else None)
+    if scales is None:
+        return sparse_linear(x, weight, bias, *rest)
+    return quantized_linear(x, weight, scales, minimum, bias, group_sizes[layer], *rest)
+
+
+_library.impl("linears", linears_reference, "CompositeExplicitAutograd")
+_library.impl("gated_mlp", gated_mlp_reference, "CompositeExplicitAutograd")
+
+
+def _check(parts, group_sizes, relative, counts):
+    layers = len(group_sizes)
+    torch._check(
+        len(parts) == PARTS * layers and len(relative) == layers and len(counts) in (0, layers),
+        lambda: (
+            f"{layers} layers have {PARTS * layers} parts and 0 or {layers} counts; got {len(parts)}, {len(counts)}"
+        ),
+    )
+
+
+def _out_features(parts, layer):
+    weight, scales = parts[PARTS * layer], parts[PARTS * layer + 1]
+    return weight.shape[0] if scales is None else scales.shape[1]
+
+
+@torch.library.register_fake("deadband::linears", lib=_library)
+def _linears_fake(x, parts, group_sizes, relative, sparse_rows, counts):
+    _check(parts, group_sizes, relative, counts)
+    return x.new_empty((*x.shape[:-1], sum(_out_features(parts, layer) for layer in range(len(group_sizes)))))
+
+
+@torch.library.register_fake("deadband::gated_mlp", lib=_library)
+def _gated_mlp_fake(x, parts, group_sizes, relative, sparse_rows, counts, activation):
+    _check(parts, group_sizes, relative, counts)
+    torch._check(
+        len(group_sizes) == 3 and activation in ACTIVATIONS,
+        lambda: f"gated_mlp takes 3 layers and one of {ACTIVATIONS}; got {len(group_sizes)} and {activation!r}",
+    )
+    return x.new_empty((*x.shape[:-1], _out_features(parts, 2)))
+
+
+# ------------------------------------------------------------------------------------------------------------ on CPUs
+
+_KERNEL_DTYPES = {torch.float32: kernels.DTYPES[torch.float32], torch.bfloat16: kernels.DTYPES[torch.bfloat16]}
+_get_num_threads = torch.get_num_threads
+_address = Tensor.data_ptr
+_packers = [struct.Struct(f"{LAYER * layers}q").pack for layers in range(17)]
+if kernels.library is not None:
+    _linears_kernel, _mlp_kernel = kernels.library.deadband_linears, kernels.library.deadband_gated_mlp
+
+
+def _linears_on_cpu(
+    x: Tensor,
+    parts: Sequence[Tensor | None],
+    group_sizes: Sequence[int],
+    relative: Sequence[bool],
+    sparse_rows: int,
+    counts: Sequence[Tensor],
+) -> Tensor:
+    shape = x.shape
+    in_features = shape[-1]
+    rows = x.numel() // in_features if in_features else shape[:-1].numel()
+    dtype = _KERNEL_DTYPES.get(x.dtype)
+    fields: list[int] = []
+    count = len(group_sizes)
+    if (
+        dtype is None
+        or rows > sparse_rows
+        or rows > SPARSE_ROWS
+        or not 0 < count < len(_packers)
+        or not _add_layers(fields, x.dtype, (in_features,) * count, parts, group_sizes, relative, counts)
+    ):
+        return linears_reference(x, parts, group_sizes, relative, sparse_rows, counts)
+    x = x.contiguous()
+    y = x.new_empty((*shape[:-1], sum(fields[1::LAYER])))
+    error = _linears_kernel(
+        dtype,
+        x.data_ptr(),
+        rows,
+        in_features,
+        in_features,
+        _packers[count](*fields),
+        count,
+        y.data_ptr(),
+        _get_num_threads(),
+    )
+    return y if not error else _failed(error, x)
+
+
+def _gated_mlp_on_cpu(
+    x: Tensor,
+    parts: Sequence[Tensor | None],
+    group_sizes: Sequence[int],
+    relative: Sequence[bool],
+    sparse_rows: int,
+    counts: Sequence[Tensor],
+    activation: str,
+) -> Tensor:
+    shape = x.shape
+    in_features = shape[-1]
+    rows = x.numel() // in_features if in_features else shape[:-1].numel()
+    dtype = _KERNEL_DTYPES.get(x.dtype)
+    fields: list[int] = []
+    inputs = (in_features, in_features, _out_features(parts, 0))
+    if (
+        dtype is None
+        or rows > sparse_rows
+        or rows > SPARSE_ROWS
+        or not _add_layers(fields, x.dtype, inputs, parts, group_sizes, relative, counts)
+        or fields[1] != fields[1 + LAYER]
+    ):
+        return gated_mlp_reference(x, parts, group_sizes, relative, sparse_rows, counts, activation)
+    x = x.contiguous()
+    y = x.new_empty((*shape[:-1], fields[1 + 2 * LAYER]))
+    error = _mlp_kernel(
+        dtype,
+        x.data_ptr(),
+        rows,
+        in_features,
+        in_features,
+        _packers[3](*fields),
+        ACTIVATIONS.index(activation),
+        y.data_ptr(),
+        _get_num_threads(),
+    )
+    return y if not error else _failed(error, x)
+
+
+def _add_layers(
+    fields: list[int],
+    dtype: torch.dtype,
+    inputs: Sequence[int],
+    parts: Sequence[Tensor | None],
+    group_sizes: Sequence[int],
+    relative: Sequence[bool],
+    counts: Sequence[Tensor],
+) -> bool:
+    """Append the layers as csrc/kernels.h has them; False where the kernels do not take one of them.
+
+    Runs for each layer of each token: attributes are read once, and what is None is not looked at.
+    """
+    for layer, in_features in enumerate(inputs):
+        at = PARTS * layer
+        weight, scales, minimum, bias, threshold, scale, center, offset = parts[at : at + PARTS]
+        assert weight is not None
+        if scales is None:
+            bits, group_size, scales_at, minimum_at = 0, 0, 0, 0
+            out_features, columns = weight.shape
+            out_stride, stride = weight.stride()
+            if weight.dtype is not dtype or columns != in_features or out_stride != 1 or threshold is None:
+                return False
+        else:
+            bits, group_size, stride, out_features = _bits_of(weight), group_sizes[layer], 0, scales.shape[1]
+            if not _quantized_fits(weight, scales, minimum, bits, group_size, in_features, out_features):
+                return False
+            scales_at, minimum_at = _address(scales), 0 if minimum is None else _address(minimum)
+        bias_at = threshold_at = scale_at = center_at = offset_at = counts_at = 0
+        if bias is not None:
+            if not _is_vector(bias, dtype, out_features):
+                return False
+            bias_at = _address(bias)
+        if threshold is not None:
+            if threshold.dtype is not torch.float32 or threshold.numel() != 1:
+                return False
+            threshold_at = _address(threshold)
+        if scale is not None:
+            if not _is_vector(scale, torch.float32, in_features):
+                return False
+            scale_at = _address(scale)
+        if center is not None or offset is not None:
+            if (
+                center is None
+                or offset is None
+                or not _is_vector(center, torch.float32, in_features)
+                or not _is_vector(offset, torch.float32, out_features)
+            ):
+                return False
+            center_at, offset_at = _address(center), _address(offset)
+        if counts and threshold_at:
+            own = counts[layer]
+            if not _is_vector(own, torch.int64, COUNTS):
+                return False
+            counts_at = _address(own)
+        fields += (
+            bits, out_features, _address(weight), stride, scales_at, minimum_at, group_size, bias_at,
+            threshold_at, scale_at, center_at, offset_at, relative[layer], counts_at,
+        )  # fmt: skip
+    return True
+
+
+def _bits_of(codes: Tensor) -> int:
+    return 8 if codes.dtype is torch.int8 else 4
+
+
+def _quantized_fits(
+    codes: Tensor, scales: Tensor, minimum: Tensor | None, bits: int, group_size: int, inputs: int, outputs: int
+) -> bool:
+    groups = -(-inputs // group_size) if group_size else 1
+    return (
+        (bits == 8 or codes.dtype is torch.uint8)
+        and codes.shape == (inputs, outputs if bits == 8 else -(-outputs // NIBBLES) * (NIBBLES // 2))
+        and scales.dtype is (torch.float16 if group_size else torch.float32)
+        and scales.shape[0] == groups
+        and codes.is_contiguous()
+        and scales.is_contiguous()
+        and (
+            minimum is None
+            or (
+                bits == 4
+                and group_size > 0
+                and minimum.dtype is torch.float16
+                and minimum.shape == scales.shape
+                and minimum.is_contiguous()
+            )
+        )
+    )
+
+
+def _is_vector(vector: Tensor, dtype: torch.dtype, length: int) -> bool:
+    return vector.dtype is dtype and vector.numel() == length and vector.is_contiguous()
+
+
+def _failed(error: int, x: Tensor) -> Tensor:
+    raise RuntimeError(f"kernel error {error} for x {tuple(x.shape)}, {x.dtype}")
+
+
+if kernels.library is not None:
+    _library.impl("linears", _linears_on_cpu, "CPU")
+    _library.impl("gated_mlp", _gated_mlp_on_cpu, "CPU")
