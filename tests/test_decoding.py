@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
+import sys
 import warnings
 
 import pytest
@@ -18,7 +19,10 @@ from deadband.decoding import DecodeWarning, is_prepared, prepare_decode_, unpre
 from deadband.sites import find_sites
 from deadband.sparsify import sparse_prefill, sparse_sites, sparsify_
 
-compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="torch's inductor needs a C++ compiler")
+compiled = pytest.mark.skipif(
+    shutil.which("g++") is None or " " in sys.prefix,
+    reason="torch's inductor needs a C++ compiler, and no space in its path",
+)
 PROMPT = torch.randint(3, 128, (1, 20), generator=torch.Generator().manual_seed(5))
 
 

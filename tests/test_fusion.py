@@ -6,6 +6,7 @@ import copy
 import ctypes
 import math
 import shutil
+import sys
 
 import pytest
 import torch
@@ -25,7 +26,10 @@ from deadband.linear import make_sparse_
 from deadband.ops import fused, kernels
 from deadband.quantization import FORMATS
 
-compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="torch's inductor needs a C++ compiler")
+compiled = pytest.mark.skipif(
+    shutil.which("g++") is None or " " in sys.prefix,
+    reason="torch's inductor needs a C++ compiler, and no space in its path",
+)
 KINDS = [None, *FORMATS]  # of weight: plain, or quantised
 
 
@@ -436,6 +440,87 @@ def test_only_what_is_the_same_is_fused(change, linears, mlps):
     assert names.count("deadband.gated_mlp.default") == mlps
     with torch.no_grad():
         torch.testing.assert_close(program(x.clone()), expected)
+
+
+PACK = (*FUSE, fusion.pack_layers)
+
+
+@pytest.mark.skipif(kernels.library is None, reason="no kernels are built")
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("llama", torch.float32, (4, 2, 0)),  # two output projections are packed, too
+        ("llama", torch.bfloat16, (4, 2, 0)),
+        ("gpt2", torch.float32, (8, 0, 0)),  # whose weights are views of the parameters
+        ("llama", torch.float16, (0, 0, 2)),  # no kernels
+    ],
+)
+def test_what_is_packed(name, dtype, expected):
+    names = []
+
+    def look(graph):
+        graph.graph.lint()
+        names.extend(names_in(graph))
+        raise StopHere
+
+    with pytest.warns(decoding.DecodeWarning, match="StopHere"):
+        prepare_decode_(sparse_model(name, dtype), tune=False, passes=[*PACK, look])
+    kinds = ("packed_linears", "packed_gated_mlp", "sparse_linear")
+    assert tuple(names.count(f"deadband.{kind}.default") for kind in kinds) == expected
+
+
+@pytest.mark.skipif(kernels.library is None, reason="no kernels are built")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_layers_give_the_same_bits(kind, dtype):
+    sizes = ((65, 33), (65, 33), (33, 20))
+    layers = [Layer(*size, dtype, kind, relative=True, full=True, seed=seed) for seed, size in enumerate(sizes)]
+    x = random_x(1, 65, dtype)
+    counts, expected_counts = new_counts(layers), new_counts(layers)
+    _, parts, group_sizes, relative, _, _ = arguments(x, layers[:2], [])
+    assert fused.can_pack(x, parts, group_sizes, relative, counts[:2])
+    packed = fused.pack(dtype, 65, parts, group_sizes, relative, counts[:2])
+    expected = fused.linears(*arguments(x, layers[:2], expected_counts[:2]))
+    assert torch.equal(fused.packed_linears(x, packed, 65, 66), expected)
+    _, parts, group_sizes, relative, _, _ = arguments(x, layers, [])
+    packed = fused.pack(dtype, 65, parts, group_sizes, relative, counts, mlp=True)
+    for number, activation in enumerate(fused.ACTIVATIONS):
+        expected = fused.gated_mlp(*arguments(x, layers, expected_counts), activation)
+        assert torch.equal(fused.packed_gated_mlp(x, packed, 65, 20, number), expected)
+    assert [each.tolist() for each in counts] == [each.tolist() for each in expected_counts]
+    with pytest.raises(RuntimeError, match="one row of 65"):
+        fused.packed_linears(x[:, :64], packed, 65, 66)
+    assert not fused.can_pack(x.half(), parts, group_sizes, relative, counts, mlp=True)
+    with pytest.raises(ValueError, match="do not take"):
+        fused.pack(dtype, 64, parts, group_sizes, relative, counts, mlp=True)
+
+
+@pytest.mark.skipif(kernels.library is None, reason="no kernels are built")
+@pytest.mark.parametrize("change", [None, "counts", "erf"])
+def test_a_packed_graph_takes_the_inputs_that_it_had(change):
+    model = Block(change).eval()
+    x = torch.randn(1, 8)
+    with torch.no_grad():
+        expected = model(x)
+        program = torch.export.export(model, (x,), strict=False)
+    before = {name: site.counts.clone() for name, site in model.named_children() if site.counts is not None}
+    graph = program.graph_module
+    constants = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    inputs = [constants.get(str(spec.target), x) for spec in program.graph_signature.input_specs]
+    for each in PACK:
+        each(graph)
+    graph.graph.lint()
+    graph.recompile()
+    run = fusion.supply(graph, torch.fx.Interpreter(graph).run)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(run(*inputs)[0], expected)
+        model.down.weight.neg_()  # written to in place: seen
+        torch.testing.assert_close(run(*inputs)[0], -expected + 2 * model.down.bias)
+        model.down.weight.data = torch.zeros_like(model.down.weight)  # exchanged: not seen, but no harm
+        torch.testing.assert_close(run(*inputs)[0], -expected + 2 * model.down.bias)
+    for name, counts in before.items():
+        assert getattr(model, name).counts[1] == 5 * counts[1]
 
 
 def test_sparse_layers_are_the_operators_that_the_passes_know():

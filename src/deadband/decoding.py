@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from deadband.breakeven import tune_
-from deadband.fusion import fuse_gated_mlps, fuse_linears
+from deadband.fusion import fuse_gated_mlps, fuse_linears, pack_layers, supply
 from deadband.linear import SparseSite
 from deadband.ops import COUNTS, quantized_linear, sparse_linear
 from deadband.running import evaluating
@@ -397,7 +397,7 @@ def give_counts(graph: torch.fx.GraphModule) -> None:
 
 
 _ARGUMENTS = {each: len(each._schema.arguments) for each in (sparse_linear, quantized_linear)}
-PASSES: tuple[GraphPass, ...] = (give_counts, fuse_gated_mlps, fuse_linears, realize_shared)
+PASSES: tuple[GraphPass, ...] = (give_counts, fuse_gated_mlps, fuse_linears, realize_shared, pack_layers)
 """What is done to the graph before inductor compiles it, in this order. A pass changes, in place, a graph of ATen
 operators with the weights as inputs: deadband::sparse_linear and aten.linear, with whatever lies between them."""
 
@@ -450,7 +450,7 @@ def compile_graph(program: torch.export.ExportedProgram, passes: Sequence[GraphP
     examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     with torch.no_grad(), settings.patch(OPTIONS), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_graph")
+        return supply(graph, torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_graph"))
 
 
 # -------------------------------------------------------------------------------------------------------- the decoder

@@ -6,7 +6,7 @@ They look at dataflow alone, so they work on any model, and leave alone what doe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -177,3 +177,113 @@ def _written_between(gate: _Layer, up: _Layer, last: fx.Node) -> bool:
         if _writes(node):
             return True
     return False
+
+
+# ------------------------------------------------------------------------------------------------------------ packing
+
+_VIEWS = (aten.t.default, aten.transpose.int, aten.permute.default, aten.alias.default, aten.detach.default)
+_RECIPE = "deadband_layers"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """How to pack the layers of a node, from the inputs of the graph."""
+
+    dtype: torch.dtype
+    in_features: int
+    parts: list[fx.Node | None]
+    group_sizes: list[int]
+    relative: list[bool]
+    counts: list[fx.Node]
+    mlp: bool
+
+    def pack(self, inputs: dict[fx.Node, Tensor], keep: list[Tensor]) -> Tensor:
+        """The packed layers; adds to `keep` what has to stay alive with them."""
+        parts = [None if node is None else _evaluate(node, inputs) for node in self.parts]
+        counts = [_evaluate(node, inputs) for node in self.counts]
+        keep += [each for each in (*parts, *counts) if each is not None]
+        return fused.pack(self.dtype, self.in_features, parts, self.group_sizes, self.relative, counts, self.mlp)
+
+
+def _evaluate(node: fx.Node, inputs: dict[fx.Node, Tensor]) -> Tensor:
+    """What a placeholder, or a view of one, is for these inputs; shares its memory and keeps it."""
+    if node in inputs:
+        return inputs[node].detach()
+    source: Any = node.args[0]
+    target: Any = node.target
+    return target(_evaluate(source, inputs), *node.args[1:])
+
+
+def _is_input(node: Any) -> bool:
+    while node.op == "call_function" and node.target in _VIEWS:
+        node = node.args[0]
+    return node.op == "placeholder"
+
+
+def pack_layers(graph: fx.GraphModule) -> None:
+    """Sparse layers, fused or not -> operators that take the addresses of all their tensors in one more input.
+
+    The new inputs come before the others; `supply` gives them.
+    """
+    for node in list(graph.graph.nodes):
+        layer = _layer(node)
+        if layer is not None:
+            arguments: Any = _arguments(layer.x, [layer])
+            activation = None
+        elif node.target is fused.linears:
+            arguments, activation = node.args, None
+        elif node.target is fused.gated_mlp:
+            *arguments, activation = node.args
+        else:
+            continue
+        x, parts, group_sizes, relative, _, counts = arguments
+        if any(each.target is aten.zeros.default for each in counts):
+            counts = []  # decoding.give_counts: nobody reads them
+        nodes = [each for each in (*parts, *counts) if each is not None]
+        value = x.meta["val"]
+        fakes = [None if each is None else each.meta["val"] for each in parts]
+        fake_counts = [each.meta["val"] for each in counts]
+        known = all(map(_is_input, nodes))
+        if not known or not fused.can_pack(value, fakes, group_sizes, relative, fake_counts, activation is not None):
+            continue
+        recipe = _Recipe(value.dtype, value.shape[-1], parts, group_sizes, relative, counts, activation is not None)
+        _replace(graph.graph, node, x, recipe, activation)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, x: fx.Node, recipe: _Recipe, activation: str | None) -> None:
+    value = node.meta["val"]
+    with graph.inserting_before(next(iter(graph.nodes))):
+        layers = graph.placeholder(f"layers_of_{node.name}")
+    with value.fake_mode:
+        layers.meta["val"] = torch.empty(len(recipe.group_sizes), fused.LAYER, dtype=torch.int64)
+    layers.meta[_RECIPE] = recipe
+    sizes = (recipe.in_features, value.shape[-1])
+    with graph.inserting_before(node):
+        if activation is None:
+            result = graph.call_function(fused.packed_linears, (x, layers, *sizes))
+        else:
+            number = fused.ACTIVATIONS.index(activation)
+            result = graph.call_function(fused.packed_gated_mlp, (x, layers, *sizes, number))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def supply(graph: fx.GraphModule, run: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled graph as a function of the inputs that it had before `pack_layers`.
+
+    The layers are packed for the inputs of the first call. Later calls have to bring the same tensors, in the same
+    place; if a tensor's memory is exchanged nevertheless, what it was is what is read.
+    """
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    recipes = [node.meta[_RECIPE] for node in placeholders if _RECIPE in node.meta]
+    packed: list[Tensor] = []
+    keep: list[Tensor] = []
+
+    def supplied(*inputs: Any) -> Any:
+        if not packed:
+            known = dict(zip(placeholders[len(recipes) :], inputs, strict=True))
+            packed.extend([recipe.pack(known, keep) for recipe in recipes])
+        return run(*packed, *inputs)
+
+    return supplied if recipes else run

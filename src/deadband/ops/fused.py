@@ -17,12 +17,20 @@ deadband::gated_mlp(x, parts, group_sizes, relative, sparse_rows, counts, activa
     up, of the activation and the product are rounded to the dtype of x.
 
     activation  "silu", or "gelu_tanh": GELU by its approximation with tanh
+
+deadband::packed_linears(x, layers, in_features, out_features) -> y
+deadband::packed_gated_mlp(x, layers, in_features, out_features, activation) -> y
+
+    the same for one row of x, with all that is known of the layers in one tensor, which `pack` makes: the addresses of
+    their weights, thresholds and counts, as csrc/kernels.h has them. None of that is checked again: whoever packs keeps
+    the tensors alive and in place. While a model decodes, its weights push everything else out of the caches, and a
+    call costs as much as it has Python objects to look at: some 20 us with the parts of three layers.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +55,14 @@ _library.define(
     "str activation) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define("packed_linears(Tensor x, Tensor layers, int in_features, int out_features) -> Tensor")
+_library.define(
+    "packed_gated_mlp(Tensor x, Tensor layers, int in_features, int out_features, int activation) -> Tensor"
+)
 linears = torch.ops.deadband.linears.default
 gated_mlp = torch.ops.deadband.gated_mlp.default
+packed_linears = torch.ops.deadband.packed_linears.default
+packed_gated_mlp = torch.ops.deadband.packed_gated_mlp.default
 
 
 def linears_reference(
@@ -132,11 +146,20 @@ def _gated_mlp_fake(x, parts, group_sizes, relative, sparse_rows, counts, activa
     return x.new_empty((*x.shape[:-1], _out_features(parts, 2)))
 
 
+@torch.library.register_fake("deadband::packed_linears", lib=_library)
+def _packed_linears_fake(x, layers, in_features, out_features):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("deadband::packed_gated_mlp", lib=_library)
+def _packed_gated_mlp_fake(x, layers, in_features, out_features, activation):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 # ------------------------------------------------------------------------------------------------------------ on CPUs
 
 _KERNEL_DTYPES = {torch.float32: kernels.DTYPES[torch.float32], torch.bfloat16: kernels.DTYPES[torch.bfloat16]}
 _get_num_threads = torch.get_num_threads
-_address = Tensor.data_ptr
 _packers = [struct.Struct(f"{LAYER * layers}q").pack for layers in range(17)]
 if kernels.library is not None:
     _linears_kernel, _mlp_kernel = kernels.library.deadband_linears, kernels.library.deadband_gated_mlp
@@ -227,6 +250,7 @@ def _add_layers(
     group_sizes: Sequence[int],
     relative: Sequence[bool],
     counts: Sequence[Tensor],
+    address: Callable[[Tensor], int] = Tensor.data_ptr,
 ) -> bool:
     """Append the layers as csrc/kernels.h has them; False where the kernels do not take one of them.
 
@@ -246,20 +270,20 @@ def _add_layers(
             bits, group_size, stride, out_features = _bits_of(weight), group_sizes[layer], 0, scales.shape[1]
             if not _quantized_fits(weight, scales, minimum, bits, group_size, in_features, out_features):
                 return False
-            scales_at, minimum_at = _address(scales), 0 if minimum is None else _address(minimum)
+            scales_at, minimum_at = address(scales), 0 if minimum is None else address(minimum)
         bias_at = threshold_at = scale_at = center_at = offset_at = counts_at = 0
         if bias is not None:
             if not _is_vector(bias, dtype, out_features):
                 return False
-            bias_at = _address(bias)
+            bias_at = address(bias)
         if threshold is not None:
             if threshold.dtype is not torch.float32 or threshold.numel() != 1:
                 return False
-            threshold_at = _address(threshold)
+            threshold_at = address(threshold)
         if scale is not None:
             if not _is_vector(scale, torch.float32, in_features):
                 return False
-            scale_at = _address(scale)
+            scale_at = address(scale)
         if center is not None or offset is not None:
             if (
                 center is None
@@ -268,14 +292,14 @@ def _add_layers(
                 or not _is_vector(offset, torch.float32, out_features)
             ):
                 return False
-            center_at, offset_at = _address(center), _address(offset)
+            center_at, offset_at = address(center), address(offset)
         if counts and threshold_at:
             own = counts[layer]
             if not _is_vector(own, torch.int64, COUNTS):
                 return False
-            counts_at = _address(own)
+            counts_at = address(own)
         fields += (
-            bits, out_features, _address(weight), stride, scales_at, minimum_at, group_size, bias_at,
+            bits, out_features, address(weight), stride, scales_at, minimum_at, group_size, bias_at,
             threshold_at, scale_at, center_at, offset_at, relative[layer], counts_at,
         )  # fmt: skip
     return True
@@ -317,6 +341,71 @@ def _failed(error: int, x: Tensor) -> Tensor:
     raise RuntimeError(f"kernel error {error} for x {tuple(x.shape)}, {x.dtype}")
 
 
+def can_pack(
+    x: Tensor,
+    parts: Sequence[Tensor | None],
+    group_sizes: Sequence[int],
+    relative: Sequence[bool],
+    counts: Sequence[Tensor],
+    mlp: bool = False,
+) -> bool:
+    """Whether the kernels take these layers for one row of x. Looks at no values, so the tensors may be fake ones."""
+    if kernels.library is None or x.device.type != "cpu" or x.dtype not in _KERNEL_DTYPES:
+        return False
+    inputs = _inputs(x.shape[-1], parts, mlp)
+    return _add_layers([], x.dtype, inputs, parts, group_sizes, relative, counts, lambda _: 1)
+
+
+def pack(
+    dtype: torch.dtype,
+    in_features: int,
+    parts: Sequence[Tensor | None],
+    group_sizes: Sequence[int],
+    relative: Sequence[bool],
+    counts: Sequence[Tensor],
+    mlp: bool = False,
+) -> Tensor:
+    """The `layers` of `packed_linears`, or with `mlp` of `packed_gated_mlp`, for an x of that dtype and width.
+
+    Raises:
+        ValueError: the kernels do not take such layers, see `can_pack`.
+    """
+    fields: list[int] = []
+    if not _add_layers(fields, dtype, _inputs(in_features, parts, mlp), parts, group_sizes, relative, counts):
+        raise ValueError("the kernels do not take such layers")
+    return torch.tensor(fields, dtype=torch.int64).view(-1, LAYER)
+
+
+def _inputs(in_features: int, parts: Sequence[Tensor | None], mlp: bool) -> list[int]:
+    return [in_features, in_features, _out_features(parts, 0)] if mlp else [in_features] * (len(parts) // PARTS)
+
+
+def _packed_linears_on_cpu(x: Tensor, layers: Tensor, in_features: int, out_features: int) -> Tensor:
+    if x.numel() != in_features:
+        raise RuntimeError(f"x is {list(x.shape)}, expected one row of {in_features}")
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], out_features))
+    error = _linears_kernel(
+        _KERNEL_DTYPES[x.dtype], x.data_ptr(), 1, in_features, in_features, layers.data_ptr(), layers.shape[0],
+        y.data_ptr(), _get_num_threads(),
+    )  # fmt: skip
+    return y if not error else _failed(error, x)
+
+
+def _packed_gated_mlp_on_cpu(x: Tensor, layers: Tensor, in_features: int, out_features: int, activation: int) -> Tensor:
+    if x.numel() != in_features:
+        raise RuntimeError(f"x is {list(x.shape)}, expected one row of {in_features}")
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], out_features))
+    error = _mlp_kernel(
+        _KERNEL_DTYPES[x.dtype], x.data_ptr(), 1, in_features, in_features, layers.data_ptr(), activation,
+        y.data_ptr(), _get_num_threads(),
+    )  # fmt: skip
+    return y if not error else _failed(error, x)
+
+
 if kernels.library is not None:
+    _library.impl("packed_linears", _packed_linears_on_cpu, "CPU")
+    _library.impl("packed_gated_mlp", _packed_gated_mlp_on_cpu, "CPU")
     _library.impl("linears", _linears_on_cpu, "CPU")
     _library.impl("gated_mlp", _gated_mlp_on_cpu, "CPU")
