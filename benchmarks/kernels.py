@@ -56,7 +56,7 @@ def quantised(form: str, in_features: int, out_features: int, x: Tensor) -> tupl
 
 
 def measure(form: str, in_features: int, out_features: int, sparsity: float, rounds: int, counts: list[int]):
-    dtype = getattr(torch, form, torch.bfloat16)  # of torch, beside quantised weights
+    dtype = torch.bfloat16 if form.startswith("int") else getattr(torch, form)  # of torch, beside quantised weights
     torchs = pool(out_features, in_features, dtype)
     x = torch.randn(1, in_features).to(dtype)
     if form.startswith("int"):

@@ -43,7 +43,7 @@ def main() -> None:
     print(f"{'format':9}{'shape':>13}{'threads':>8}" + "".join(f"{tokens:>7} tok" for tokens in TOKENS))
     rows = []
     for form, shape in itertools.product(options.formats, SHAPES):
-        dtype = getattr(torch, form, torch.bfloat16)  # of torch, beside quantised weights
+        dtype = torch.bfloat16 if form.startswith("int") else getattr(torch, form)  # of torch, beside quantised weights
         usual = pool(shape[1], shape[0], dtype)
         layers = [layer(weight.clone(), form) for weight in usual]
         for count in options.threads:
