@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deadband.observation import InputWatcher, NotReachedError
+from deadband.ops import NIBBLES, dequantize, unpack_nibbles
 from deadband.sites import shape_of
 
 if TYPE_CHECKING:
@@ -163,19 +164,7 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, [out, in], computed in float32."""
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.codes.device)
-        size = self.format.group_size or self.in_features
-        for group in range(self.format.groups(self.in_features)):
-            at = slice(group * size, (group + 1) * size)
-            codes = self.codes[at] if self.format.bits == 8 else unpack(self.codes[at], self.out_features)
-            values = codes.float()
-            if self.format.bits == 4 and self.minimum is None:
-                values -= 8
-            values *= self.scales[group].float()
-            if self.minimum is not None:
-                values += self.minimum[group].float()
-            weight[:, at] = values.T
-        return weight
+        return dequantize(self.codes, self.scales, self.minimum, self.format.group_size or 0, dtype)
 
     def __repr__(self) -> str:
         sizes = f"{self.in_features} inputs, {self.out_features} outputs, {self.nbytes} bytes"
@@ -229,13 +218,10 @@ def pack(codes: Tensor, padding: int = 0) -> Tensor:
 
 def unpack(packed: Tensor, out_features: int) -> Tensor:
     """What `pack` was given: uint8 [in, out_features] of uint8 [in, ceil(out_features / 32) * 16]."""
-    rows = packed.shape[0]
-    halves = packed.reshape(rows, -1, 1, _LANES // 2)
-    codes = torch.cat([halves & 15, halves >> 4], 2).view(rows, -1)
-    return codes[:, :out_features].contiguous()
+    return unpack_nibbles(packed, out_features).contiguous()
 
 
-_LANES = 32  # outputs whose 4 bit codes are packed together
+_LANES = NIBBLES
 
 
 def quantize(

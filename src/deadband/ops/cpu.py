@@ -27,7 +27,7 @@ def own_rows(dtype: torch.dtype) -> int:
     return 1 << 62 if dtype == torch.bfloat16 else 32
 
 
-_KERNEL_DTYPES = {torch.float32: kernels.DTYPES[torch.float32], torch.bfloat16: kernels.DTYPES[torch.bfloat16]}
+KERNEL_DTYPES = {torch.float32: kernels.DTYPES[torch.float32], torch.bfloat16: kernels.DTYPES[torch.bfloat16]}
 _get_num_threads = torch.get_num_threads
 if kernels.library is not None:
     _sparse_kernel, _dense_kernel = kernels.library.deadband_sparse_linear, kernels.library.deadband_dense_linear
@@ -67,7 +67,7 @@ def sparse_linear(
             f"threshold has {threshold.numel()} elements, expected 1; counts has to be [{COUNTS}] int64 or None"
         )
     x_dtype = x.dtype
-    dtype = _KERNEL_DTYPES.get(x_dtype)
+    dtype = KERNEL_DTYPES.get(x_dtype)
     out_stride, in_stride = weight.stride()
     if (
         dtype is None
@@ -79,10 +79,10 @@ def sparse_linear(
         or (
             bias is not None and (bias.dtype is not x_dtype or bias.numel() != out_features or not bias.is_contiguous())
         )
-        or not (scale is None or _is_vector(scale, torch.float32, in_features))
+        or not (scale is None or is_vector(scale, torch.float32, in_features))
         or (center is None) != (offset is None)
-        or not (center is None or _is_vector(center, torch.float32, in_features))
-        or not (offset is None or _is_vector(offset, torch.float32, out_features))
+        or not (center is None or is_vector(center, torch.float32, in_features))
+        or not (offset is None or is_vector(offset, torch.float32, out_features))
     ):
         keep = keep_mask(x, threshold, scale, center, relative)
         if counts is not None:
@@ -109,14 +109,14 @@ def sparse_linear(
         _get_num_threads(),
         None if counts is None else counts.data_ptr(),
     )
-    return y if not error else _failed(error, x, weight)
+    return y if not error else failed(error, x, weight)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The operator on CPU tensors, on the better of the kernels' product and torch's."""
     out_features, in_features = weight.shape
     rows = x.numel() // in_features if in_features else x.shape[:-1].numel()
-    dtype = _KERNEL_DTYPES.get(x.dtype)
+    dtype = KERNEL_DTYPES.get(x.dtype)
     out_stride, in_stride = weight.stride()
     layout = INPUT_MAJOR if out_stride == 1 else OUTPUT_MAJOR
     most = own_rows(x.dtype) if dtype is not None and layout == INPUT_MAJOR else DOT_ROWS
@@ -126,7 +126,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         or min(out_stride, in_stride) != 1
         or x.shape[-1] != in_features
         or weight.dtype is not x.dtype
-        or not (bias is None or _is_vector(bias, x.dtype, out_features))
+        or not (bias is None or is_vector(bias, x.dtype, out_features))
     ):
         return F.linear(x, weight, bias).contiguous()  # where the operands do not fit, torch says why
     x = x.contiguous()
@@ -145,7 +145,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y.data_ptr(),
         _get_num_threads(),
     )
-    return y if not error else _failed(error, x, weight)
+    return y if not error else failed(error, x, weight)
 
 
 def quantized_linear(
@@ -170,7 +170,7 @@ def quantized_linear(
     rows = x.numel() // in_features if in_features else shape[:-1].numel()
     if threshold is None or rows > sparse_rows:
         threshold = center = offset = counts = None
-    dtype = _KERNEL_DTYPES.get(x_dtype)
+    dtype = KERNEL_DTYPES.get(x_dtype)
     bits = 8 if codes.dtype is torch.int8 else 4
     groups = -(-in_features // group_size) if group_size else 1
     if (
@@ -198,12 +198,12 @@ def quantized_linear(
         )
     if (
         dtype is None
-        or not (bias is None or _is_vector(bias, x_dtype, out_features))
+        or not (bias is None or is_vector(bias, x_dtype, out_features))
         or (threshold is not None and (rows > SPARSE_ROWS or threshold.dtype is not torch.float32))
-        or not (scale is None or _is_vector(scale, torch.float32, in_features))
+        or not (scale is None or is_vector(scale, torch.float32, in_features))
         or (center is None) != (offset is None)
-        or not (center is None or _is_vector(center, torch.float32, in_features))
-        or not (offset is None or _is_vector(offset, torch.float32, out_features))
+        or not (center is None or is_vector(center, torch.float32, in_features))
+        or not (offset is None or is_vector(offset, torch.float32, out_features))
     ):
         if threshold is not None:
             keep = keep_mask(x, threshold, scale, center, relative)
@@ -241,12 +241,14 @@ def quantized_linear(
         _get_num_threads(),
         None if counts is None else counts.data_ptr(),
     )
-    return y if not error else _failed(error, x, codes)
+    return y if not error else failed(error, x, codes)
 
 
-def _is_vector(vector: Tensor, dtype: torch.dtype, length: int) -> bool:
+def is_vector(vector: Tensor, dtype: torch.dtype, length: int) -> bool:
+    """Whether a kernel can read `length` entries of that dtype from it."""
     return vector.dtype is dtype and vector.numel() == length and vector.is_contiguous()
 
 
-def _failed(error: int, x: Tensor, weight: Tensor) -> Tensor:
-    raise RuntimeError(f"kernel error {error} for x {tuple(x.shape)} and weight {tuple(weight.shape)}, {x.dtype}")
+def failed(error: int, x: Tensor, other: Tensor) -> Tensor:
+    """Raise what a kernel returned."""
+    raise RuntimeError(f"kernel error {error} for x {tuple(x.shape)} and {tuple(other.shape)}, {x.dtype}")

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deadband.ops import COUNTS, NIBBLES, _library, kernels, quantized_linear, sparse_linear
-from deadband.ops.cpu import SPARSE_ROWS
+from deadband.ops.cpu import KERNEL_DTYPES, SPARSE_ROWS, failed, is_vector
 
 PARTS = 8
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -158,7 +158,6 @@ def _packed_gated_mlp_fake(x, layers, in_features, out_features, activation):
 
 # ------------------------------------------------------------------------------------------------------------ on CPUs
 
-_KERNEL_DTYPES = {torch.float32: kernels.DTYPES[torch.float32], torch.bfloat16: kernels.DTYPES[torch.bfloat16]}
 _get_num_threads = torch.get_num_threads
 _packers = [struct.Struct(f"{LAYER * layers}q").pack for layers in range(17)]
 if kernels.library is not None:
@@ -176,7 +175,7 @@ def _linears_on_cpu(
     shape = x.shape
     in_features = shape[-1]
     rows = x.numel() // in_features if in_features else shape[:-1].numel()
-    dtype = _KERNEL_DTYPES.get(x.dtype)
+    dtype = KERNEL_DTYPES.get(x.dtype)
     fields: list[int] = []
     count = len(group_sizes)
     if (
@@ -200,7 +199,7 @@ def _linears_on_cpu(
         y.data_ptr(),
         _get_num_threads(),
     )
-    return y if not error else _failed(error, x)
+    return y if not error else failed(error, x, y)
 
 
 def _gated_mlp_on_cpu(
@@ -215,7 +214,7 @@ def _gated_mlp_on_cpu(
     shape = x.shape
     in_features = shape[-1]
     rows = x.numel() // in_features if in_features else shape[:-1].numel()
-    dtype = _KERNEL_DTYPES.get(x.dtype)
+    dtype = KERNEL_DTYPES.get(x.dtype)
     fields: list[int] = []
     inputs = (in_features, in_features, _out_features(parts, 0))
     if (
@@ -239,7 +238,7 @@ def _gated_mlp_on_cpu(
         y.data_ptr(),
         _get_num_threads(),
     )
-    return y if not error else _failed(error, x)
+    return y if not error else failed(error, x, y)
 
 
 def _add_layers(
@@ -273,7 +272,7 @@ def _add_layers(
             scales_at, minimum_at = address(scales), 0 if minimum is None else address(minimum)
         bias_at = threshold_at = scale_at = center_at = offset_at = counts_at = 0
         if bias is not None:
-            if not _is_vector(bias, dtype, out_features):
+            if not is_vector(bias, dtype, out_features):
                 return False
             bias_at = address(bias)
         if threshold is not None:
@@ -281,21 +280,21 @@ def _add_layers(
                 return False
             threshold_at = address(threshold)
         if scale is not None:
-            if not _is_vector(scale, torch.float32, in_features):
+            if not is_vector(scale, torch.float32, in_features):
                 return False
             scale_at = address(scale)
         if center is not None or offset is not None:
             if (
                 center is None
                 or offset is None
-                or not _is_vector(center, torch.float32, in_features)
-                or not _is_vector(offset, torch.float32, out_features)
+                or not is_vector(center, torch.float32, in_features)
+                or not is_vector(offset, torch.float32, out_features)
             ):
                 return False
             center_at, offset_at = address(center), address(offset)
         if counts and threshold_at:
             own = counts[layer]
-            if not _is_vector(own, torch.int64, COUNTS):
+            if not is_vector(own, torch.int64, COUNTS):
                 return False
             counts_at = address(own)
         fields += (
@@ -333,14 +332,6 @@ def _quantized_fits(
     )
 
 
-def _is_vector(vector: Tensor, dtype: torch.dtype, length: int) -> bool:
-    return vector.dtype is dtype and vector.numel() == length and vector.is_contiguous()
-
-
-def _failed(error: int, x: Tensor) -> Tensor:
-    raise RuntimeError(f"kernel error {error} for x {tuple(x.shape)}, {x.dtype}")
-
-
 def can_pack(
     x: Tensor,
     parts: Sequence[Tensor | None],
@@ -350,7 +341,7 @@ def can_pack(
     mlp: bool = False,
 ) -> bool:
     """Whether the kernels take these layers for one row of x. Looks at no values, so the tensors may be fake ones."""
-    if kernels.library is None or x.device.type != "cpu" or x.dtype not in _KERNEL_DTYPES:
+    if kernels.library is None or x.device.type != "cpu" or x.dtype not in KERNEL_DTYPES:
         return False
     inputs = _inputs(x.shape[-1], parts, mlp)
     return _add_layers([], x.dtype, inputs, parts, group_sizes, relative, counts, lambda _: 1)
@@ -386,10 +377,10 @@ def _packed_linears_on_cpu(x: Tensor, layers: Tensor, in_features: int, out_feat
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
     error = _linears_kernel(
-        _KERNEL_DTYPES[x.dtype], x.data_ptr(), 1, in_features, in_features, layers.data_ptr(), layers.shape[0],
+        KERNEL_DTYPES[x.dtype], x.data_ptr(), 1, in_features, in_features, layers.data_ptr(), layers.shape[0],
         y.data_ptr(), _get_num_threads(),
     )  # fmt: skip
-    return y if not error else _failed(error, x)
+    return y if not error else failed(error, x, y)
 
 
 def _packed_gated_mlp_on_cpu(x: Tensor, layers: Tensor, in_features: int, out_features: int, activation: int) -> Tensor:
@@ -398,10 +389,10 @@ def _packed_gated_mlp_on_cpu(x: Tensor, layers: Tensor, in_features: int, out_fe
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
     error = _mlp_kernel(
-        _KERNEL_DTYPES[x.dtype], x.data_ptr(), 1, in_features, in_features, layers.data_ptr(), activation,
+        KERNEL_DTYPES[x.dtype], x.data_ptr(), 1, in_features, in_features, layers.data_ptr(), activation,
         y.data_ptr(), _get_num_threads(),
     )  # fmt: skip
-    return y if not error else _failed(error, x)
+    return y if not error else failed(error, x, y)
 
 
 if kernels.library is not None:
