@@ -4,22 +4,26 @@
 // four kept inputs at a time, whose bytes are interleaved in registers, so that any four can be neighbours and a
 // skipped one costs nothing. The rounding of x (2^-16 of the chunk's largest entry) is far below that of bfloat16.
 //
-// Measured on Emerald Rapids, 4096 x 4096 at sparsity 0.5, one thread: no fetching ahead takes 10 % longer with 8 bits
-// and 60 % with 4, fetching to the second-level cache instead of the first 1 to 5 %, a few blocks ahead in the same
-// rows instead of the next chunk's 5 to 25 %. Rounding x to 8 bits for 4-bit weights, with half the products, gains
-// nothing: a core waits for its 16 line buffers, not for arithmetic.
+// Weights are fetched twice: the next chunk's to the second-level cache, and those three blocks ahead to the first.
+// Measured on Emerald Rapids, sparsity 0.5, one thread, 2048 x 2048 to 14336 x 4096: only the next chunk's, to either
+// cache, takes 5 to 25 % longer, most with short rows: in the first-level cache they evict each other before they are
+// used. 64 or 128 bytes ahead instead of 192 take up to 4 % longer, 256 always 5 %. Fetching nothing takes 10 % longer
+// with 8 bits and 60 % with 4; not fetching scales 2 to 8 %. With several rows of x the second fetch is worth 12 to
+// 18 %. Chunks of 16 inputs cost up to 7 % with scales of groups, those of 32 cost 10 % without, and those of 64 up to
+// 20 %, nothing skipped. Rounding x to 8 bits for 4-bit weights, with half the products, gains nothing.
 //
 // One row takes the short way: a chunk's weights pass once, from memory to registers. With more rows the interleaved
 // bytes go to a panel in the first-level cache, and the rows meet it there, kPanelTile at a time.
 
 constexpr int64_t kChunkMany = 4 * kMostQuads;
 // Inputs of one chunk: of one group, so that they share their scales, and few enough for the 32-bit sums. With few rows
-// of x there are fewer of them, as many rows of codes come from memory side by side: 32 at once read 5 % slower than
-// 16, and 128, for two rows of x, half as fast. With many rows of x longer sums save time.
-DEADBAND_INLINE int64_t chunk_size(int64_t rows, int64_t group_size) {
+// of x there are fewer of them, as many rows of codes come from memory side by side: 128, for two rows of x, read half
+// as fast. Where sums are scaled once, in the end, even fewer. With many rows of x longer sums save time.
+DEADBAND_INLINE int64_t chunk_size(int64_t rows, bool in_groups) {
   if (rows > 16) return kChunkMany;
-  return rows == 1 && group_size > 32 ? 16 : 32;
+  return rows == 1 && !in_groups ? 16 : 32;
 }
+constexpr int64_t kNear = 192;  // bytes that the nearer fetch is ahead
 // Threads share out outputs if each then has so many bytes of every row of codes.
 constexpr int64_t kShortRun = 4096;
 constexpr int64_t kSumsTile = 8192;      // float32 sums of a tile of outputs: they stay in the first-level cache
@@ -107,18 +111,26 @@ DEADBAND_INLINE float encode_values(const T* values, int64_t count, int64_t quad
   return most / kLargestEntry;
 }
 
-// Cuts the kept inputs (all where `index` is NULL) into chunks, and notes where their weights lie.
+// Cuts the kept inputs (all where `index` is NULL) into chunks of `most` or a little less, as even as can be within a
+// group, and notes where their weights lie.
 void cut_chunks(const int32_t* index, int64_t count, const Quantized& w, int64_t most, Encoded* x) {
-  int64_t chunks = 0, quads = 0;
+  int64_t chunks = 0, quads = 0, group = 0, end = w.group_size;
   for (int64_t i = 0; i < count;) {
-    int64_t group = (index ? index[i] : i) / w.group_size, end = (group + 1) * w.group_size, first = i;
-    i = min_of(i + most, count);
-    while ((index ? index[i - 1] : i - 1) >= end) --i;
-    x->chunk[chunks++] = {first, i - first, quads, (i - first + 3) / 4, group};
-    const uint8_t** to = x->codes + 4 * quads;
-    for (int64_t k = first; k < i; ++k) to[k - first] = w.codes + (index ? index[k] : k) * w.row_bytes;
-    for (int64_t k = i - first; k & 3; ++k) to[k] = to[k - 1];
-    quads += (i - first + 3) / 4;
+    for (int64_t input = index ? index[i] : i; input >= end; end += w.group_size) ++group;
+    int64_t stop = min_of(end, count);
+    if (index && end < w.in)
+      for (stop = i; stop < count && index[stop] < end;) ++stop;
+    else if (index)
+      stop = count;
+    while (i < stop) {
+      int64_t left = stop - i, pieces = (left + most - 1) / most;
+      int64_t own = pieces == 1 ? left : round_up(left / pieces, 4), own_quads = (own + 3) / 4;
+      x->chunk[chunks++] = {i, own, quads, own_quads, group};
+      const uint8_t** to = x->codes + 4 * quads;
+      quads += own_quads;
+      for (; own; --own, ++i) *to++ = w.codes + (index ? index[i] : i) * w.row_bytes;
+      for (; to < x->codes + 4 * quads; ++to) *to = to[-1];
+    }
   }
   x->chunks = chunks;
 }
@@ -179,16 +191,21 @@ DEADBAND_INLINE Vb upper_nibbles(Vb codes) { return codes; }
 DEADBAND_INLINE Vi upper_total(Vi sum, Vi lower) { return (sum - lower) >> 4; }
 #endif
 
-// One row of x: a chunk's weights of the block at `byte` of their rows. `ahead`: how many inputs later those are that
-// are fetched meanwhile.
+// What is fetched while a block is multiplied: of the rows so many inputs later, at that byte.
+struct Fetch {
+  int64_t inputs, byte;
+};
+
+// One row of x: a chunk's weights of the block at `byte` of their rows.
 template <int Bits, bool Whole>
 DEADBAND_INLINE void stream_block(const uint8_t* const* codes, int64_t byte, const uint8_t* end, int64_t quads,
-                                  int64_t ahead, const int32_t* words, Vi* totals) {
+                                  Fetch near, Fetch far, const int32_t* words, Vi* totals) {
   Vi sums[kColumns<Bits>][kParts] = {};
   for (int64_t q = 0; q < quads; ++q, codes += 4, ++words) {
     Vb rows[4], columns[4];
     for (int k = 0; k < 4; ++k) {
-      __builtin_prefetch(codes[ahead + k] + byte, 0, 3);
+      __builtin_prefetch(codes[far.inputs + k] + far.byte, 0, 2);
+      __builtin_prefetch(codes[near.inputs + k] + near.byte, 0, 3);
       rows[k] = Whole ? load_bytes(codes[k] + byte) : load_block(codes[k] + byte, end);
     }
     interleave(rows, columns);
@@ -207,18 +224,32 @@ DEADBAND_INLINE void stream_block(const uint8_t* const* codes, int64_t byte, con
   }
 }
 
+// The scales of the next chunk, where they are others.
+template <int Bits>
+DEADBAND_INLINE void fetch_scales(const uint16_t* scales, int64_t next) {
+  if (scales && next)
+    for (int64_t o = 0; o < kOutputs<Bits>; o += 32) __builtin_prefetch(scales + next + o, 0, 2);
+}
+
 // One row of x: sums += the product of a chunk with outputs [begin, end), whole blocks or a part of one.
 template <int Bits, bool Whole>
 DEADBAND_INLINE void stream_chunk(const Quantized& w, const Encoded& x, int64_t c, Range outputs, float* sums) {
   const Chunk& chunk = x.chunk[c];
-  int64_t ahead = c + 1 < x.chunks ? 4 * chunk.quads : 0;
+  bool last = c + 1 == x.chunks;
+  int64_t next = last ? 0 : 4 * chunk.quads, next_scales = last ? 0 : (x.chunk[c + 1].group - chunk.group) * w.out;
+  int64_t width = (outputs.end - outputs.begin) * Bits / 8;
   const uint16_t* scales = w.scales ? w.scales + chunk.group * w.out : nullptr;
   const uint16_t* minimum = w.minimum ? w.minimum + chunk.group * w.out : nullptr;
   for (int64_t o = outputs.begin; o < outputs.end; o += kOutputs<Bits>, sums += kOutputs<Bits>) {
-    Vi totals[kColumns<Bits>];
-    stream_block<Bits, Whole>(x.codes + 4 * chunk.first, o * Bits / 8, end_of(w), chunk.quads, ahead,
-                              x.words + 2 * chunk.first, totals);
+    int64_t byte = o * Bits / 8;
+    bool within = byte + kNear < outputs.end * Bits / 8;
+    Fetch near = within ? Fetch{0, byte + kNear} : Fetch{next, byte + kNear - width};
     const uint16_t *own = scales ? scales + o : nullptr, *lowest = minimum ? minimum + o : nullptr;
+    fetch_scales<Bits>(own, next_scales);
+    fetch_scales<Bits>(lowest, next_scales);
+    Vi totals[kColumns<Bits>];
+    stream_block<Bits, Whole>(x.codes + 4 * chunk.first, byte, end_of(w), chunk.quads, near, {next, byte},
+                              x.words + 2 * chunk.first, totals);
     flush<Bits, false, Whole>(totals, x.step[c], x.sum[c], own, lowest, w.out - o, sums);
     if constexpr (Bits == 4) flush<Bits, true, Whole>(totals + 4, x.step[c], x.sum[c], own, lowest, w.out - o, sums);
   }
@@ -244,6 +275,7 @@ DEADBAND_INLINE void fill_panel(const uint8_t* const* codes, int64_t byte, const
     Vb rows[4], columns[4];
     for (int k = 0; k < 4; ++k) {
       __builtin_prefetch(codes[ahead + k] + byte, 0, 2);
+      __builtin_prefetch(codes[k] + byte + kNear, 0, 3);
       rows[k] = load_block(codes[k] + byte, end);
     }
     interleave(rows, columns);
@@ -392,7 +424,7 @@ struct EncodedSizes {
   int64_t chunks, quads, rows;
 
   EncodedSizes(const Quantized& w, int64_t rows) : rows(rows) {
-    chunks = w.in / min_of(chunk_size(rows, w.group_size), w.group_size) + w.in / w.group_size + 2;
+    chunks = w.in / chunk_size(rows, w.scales) + w.in / w.group_size + 2;
     quads = w.in / 4 + chunks;
   }
   size_t chunk() const { return round_up(chunks * sizeof(Chunk), 64); }
@@ -414,7 +446,7 @@ Encoded encode(const Input<T>& input, const Kept& kept, const Quantized& w, int 
                      (int32_t*)(memory += sizes.codes()),
                      (float*)(memory += sizes.words()),
                      (int32_t*)(memory += sizes.step())};
-  cut_chunks(kept.index, kept.count, w, chunk_size(rows, w.group_size), &encoded);
+  cut_chunks(kept.index, kept.count, w, chunk_size(rows, w.scales), &encoded);
   parallel(threads_for(rows * kept.count, kEncodedPerThread, threads), [&](int part, int parts) {
     Range mine = share(encoded.chunks, 1, part, parts);
     for (int64_t c = mine.begin; c < mine.end; ++c) {
