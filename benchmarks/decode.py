@@ -6,7 +6,8 @@ groups do not fit into memory together.
 
 SmolLM2-135M and Gemma 3 270M are real: their thresholds are calibrated on Python's documentation (`sensitivity`), and
 each row has its perplexity and its KL to the float32 model on the text given by --data, every token sparse. The Llamas
-of 1 B and 3 B parameters have the shapes of Llama 3.2 and random weights: only their speed means something.
+of 1 B and 3 B parameters have the shapes of Llama 3.2 and random weights: only their speed means something. `lm_head`
+skips nothing and has 8 bits at least, except in the rows with a plus, where it is a site like the others.
 
 Needs the extras gguf, plot and llama (llama.cpp); without the last its rows are left out.
 """
@@ -87,19 +88,34 @@ def sharing_copy(model: Any) -> Any:
     return copy.deepcopy(model, {id(each): each for each in large})
 
 
-def ours(key: str, weights: str | None, model: Any) -> dict[float, Any]:
-    """Sparse models of one weight format, one for each level; they share their weights."""
-    levels = {level: thresholds(key, level, model) for level in LEVELS[1:]}
+def ours(key: str, weights: str | None) -> dict[str, Any]:
+    """Sparse models of one weight format by label, one for each level; they share their weights."""
+    label, model = f"deadband {weights or 'bf16'} at ", load(key)
+    levels = {f"{label}{level:.0%}": thresholds(key, level, model) for level in LEVELS[1:]}
+    output = output_calibration(key, model)
     second_moments = None
     if key in REAL:
-        second_moments = deadband.quantization.second_moments_of(calibration(key))
+        second_moments = {
+            **deadband.quantization.second_moments_of(calibration(key)),
+            **deadband.quantization.second_moments_of(output),
+        }
+    sites = find_sites(model)
     base = deadband.sparsify_(
-        model, dict.fromkeys(find_sites(model), 0.0), weights=weights, second_moments=second_moments, progress=True
+        model, dict.fromkeys(sites, 0.0), weights=weights, second_moments=second_moments, progress=True
     )
-    if weights is not None:
+    if weights is None:
+        whole = sharing_copy(base)
+    else:
         base.to(torch.float32)  # of activations: what llama.cpp has too, and nothing large is left to convert
-    made = {level: deadband.sparsify_(sharing_copy(base), chosen) for level, chosen in levels.items()}
-    return {0.0: base, **made}
+        shared = {name: base.get_submodule(name).quantized() for name in sites}
+        whole = deadband.sparsify_(
+            load(key), dict.fromkeys([*sites, "lm_head"], 0.0), weights={**shared, "lm_head": weights},
+            second_moments=second_moments,
+        ).to(torch.float32)  # fmt: skip
+    made = {name: deadband.sparsify_(sharing_copy(base), chosen) for name, chosen in levels.items()}
+    most = f"{label}{LEVELS[-1]:.0%}"
+    rules = {**levels[most].rules, **output.allocate(LEVELS[-1], "uniform").rules}
+    return {f"{label}0%": base, **made, f"{most}+": deadband.sparsify_(whole, rules)}
 
 
 def calibration(key: str) -> Any:
@@ -116,9 +132,21 @@ def thresholds(key: str, level: float, model: Any) -> Any:
             return calibration(key).allocate(level, "sensitivity", model=dense, batches=batches)
 
         return _kept(f"{key}-{level}-sensitivity", deadband.allocation.Thresholds, allocate)
-    ids = torch.randint(0, 128256, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
-    batches = [{"input_ids": ids}]
+    batches = _random_batches()
     return deadband.calibrate(model, batches).allocate(level, "uniform", model=model, batches=batches)
+
+
+def output_calibration(key: str, model: Any) -> Any:
+    """Of `lm_head` alone."""
+    if key in REAL:
+        return _kept(f"{key}-lm_head-calibration", deadband.Calibration,
+                     lambda: deadband.calibrate(*_for_calibration(key), include="lm_head"))  # fmt: skip
+    return deadband.calibrate(model, _random_batches(), include="lm_head")
+
+
+def _random_batches() -> list[dict[str, Tensor]]:
+    ids = torch.randint(0, 128256, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": ids}]
 
 
 def _for_calibration(key: str) -> tuple[Any, list]:
@@ -194,8 +222,7 @@ def measure(key: str, group: str, quality: Quality | None, options: Any) -> list
         size["transformers, compiled"] = size["transformers"]
     models: dict[str, Any] = {}
     for weights in formats if key in REAL else formats[:1]:
-        for level, model in ours(key, weights, load(key)).items():
-            label = f"deadband {weights or 'bf16'} at {level:.0%}"
+        for label, model in ours(key, weights).items():
             models[label] = deadband.prepare_decode_(model)
             steps[label] = Decoder(model, prompt).step
             logits[label] = lambda ids, model=model: _sparse_logits(model, ids)
