@@ -132,7 +132,7 @@ def test_quantised_weights(deadband, folder, calibrated):
     arguments = ("sparsify", "dense", calibrated, "--sparsity", 0.4)
     code, out, err = deadband(*arguments, "--weights", "int4", "-o", "int4")
     assert code == 0
-    assert f"weights: {DEFAULT_INT4} (14), int8 (1); 0.3 MB became 0.1 MB" in out
+    assert f"weights: {DEFAULT_INT4} (14), int8-g32 (1); 0.3 MB became 0.1 MB" in out
     assert "Warning" not in err
     code, out, _ = deadband(*arguments, "--weights", "int8", "--output-weights", "int4-g64-zp", "-o", "int8", "--json")
     figures = json.loads(out)

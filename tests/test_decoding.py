@@ -143,6 +143,24 @@ def test_the_cache_stays_transformers_own(sparse):
 
 
 @compiled
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_copies_of_a_cache_stand_alone(name, copied):
+    prepared = prepare_decode_(tiny_model(name))
+    with torch.no_grad():
+        cache = prepared(torch.cat([PROMPT, PROMPT], 1), use_cache=True).past_key_values
+        prepared(PROMPT[:, :1], past_key_values=cache)
+        other = copied(cache)
+        assert all(type(layer).__module__ == "transformers.cache_utils" for layer in other.layers)
+        assert sum(layer.keys.untyped_storage().nbytes() for layer in other.layers) == sum(
+            layer.keys.nbytes for layer in other.layers
+        )  # nothing of the model, and no room to grow
+        expected = prepared(PROMPT[:, 1:2], past_key_values=cache).logits
+        assert cache.get_seq_length() == other.get_seq_length() + 1
+        assert torch.equal(prepared(PROMPT[:, 1:2], past_key_values=other).logits, expected)
+
+
+@compiled
 def test_sliding_windows_after_other_writes():
     model = tiny_model("gemma3")
     prepared = prepare_decode_(copy.deepcopy(model))

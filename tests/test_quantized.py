@@ -100,7 +100,7 @@ def test_a_layer_computes_the_product_with_the_dequantised_weight(form, dtype):
 def test_models_compute_what_the_dequantised_model_does(name, form):
     model = quantised_model(name, form)
     assert len(sparse_sites(model)) == len(matrices(model)) - 1 == len(find_sites(tiny_model(name)))
-    assert model.lm_head.weight_format == "int8"
+    assert model.lm_head.weight_format == "int8-g32"
     expected = dense_copy(model)
     with dense(model):
         close(logits(model), logits(expected), 1e-2)
@@ -248,7 +248,8 @@ def test_new_thresholds_keep_the_quantised_weights():
     model = quantised_model(form="int4")
     codes = {name: module.codes for name, module in matrices(model).items()}
     left = {name: 0.2 for name in sparse_sites(model) if "mlp" in name}
-    for again in ({}, {"weights": "int8"}, {"weights": {"lm_head": "int8", "0.mlp.up_proj": "int8"}}):
+    same = model.model.layers[0].mlp.up_proj.quantized()
+    for again in ({}, {"weights": "int4"}, {"weights": {"lm_head": "int8-g32", "0.mlp.up_proj": same}}):
         sparsify_(model, left, **again)
         assert {name: id(module.codes) for name, module in matrices(model).items()} == {
             name: id(tensor) for name, tensor in codes.items()
@@ -264,6 +265,21 @@ def test_new_thresholds_keep_the_quantised_weights():
         close(layer(x), F.linear(x, layer.weight))
     sparsify_(model, dict.fromkeys(find_sites(model), 0.1))  # and sparse again
     assert len(sparse_sites(model)) == 14
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        {"weights": "int8"},
+        {"weights": {"lm_head": "int8"}},
+        {"weights": {"lm_head": quantize(torch.ones(9, 9), "int8")}},
+    ],
+)
+def test_another_format_than_it_is_quantised_to(again):
+    model = quantised_model(form="int4")
+    with pytest.raises(ValueError, match="is quantised to 'int.*' already.*load the dense model again"):
+        sparsify_(model, dict.fromkeys(sparse_sites(model), 0.2), **again)
+    assert {float(site.threshold) for site in sparse_sites(model).values()} != {0.2}
 
 
 def test_layers_left_out_of_a_conv1d_model_stay_quantised(tmp_path):

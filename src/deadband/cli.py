@@ -116,7 +116,7 @@ def sparsify(
     ] = None,
     output_weights: Annotated[
         str | None,
-        typer.Option(metavar="FORMAT", help="Of the output layer, with a tied embedding; int8 with --weights."),
+        typer.Option(metavar="FORMAT", help="Of the output layer, with a tied embedding; int8-g32 with --weights."),
     ] = None,
     gptq: Annotated[bool, typer.Option("--gptq", help="Round --weights with GPTQ, on the text of --data.")] = False,
     gguf: Annotated[

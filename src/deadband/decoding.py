@@ -201,9 +201,20 @@ def _length(layer: Any) -> int:
     return layer.__dict__["store"].length
 
 
+def _states(layer: Any) -> dict[str, Any]:
+    return {name: getattr(layer, name) for name in _STATES[: 3 if layer.is_sliding else 2]}
+
+
+def _reduce_layer(layer: Any, protocol: Any) -> Any:
+    """Copies and pickles are plain layers with states of their own."""
+    state = {name: value for name, value in layer.__dict__.items() if name not in ("store", "index")}
+    state |= {name: value.clone() if isinstance(value, Tensor) else value for name, value in _states(layer).items()}
+    return _new, (type(layer).__base__,), state
+
+
 def _detach(layer: Any) -> None:
     """Make the plain layer of a stored one again, with the same states."""
-    state = {name: getattr(layer, name) for name in _STATES[: 3 if layer.is_sliding else 2]}
+    state = _states(layer)
     layer.__dict__.pop("store").intact = False
     del layer.__dict__["index"]
     layer.__class__ = type(layer).__base__
@@ -228,7 +239,11 @@ def _layer_classes() -> dict[type, type]:
     """transformers' cache layers that can keep their states in a Store, and their twins that do."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    body = {"keys": _stored("keys", _keys), "values": _stored("values", _values)}
+    body = {
+        "keys": _stored("keys", _keys),
+        "values": _stored("values", _values),
+        "__reduce_ex__": _reduce_layer,
+    }
     sliding = {**body, "cumulative_length": _stored("cumulative_length", _length)}
     return {
         DynamicLayer: type("StoredLayer", (DynamicLayer,), body),
