@@ -82,9 +82,9 @@ def load(key: str) -> Any:
     return random_llama(RANDOM[key][1]) if key in RANDOM else load_model(REAL[key][1](), dtype="bfloat16")
 
 
-def sharing_copy(model: Any) -> Any:
-    """A copy of a model with the very same weights in memory, but thresholds of its own."""
-    large = [each for each in (*model.parameters(), *model.buffers()) if each.dim() > 1]
+def sharing_copy(model: Any, own: Tensor | None = None) -> Any:
+    """A copy of a model with the very same weights in memory, except `own`, but thresholds of its own."""
+    large = [each for each in (*model.parameters(), *model.buffers()) if each.dim() > 1 and each is not own]
     return copy.deepcopy(model, {id(each): each for each in large})
 
 
@@ -104,7 +104,7 @@ def ours(key: str, weights: str | None) -> dict[str, Any]:
         model, dict.fromkeys(sites, 0.0), weights=weights, second_moments=second_moments, progress=True
     )
     if weights is None:
-        whole = sharing_copy(base)
+        whole = sharing_copy(base, base.lm_head.weight)  # which becomes a site there, and is laid out anew
     else:
         base.to(torch.float32)  # of activations: what llama.cpp has too, and nothing large is left to convert
         shared = {name: base.get_submodule(name).quantized() for name in sites}
@@ -112,6 +112,8 @@ def ours(key: str, weights: str | None) -> dict[str, Any]:
             load(key), dict.fromkeys([*sites, "lm_head"], 0.0), weights={**shared, "lm_head": weights},
             second_moments=second_moments,
         ).to(torch.float32)  # fmt: skip
+        for name, weight in shared.items():
+            whole.get_submodule(name).codes = weight.codes  # each layer has made a copy of its own
     made = {name: deadband.sparsify_(sharing_copy(base), chosen) for name, chosen in levels.items()}
     most = f"{label}{LEVELS[-1]:.0%}"
     rules = {**levels[most].rules, **output.allocate(LEVELS[-1], "uniform").rules}

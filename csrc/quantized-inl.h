@@ -231,19 +231,20 @@ DEADBAND_INLINE void fetch_scales(const uint16_t* scales, int64_t next) {
     for (int64_t o = 0; o < kOutputs<Bits>; o += 32) __builtin_prefetch(scales + next + o, 0, 2);
 }
 
-// One row of x: sums += the product of a chunk with outputs [begin, end), whole blocks or a part of one.
+// One row of x: sums += the product of a chunk with outputs [begin, end), whole blocks or a part of one, of a tile.
 template <int Bits, bool Whole>
-DEADBAND_INLINE void stream_chunk(const Quantized& w, const Encoded& x, int64_t c, Range outputs, float* sums) {
+DEADBAND_INLINE void stream_chunk(const Quantized& w, const Encoded& x, int64_t c, Range outputs, Range tile,
+                                  float* sums) {
   const Chunk& chunk = x.chunk[c];
   bool last = c + 1 == x.chunks;
   int64_t next = last ? 0 : 4 * chunk.quads, next_scales = last ? 0 : (x.chunk[c + 1].group - chunk.group) * w.out;
-  int64_t width = (outputs.end - outputs.begin) * Bits / 8;
+  int64_t tile_end = tile.end * Bits / 8, width = tile_end - tile.begin * Bits / 8;
   const uint16_t* scales = w.scales ? w.scales + chunk.group * w.out : nullptr;
   const uint16_t* minimum = w.minimum ? w.minimum + chunk.group * w.out : nullptr;
   for (int64_t o = outputs.begin; o < outputs.end; o += kOutputs<Bits>, sums += kOutputs<Bits>) {
     int64_t byte = o * Bits / 8;
-    bool within = byte + kNear < outputs.end * Bits / 8;
-    Fetch near = within ? Fetch{0, byte + kNear} : Fetch{next, byte + kNear - width};
+    Fetch near = {0, byte + kNear};
+    if (near.byte >= tile_end) near = {next, width < kNear ? byte : near.byte - width};
     const uint16_t *own = scales ? scales + o : nullptr, *lowest = minimum ? minimum + o : nullptr;
     fetch_scales<Bits>(own, next_scales);
     fetch_scales<Bits>(lowest, next_scales);
@@ -262,8 +263,8 @@ void stream_outputs(const Quantized& w, const Encoded& x, Range chunks, Range ou
                          round_up(outputs.end - outputs.begin, kOutputs<Bits>));
   Range blocks = {outputs.begin, outputs.begin + whole}, rest = {blocks.end, outputs.end};
   for (int64_t c = chunks.begin; c < chunks.end; ++c) {
-    stream_chunk<Bits, true>(w, x, c, blocks, sums);
-    stream_chunk<Bits, false>(w, x, c, rest, sums + whole);
+    stream_chunk<Bits, true>(w, x, c, blocks, outputs, sums);
+    stream_chunk<Bits, false>(w, x, c, rest, outputs, sums + whole);
   }
 }
 

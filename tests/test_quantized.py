@@ -273,6 +273,7 @@ def test_new_thresholds_keep_the_quantised_weights():
         {"weights": "int8"},
         {"weights": {"lm_head": "int8"}},
         {"weights": {"lm_head": quantize(torch.ones(9, 9), "int8")}},
+        {"output_layer": "int8"},
     ],
 )
 def test_another_format_than_it_is_quantised_to(again):
@@ -280,6 +281,18 @@ def test_another_format_than_it_is_quantised_to(again):
     with pytest.raises(ValueError, match="is quantised to 'int.*' already.*load the dense model again"):
         sparsify_(model, dict.fromkeys(sparse_sites(model), 0.2), **again)
     assert {float(site.threshold) for site in sparse_sites(model).values()} != {0.2}
+
+
+def test_the_same_weights_given_again():
+    name, thresholds = "model.layers.0.mlp.up_proj", {"model.layers.0.mlp.up_proj": 0.1}
+    model = tiny_model("llama")
+    given = quantize(model.get_submodule(name).weight.detach(), "int4-g32")
+    for threshold in (0.1, 0.3):
+        sparsify_(model, {name: threshold}, weights={name: given})
+        assert model.get_submodule(name).threshold == torch.tensor(threshold)
+    other = QuantizedWeight(given.codes, given.scales * 2, given.minimum, given.format)
+    with pytest.raises(ValueError, match=r"other weights \(int4-g32\)"):
+        sparsify_(model, thresholds, weights={name: other})
 
 
 def test_layers_left_out_of_a_conv1d_model_stay_quantised(tmp_path):

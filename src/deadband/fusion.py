@@ -238,7 +238,7 @@ def pack_layers(graph: fx.GraphModule) -> None:
             continue
         x, parts, group_sizes, relative, _, counts = arguments
         if any(each.target is aten.zeros.default for each in counts):
-            counts = []  # decoding.give_counts: nobody reads them
+            counts = []  # decode_graph.give_counts: nobody reads them
         nodes = [each for each in (*parts, *counts) if each is not None]
         value = x.meta["val"]
         fakes = [None if each is None else each.meta["val"] for each in parts]

@@ -166,6 +166,14 @@ class QuantizedWeight:
         """The weight that the codes stand for, [out, in], computed in float32."""
         return dequantize(self.codes, self.scales, self.minimum, self.format.group_size or 0, dtype)
 
+    def equals(self, other: QuantizedWeight) -> bool:
+        """Whether both hold the same codes and scales in the same format."""
+        pairs = ((self.codes, other.codes), (self.scales, other.scales), (self.minimum, other.minimum))
+        return self.format == other.format and all(
+            mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
+            for mine, theirs in pairs
+        )
+
     def __repr__(self) -> str:
         sizes = f"{self.in_features} inputs, {self.out_features} outputs, {self.nbytes} bytes"
         return f"{type(self).__name__}({self.format}, {sizes})"

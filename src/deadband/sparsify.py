@@ -271,8 +271,11 @@ def _formats(
         wanted = dict.fromkeys(chosen, weights)
         if output is not None:
             wanted[output] = OUTPUT_FORMAT
-    if output is not None and isinstance(output_layer, str):
-        wanted[output] = output_layer
+    if isinstance(output_layer, str):
+        if output is None:
+            output = find_quantized_output_layer(model)
+        if output is not None:
+            wanted[output] = output_layer
     formats: dict[str, WeightFormat | QuantizedWeight] = {}
     for name, value in wanted.items():
         module = model.get_submodule(name)
@@ -293,8 +296,9 @@ def _formats(
 
 
 def _check_unchanged(name: str, module: QuantizedMatrix, value: str | QuantizedWeight) -> None:
+    """A layer that is quantised already keeps its weight; a ValueError where another one is asked for."""
     if isinstance(value, QuantizedWeight):
-        same, what = value.codes.data_ptr() == module.codes.data_ptr(), f"other weights ({value.format})"
+        same, what = value.equals(module.quantized()), f"other weights ({value.format})"
     else:
         same, what = str(WeightFormat.parse(value)) == module.weight_format, repr(value)
     if not same:
@@ -441,6 +445,14 @@ def find_output_layer(model: nn.Module, sites: Collection[str]) -> str | None:
     if type(layer) not in (nn.Linear, DenseLinear):
         return None
     return next((name for name, module in model.named_modules() if module is layer and name not in sites), None)
+
+
+def find_quantized_output_layer(model: nn.Module) -> str | None:
+    """The name of a transformers model's output layer, if it is quantised."""
+    get = getattr(model, "get_output_embeddings", None)
+    layer = get() if callable(get) else None
+    found = (name for name, module in model.named_modules() if module is layer)
+    return next(found, None) if isinstance(layer, QuantizedMatrix) else None
 
 
 def sparse_sites(model: nn.Module) -> dict[str, SparseSite]:
