@@ -227,6 +227,23 @@ int deadband_quantized_linear(int dtype, const void* x, int64_t rows, int64_t x_
   return kernels()->linears(dtype, x, rows, x_stride, in, &layer, 1, y, threads < 1 ? 1 : threads);
 }
 
+int deadband_attend(int dtype, const void* query, const void* keys, const void* values, int64_t groups, int64_t heads,
+                    int64_t size, int64_t value_size, int64_t tokens, int64_t key_group, int64_t key_stride,
+                    int64_t value_group, int64_t value_stride, const float* mask, float scaling, float softcap, void* y,
+                    int threads) {
+  if (dtype != DEADBAND_FLOAT32 && dtype != DEADBAND_BFLOAT16) return DEADBAND_BAD_DTYPE;
+  if (groups < 0 || heads < 0 || size < 0 || value_size < 0 || tokens < 0) return DEADBAND_BAD_SIZE;
+  if ((size > 1 && key_stride < tokens) || (tokens > 1 && value_stride < value_size)) return DEADBAND_BAD_SIZE;
+  if (!groups || !heads || !value_size) return 0;
+  if (!y || (tokens && (!values || !mask || (size && (!query || !keys))))) return DEADBAND_BAD_POINTER;
+  if (!tokens) {
+    memset(y, 0, groups * heads * value_size * (dtype == DEADBAND_FLOAT32 ? 4 : 2));
+    return 0;
+  }
+  return kernels()->attend(dtype, query, keys, values, groups, heads, size, value_size, tokens, key_group, key_stride,
+                           value_group, value_stride, mask, scaling, softcap, y, threads < 1 ? 1 : threads);
+}
+
 int deadband_observe(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t cols, const float* scale,
                      int64_t* histogram, double* sum, double* sum_of_squares, int threads) {
   if (dtype < DEADBAND_FLOAT32 || dtype > DEADBAND_FLOAT16) return DEADBAND_BAD_DTYPE;

@@ -17,6 +17,10 @@ struct KernelTable {
                  int count, void* y, int threads);
   int (*gated_mlp)(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer* layers,
                    int activation, void* y, int threads);
+  int (*attend)(int dtype, const void* query, const void* keys, const void* values, int64_t groups, int64_t heads,
+                int64_t size, int64_t value_size, int64_t tokens, int64_t key_group, int64_t key_stride,
+                int64_t value_group, int64_t value_stride, const float* mask, float scaling, float softcap, void* y,
+                int threads);
   int (*dot)(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
              int64_t weight_stride, int64_t out, const void* bias, void* y, int threads);
   int (*gemm)(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,

@@ -32,9 +32,11 @@ namespace {
 #include "quantized-inl.h"
 // and after that
 #include "linears-inl.h"
+// and after that
+#include "attend-inl.h"
 
 }  // namespace
 
-extern const KernelTable DEADBAND_TABLE = {DEADBAND_ISA, linears, gated_mlp, dot, gemm, observe, read};
+extern const KernelTable DEADBAND_TABLE = {DEADBAND_ISA, linears, gated_mlp, attend, dot, gemm, observe, read};
 
 }  // namespace deadband

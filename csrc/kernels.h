@@ -91,6 +91,18 @@ enum deadband_activation { DEADBAND_SILU = 0, DEADBAND_GELU_TANH = 1 };
 DEADBAND_API int deadband_gated_mlp(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
                                     const struct deadband_layer* layers, int activation, void* y, int threads);
 
+// Attention of one token: y[h] = the mean of values over tokens, weighted by softmax(score[h] + mask), where score[h] =
+// query[h] * scaling . keys, or softcap * tanh(that / softcap) where softcap > 0. Sums are float32.
+//
+// query: [groups * heads, size], y: [groups * heads, value_size], contiguous; the heads of a group are neighbours.
+// keys: [groups][size][tokens], key_group and key_stride elements between groups and between entries; values:
+// [groups][tokens][value_size], value_group and value_stride elements between groups and between tokens. mask:
+// float[tokens]. Without tokens y is zero.
+DEADBAND_API int deadband_attend(int dtype, const void* query, const void* keys, const void* values, int64_t groups,
+                                 int64_t heads, int64_t size, int64_t value_size, int64_t tokens, int64_t key_group,
+                                 int64_t key_stride, int64_t value_group, int64_t value_stride, const float* mask,
+                                 float scaling, float softcap, void* y, int threads);
+
 // One pass of statistics over x [rows, cols]; everything is added to what the buffers hold.
 // histogram: int64[32768], indexed by the upper half of the score's float32 pattern: (bits & 0x7fffffff) >> 16. The
 // bins from 0x7f80 on count infinity and NaN. sum, sum_of_squares: double[cols], of x and x * x, over finite entries

@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 import warnings
-from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch  # first: its OpenMP runtime is then the one that the kernels' library resolves to
@@ -33,6 +33,10 @@ _SIGNATURES = {
     ),
     "deadband_linears": (c_int, [c_int, c_void_p, *[c_int64] * 3, c_void_p, c_int, c_void_p, c_int]),
     "deadband_gated_mlp": (c_int, [c_int, c_void_p, *[c_int64] * 3, c_void_p, c_int, c_void_p, c_int]),
+    "deadband_attend": (
+        c_int,
+        [c_int, *[c_void_p] * 3, *[c_int64] * 9, c_void_p, c_float, c_float, c_void_p, c_int],
+    ),
     "deadband_observe": (
         c_int,
         [c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int],
