@@ -2,6 +2,9 @@
 
 // Outputs at a time: as many streams of weights from memory.
 constexpr int kDots = 4;
+// Entries that weights are fetched ahead, a kilobyte of bfloat16: 11 to 14 GB/s with long rows, 6 to 13 with 576
+// inputs, half of that distance 13 % less. float32 passes fast enough for the hardware's own prefetching.
+constexpr int64_t kAhead = 512;
 
 // The dot products of N consecutive outputs with R rows. x: [R][stride] float32 in the order of load_pair, with zeros
 // up to a whole block.
@@ -21,11 +24,11 @@ DEADBAND_INLINE void dot_outputs(const float* x, int64_t stride, int64_t in, con
   Pair w[N];
   int64_t i = 0;
   for (; i + kBlock <= in; i += kBlock) {
+    const T* ahead = weight + i + kAhead;
+    if (i + kAhead >= in) ahead += N * weight_stride - in;  // in the next outputs' weights
     for (int n = 0; n < N; ++n) {
-      const T* p = weight + n * weight_stride + i;
-      // A kilobyte ahead: 11 to 14 GB/s for bfloat16. float32 passes fast enough for the hardware's own prefetching.
-      if (sizeof(T) == 2) __builtin_prefetch((const char*)p + 1024, 0, 3);
-      w[n] = load_pair(p);
+      if (sizeof(T) == 2) __builtin_prefetch(ahead + n * weight_stride, 0, 3);
+      w[n] = load_pair(weight + n * weight_stride + i);
     }
     step(w, i);
   }

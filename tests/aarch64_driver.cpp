@@ -14,7 +14,7 @@
 namespace {
 
 enum Number { kKind, kDtype, kRows, kIn, kOut, kForm, kGroupSize, kRelative, kThreads, kResultBytes, kNumbers };
-enum Kind { kSparse, kDense, kQuantized, kObserve };
+enum Kind { kSparse, kDense, kQuantized, kObserve, kAttend };
 
 void require(bool fine, const char* what) {
   if (fine) return;
@@ -58,6 +58,11 @@ int call(const int64_t* n, FILE* file, char* result, int64_t* counts) {
     case kQuantized:
       return deadband_quantized_linear(dtype, x, rows, in, in, form, weight, scales, minimum, n[kGroupSize], out, bias,
                                        threshold, scale, center, offset, relative, result, threads, counts);
+    case kAttend: {  // rows: heads; in and out: of a head; group_size: groups; form: tokens; threshold: the mask
+      int64_t groups = n[kGroupSize], tokens = n[kForm];
+      return deadband_attend(dtype, x, weight, scales, groups, rows / groups, in, out, tokens, in * tokens, tokens,
+                             tokens * out, out, threshold, 0.5f, 0, result, threads);
+    }
     default:
       double* sums = (double*)(result + 32768 * sizeof(int64_t));
       return deadband_observe(dtype, x, rows, in, in, scale, (int64_t*)result, sums, sums + in, threads);

@@ -18,6 +18,7 @@ from test_quantized_ops import check_product, parts_of, random_operands, random_
 from torch.nn import functional as F
 
 from deadband.criterion import keep_mask
+from deadband.ops.attention import attend_reference
 from deadband.ops.observe import observe_reference
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
 ISAS = ["aarch64", "aarch64-dotprod"]
-SPARSE, DENSE, QUANTIZED, OBSERVE = range(4)
+SPARSE, DENSE, QUANTIZED, OBSERVE, ATTEND = range(5)
 DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BINS = 32768
 
@@ -221,3 +222,23 @@ def test_observe(driver, tmp_path, isa):
         assert np.array_equal(histogram, reference[0])
         np.testing.assert_allclose(sums[:columns], reference[2], rtol=1e-6, atol=1e-6 * np.abs(reference[2]).max())
         np.testing.assert_allclose(sums[columns:], reference[3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_attend(driver, tmp_path, isa):
+    calls, expected = [], []
+    for dtype, heads, (size, tokens) in itertools.product(
+        (torch.float32, torch.bfloat16), (1, 3, 4), ((1, 1), (16, 64), (21, 67))
+    ):
+        torch.manual_seed(tokens)
+        query, keys = torch.randn(2 * heads, size).to(dtype), torch.randn(2, size, tokens).to(dtype)
+        values, mask = torch.randn(2, tokens, size + 1).to(dtype), torch.zeros(tokens)
+        mask[: tokens // 3] = -math.inf
+        operands = {"weight": keys, "scales": values, "threshold": mask}
+        bytes_written = 2 * heads * (size + 1) * query.element_size()
+        calls.append(call(ATTEND, query, size + 1, form=tokens, group_size=2, threads=2, result_bytes=bytes_written,
+                          **operands))  # fmt: skip
+        expected.append(attend_reference(query, keys, values, mask, 0.5, 0.0))
+    for (data, _), reference in zip(make_calls(driver, tmp_path, isa, calls), expected, strict=True):
+        y = tensor_from(data, reference.dtype, len(reference))
+        torch.testing.assert_close(y, reference, rtol=2 * torch.finfo(y.dtype).eps, atol=1e-4)
