@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -37,16 +36,7 @@ def _realize(tensor: Tensor) -> Tensor:
     return torch.ops.prims.inductor_force_stride_order(tensor, tensor.stride())
 
 
-@dataclasses.dataclass
-class _TracedLayer:
-    """What a layer's attention has to know while the graph is captured."""
-
-    keys: Tensor
-    values: Tensor
-    mask: Tensor
-
-
-_traced: list[_TracedLayer] = []  # the layers of the model being captured
+_masks: list[Tensor] = []  # of the layers of the model being captured
 
 
 def _attend(
@@ -72,7 +62,7 @@ def _attend(
         query.reshape(heads, size).to(value.dtype),
         key[0].transpose(1, 2),
         value[0],
-        _traced[module.layer_idx].mask,
+        _masks[module.layer_idx],
         scaling,
         softcap or 0.0,
     )
@@ -102,7 +92,7 @@ def _traced_cache(keys: list[Tensor], values: list[Tensor], position: Tensor, to
     seen = torch.arange(tokens, device=position.device)
     masks: dict[Any, Tensor] = {}
     layers: list[Any] = []
-    _traced.clear()
+    _masks.clear()
     for key, value, window in zip(keys, values, windows, strict=True):
         if window not in masks:
             kept = seen <= position if window is None else (seen <= position) & (seen > position - window)
@@ -110,7 +100,7 @@ def _traced_cache(keys: list[Tensor], values: list[Tensor], position: Tensor, to
         layer = Traced()
         layer.keys, layer.values, layer.is_initialized = key, value, True
         layers.append(layer)
-        _traced.append(_TracedLayer(key, value, masks[window]))
+        _masks.append(masks[window])
     return Cache(layers=layers)
 
 
@@ -184,7 +174,7 @@ def _own_attention(model: nn.Module) -> Iterator[None]:
     finally:
         for key, name in before.items():
             configs[key]._attn_implementation = name
-        _traced.clear()
+        _masks.clear()
 
 
 def capture(model: Any, store: Store, windows: list[Any]) -> torch.export.ExportedProgram:

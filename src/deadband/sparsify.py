@@ -272,8 +272,8 @@ def _formats(
         if output is not None:
             wanted[output] = OUTPUT_FORMAT
     if isinstance(output_layer, str):
-        if output is None:
-            output = find_quantized_output_layer(model)
+        if output is None and isinstance((found := _output_layer(model))[1], QuantizedMatrix):
+            output = found[0]
         if output is not None:
             wanted[output] = output_layer
     formats: dict[str, WeightFormat | QuantizedWeight] = {}
@@ -440,19 +440,14 @@ def _use_torchs_product_(model: nn.Module) -> None:
 
 def find_output_layer(model: nn.Module, sites: Collection[str]) -> str | None:
     """The name of a transformers model's output layer, if it is a plain linear layer and not a site itself."""
-    get = getattr(model, "get_output_embeddings", None)
-    layer = get() if callable(get) else None
-    if type(layer) not in (nn.Linear, DenseLinear):
-        return None
-    return next((name for name, module in model.named_modules() if module is layer and name not in sites), None)
+    name, layer = _output_layer(model)
+    return name if type(layer) in (nn.Linear, DenseLinear) and name not in sites else None
 
 
-def find_quantized_output_layer(model: nn.Module) -> str | None:
-    """The name of a transformers model's output layer, if it is quantised."""
+def _output_layer(model: nn.Module) -> tuple[str | None, Any]:
     get = getattr(model, "get_output_embeddings", None)
     layer = get() if callable(get) else None
-    found = (name for name, module in model.named_modules() if module is layer)
-    return next(found, None) if isinstance(layer, QuantizedMatrix) else None
+    return next((name for name, module in model.named_modules() if module is layer), None), layer
 
 
 def sparse_sites(model: nn.Module) -> dict[str, SparseSite]:
