@@ -1,0 +1,50 @@
+"""The site is made of files that are also read on a forge: the README is its first page, and links between files of the
+repository lead to pages of the site."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from codeindex.markdown import folder_page, page_of
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parent.parent
+CODE = "code"
+_LINK = re.compile(r"(?<=\]\()[^()\s]+(?=\))")
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Add the README as the first page."""
+    files.append(File.generated(config, "index.md", abs_src_path=str(ROOT / "README.md")))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let links to files of the repository lead to their pages."""
+    own = page.file.src_uri
+    if own.startswith(f"{CODE}/"):
+        return markdown
+    source = "README.md" if own == "index.md" else f"docs/{own}"
+
+    def replaced(found: re.Match[str]) -> str:
+        target, _, fragment = found[0].partition("#")
+        if not target or "://" in target:
+            return found[0]
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), unquote(target)))
+        if path == "README.md":
+            path = "index.md"
+        elif path.startswith("docs/"):
+            path = path.removeprefix("docs/")
+        elif (ROOT / path).is_dir():
+            path = f"{CODE}/{folder_page(path)}"
+        else:
+            path = f"{CODE}/{page_of(path)}"
+        relative = quote(posixpath.relpath(path, posixpath.dirname(own) or "."))
+        return f"{relative}#{fragment}" if fragment else relative
+
+    return _LINK.sub(replaced, markdown)
