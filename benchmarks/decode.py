@@ -7,7 +7,8 @@ that ratios are of one run; for large models the groups do not fit into memory t
 SmolLM2-135M and Gemma 3 270M are real: their thresholds are calibrated on Python's documentation (`sensitivity`), and
 each row has its perplexity and its KL to the float32 model on the text given by --data, every token sparse. The Llamas
 of 1 B and 3 B parameters have the shapes of Llama 3.2 and random weights: only their speed means something. `lm_head`
-skips nothing and has 8 bits at least, except in the rows with a plus, where it is a site like the others.
+skips nothing and has 8 bits at least, except in the rows with a plus, where it is a site like the others. *Mixed*: the
+sites that 8 bits would cost too much are float32.
 
 Needs the extras gguf, plot and llama (llama.cpp); without the last its rows are left out.
 """
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -51,6 +54,7 @@ GROUPS: dict[str, tuple[Sequence[str | None], Sequence[str]]] = {
     "int8": (("int8", "int8-g32"), ("Q8_0",)),
     "int4": (("int4", "int4-g32-zp"), ("Q4_0", "Q4_K_M")),
 }
+MIXED_KL = 3e-5  # of the sites: where llama.cpp's BF16 is, it has 1e-4
 PROMPT_TOKENS = 64
 
 
@@ -121,6 +125,19 @@ def ours(key: str, weights: str | None) -> dict[str, Any]:
     most = f"{label}{LEVELS[-1]:.0%}"
     rules = {**levels[most].rules, **output.allocate(LEVELS[-1], "uniform").rules}
     return {f"{label}0%": base, **made, f"{most}+": deadband.sparsify_(whole, rules)}
+
+
+def mixed(key: str) -> dict[str, Any]:
+    """A real model of which as much is quantised as costs no more than MIXED_KL; the rest stays float32."""
+    file = cache_folder() / "benchmarks" / f"{key}-mixed.json"
+    if not file.is_file():
+        dense, batches = _for_calibration(key)
+        write_json(file, deadband.mixed_precision.choose_formats(dense, batches[:2], MIXED_KL, progress=True))
+    model = load(key, "mixed")
+    model = deadband.sparsify_(
+        model, dict.fromkeys(find_sites(model), 0.0), weights=json.loads(file.read_text()), output_layer="int8-g32"
+    )
+    return {"deadband int8-g32, mixed": model}
 
 
 def calibration(key: str) -> Any:
@@ -226,11 +243,13 @@ def measure(key: str, group: str, quality: Quality | None, options: Any) -> list
         steps["transformers, compiled"] = CompiledDecoder(eager, prompt, context).step
         size["transformers, compiled"] = size["transformers"]
     models: dict[str, Any] = {}
-    for weights in formats if key in REAL else formats[:1]:
-        for label, model in ours(key, weights).items():
-            models[label] = deadband.prepare_decode_(model)
-            steps[label] = Decoder(model, prompt).step
-            logits[label] = lambda ids, model=model: _sparse_logits(model, ids)
+    made = [ours(key, weights) for weights in (formats if key in REAL else formats[:1])]
+    if key in REAL and group == "bf16":
+        made.append(mixed(key))
+    for label, model in itertools.chain.from_iterable(each.items() for each in made):
+        models[label] = deadband.prepare_decode_(model)
+        steps[label] = Decoder(model, prompt).step
+        logits[label] = lambda ids, model=model: _sparse_logits(model, ids)
     llamas: dict[str, Any] = {}
     if key in REAL:  # all of llama.cpp's beside each width: the frontier compares within a run
         kinds = [*kinds, *(kind for _, others in GROUPS.values() for kind in others if kind not in kinds)]

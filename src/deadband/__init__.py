@@ -82,7 +82,7 @@ _HOME = {
     "sparsity": "sparsify",
     "unprepare_decode_": "decoding",
 }
-_MODULES = ("aggregate", "breakeven", "gguf_weights", "mask", "quantization", "reduce")
+_MODULES = ("aggregate", "breakeven", "gguf_weights", "mask", "mixed_precision", "quantization", "reduce")
 __all__ = sorted([*_HOME, *_MODULES])
 
 

@@ -29,7 +29,7 @@ from urllib.parse import unquote
 
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _CODE = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)")
-_LINK = re.compile(r"\]\(([^()\s]+)\)")
+_LINK = re.compile(r"(?<!\\)\]\(([^()\s]+)\)")
 _COUNT = re.compile(r"^([\d,]+) entr(?:y|ies) in \[this folder\]", re.MULTILINE)
 
 
@@ -107,10 +107,10 @@ def wrong_entries(folder: Path, output: Path) -> tuple[int, int]:
     return expected.total(), ((expected - mine) + (mine - expected)).total()
 
 
-def dead_links(output: Path) -> tuple[int, int]:
-    """Relative links in all pages, and how many of them lead to nothing."""
+def dead_links(output: Path) -> tuple[int, list[str]]:
+    """How many relative links there are in all pages, and those that lead to nothing."""
     exists: dict[str, bool] = {}
-    total = dead = 0
+    total, dead = 0, []
     for page in output.rglob("*.md"):
         folder = str(page.parent)
         for target in _LINK.findall(_CODE.sub("", page.read_text("utf-8"))):
@@ -118,7 +118,8 @@ def dead_links(output: Path) -> tuple[int, int]:
             if path not in exists:
                 exists[path] = os.path.lexists(path)
             total += 1
-            dead += not exists[path]
+            if not exists[path]:
+                dead.append(f"{page}: {target}")
     return total, dead
 
 
