@@ -74,6 +74,14 @@ def test_mistakes_are_one_line_and_exit_with_2(arguments, expected, capsys):
     assert error.count("\n") == 1
 
 
+def test_output_into_a_closed_pipe_is_no_error(repo):
+    repo.write({f"m{number}.py": "def f(): ...\n" * 500 for number in range(20)}).build()
+    command = f"'{sys.executable}' -m codeindex where f -o '{repo.output}' | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout == "m0.py:1: function f\n"
+    assert done.stderr == ""
+
+
 def test_ctrl_c_ends_it_quietly(repo):
     repo.write({f"p/m{number}.py": "def f(): ...\n" * 60 for number in range(600)})
     running = subprocess.Popen(

@@ -316,6 +316,11 @@ LIBRARY_INLINE int add(int a) { return a; }
 LIBRARY_API LIBRARY_INLINE std::ostream& operator<<(std::ostream&, const Thing&);
 static const char* text = "LIBRARY_API is kept";
 OTHER_TYPE make(OTHER_TYPE x) { return x; }
+struct Defaults {
+  int set(const Options& options = {}, int other = 0);
+  LIBRARY_DEPRECATED("use set")
+  int put() { return this->operator[](1) + (*this).operator()(2); }
+};
 """
     facts = parse("a.h", source.encode())
     assert facts.error == ""
@@ -329,6 +334,9 @@ OTHER_TYPE make(OTHER_TYPE x) { return x; }
         ("add", "function", 8),
         ("operator<<", "function", 9),
         ("make", "function", 11),
+        ("Defaults", "struct", 12),
+        ("Defaults::set", "method", 13),
+        ("Defaults::put", "method", 15),
     ]
     assert facts.definitions[1].doc == "LIBRARY_API Thing here stays in the comment."
     assert "LIBRARY_API" in facts.mentions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -81,7 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         if options.command == "where":
-            return _where(options.name, options.output)
+            found = _where(options.name, options.output)
+            sys.stdout.flush()
+            return found
         if options.source_url not in ("", NO_LINKS) and "{path}" not in options.source_url:
             raise OutputError(
                 f"--source-url {options.source_url!r} has no {{path}} in it; expected such as https://host/blob/main/{{path}}"
@@ -89,6 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.jobs < 0:
             raise OutputError(f"--jobs {options.jobs}; expected 1 or more, or 0 for one for each core")
         return _build(options)
+    except BrokenPipeError:  # `codeindex where x | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (RepositoryError, OutputError, BrokenProcessPool, OSError) as error:
         print(f"codeindex: {error}", file=sys.stderr)
         return 2

@@ -230,7 +230,7 @@ def parse_tree(text: bytes, name: str) -> Facts:
     parser, query = _reader(name)
     root = parser.parse(text).root_node
     if root.has_error and name in ("C", "C++", "CUDA"):
-        root = parser.parse(_without_attributes(text)).root_node
+        root = parser.parse(_without_unknown(text)).root_node
     found: dict[tuple[int, int, str], _Found] = {}
     imports: list[Import] = []
     quiet: list[tuple[int, int]] = []
@@ -268,26 +268,31 @@ def parse_tree(text: bytes, name: str) -> Facts:
     )
 
 
-_ATTRIBUTES = re.compile(
+_UNKNOWN = re.compile(
     rb"""
     //[^\n]* | /\*.*?\*/ | "(?:\\.|[^"\\\n])*" | '(?:\\.|[^'\\\n])*' | ^[ \t]*\#(?:\\\n|[^\n])*  # to be kept
     | (?P<keyword>\b(?:class|struct|union|enum(?:\s+(?:class|struct))?)\s+)
       (?P<of_type>[A-Z][A-Z0-9_]*(?:\([^()\n]*\))?)(?!\s+final\b)(?=\s+[A-Za-z_][\w:<>,\s]*?[:{])
+    | (?P<default>=\s*\{[^{}()]*\}(?=\s*[,)]))
+    | (?P<message>\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\(\s*(?:"(?:\\.|[^"\\\n])*"\s*)+\)(?=\s+[A-Za-z_]))
+    | (?:->|\.)\s*operator(?P<operator>\[\]|\(\)|[-=+*/|&^<>!%~]+)(?=\s*\()
     | \b(?P<of_function>[A-Z][A-Z0-9]*_[A-Z0-9_]+)(?=\s+[A-Za-z_]\w*(?:\s*(?:::|<|[*&])|\s+[A-Za-z_~]))
     """,
     re.VERBOSE | re.DOTALL | re.MULTILINE,
 )
 
 
-def _without_attributes(text: bytes) -> bytes:
-    """C with spaces for macros that only mean something to compilers, which no grammar can know: `class LIBRARY_API
-    Name {`, `LIBRARY_INLINE int f()`."""
+def _without_unknown(text: bytes) -> bytes:
+    """C with spaces for what the grammar does not know: macros for compilers (`class LIBRARY_API Name {`,
+    `LIBRARY_INLINE int f()`), braces as defaults (`int f(Options options = {})`) and operators called by name."""
 
     def blank(found: re.Match[bytes]) -> bytes:
-        macro = found["of_type"] or found["of_function"]
-        return found[0] if macro is None else (found["keyword"] or b"") + b" " * len(macro)
+        if found["operator"]:
+            return found[0].replace(found["operator"], b"_" * len(found["operator"]))
+        unknown = found["of_type"] or found["of_function"] or found["default"] or found["message"]
+        return found[0] if unknown is None else (found["keyword"] or b"") + re.sub(rb"[^\n]", b" ", unknown)
 
-    return _ATTRIBUTES.sub(blank, text)
+    return _UNKNOWN.sub(blank, text)
 
 
 def _text(node: Node) -> str:
