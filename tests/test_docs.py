@@ -113,7 +113,10 @@ def test_a_browser_shows_it_and_finds_definitions_first(browser, address, width)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), path
         assert all(page.evaluate("[...document.images].map(image => image.naturalWidth > 0)")), path
     page.goto(address, wait_until="networkidle")
-    box, found = page.locator("input.md-search__input"), page.locator("ol.md-search-result__list a[href*='#']").first
+    box, found = (
+        page.locator("input.md-search__input"),
+        page.locator("ol.md-search-result__list > li:first-child a[href*='#']").first,
+    )
     for name, where in (
         ("sparsify_", "api/sparsify/#deadband.sparsify.sparsify_"),
         ("prepare_decode_", "api/decode/#deadband.decoding.prepare_decode_"),
@@ -126,7 +129,8 @@ def test_a_browser_shows_it_and_finds_definitions_first(browser, address, width)
         box.fill("")
         box.press_sequentially(name)
         page.wait_for_function(
-            "([name, where]) => { const first = document.querySelector(\"ol.md-search-result__list a[href*='#']\");"
+            "([name, where]) => { const first = document.querySelector("
+            "\"ol.md-search-result__list > li:first-child a[href*='#']\");"
             " return first && first.href.replace(/\\?[^#]*/, '').endsWith(where) }", arg=[name, where], timeout=20_000,
         )  # fmt: skip
         assert found.is_visible()

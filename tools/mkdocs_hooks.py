@@ -15,6 +15,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 CODE = "code"
+_CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()[^()\s]+(?=\))")
 
 
@@ -47,4 +48,5 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         relative = quote(posixpath.relpath(path, posixpath.dirname(own) or "."))
         return f"{relative}#{fragment}" if fragment else relative
 
-    return _LINK.sub(replaced, markdown)
+    parts = _CODE.split(markdown)  # every other one is code
+    return "".join(part if number % 2 else _LINK.sub(replaced, part) for number, part in enumerate(parts))
