@@ -54,7 +54,7 @@ GROUPS: dict[str, tuple[Sequence[str | None], Sequence[str]]] = {
     "int8": (("int8", "int8-g32"), ("Q8_0",)),
     "int4": (("int4", "int4-g32-zp"), ("Q4_0", "Q4_K_M")),
 }
-MIXED_KL = 3e-5  # of the sites: where llama.cpp's BF16 is, it has 1e-4
+MIXED_KL = 5e-5  # of the sites: llama.cpp's BF16 has 8e-5 on Gemma, and the output layer 2e-5
 PROMPT_TOKENS = 64
 
 
@@ -132,7 +132,8 @@ def mixed(key: str) -> dict[str, Any]:
     file = cache_folder() / "benchmarks" / f"{key}-mixed.json"
     if not file.is_file():
         dense, batches = _for_calibration(key)
-        write_json(file, deadband.mixed_precision.choose_formats(dense, batches[:2], MIXED_KL, progress=True))
+        batches = [{"input_ids": batches[0]["input_ids"][:, :256]}]
+        write_json(file, deadband.mixed_precision.choose_formats(dense, batches, MIXED_KL, progress=True))
     model = load(key, "mixed")
     model = deadband.sparsify_(
         model, dict.fromkeys(find_sites(model), 0.0), weights=json.loads(file.read_text()), output_layer="int8-g32"
