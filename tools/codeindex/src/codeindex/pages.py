@@ -84,11 +84,12 @@ def file_page(index: Index, path: str) -> str:
         parts.append(f"This file {plain(own.error)}.{' What could be read is below.' if own.definitions else ''}")
     parts += _public(index, path, page)
     parts += _imports(index, path, page)
-    importers = [each for each in index.graph.importers.get(path, ()) if each not in tests]
-    documents = [each for each in importers if index.facts[each].language in _DOCUMENTS]
-    parts += _files("Imported by", [each for each in importers if each not in documents], page)
+    importers = index.graph.importers.get(path, ())
+    documents = {each for each in importers if index.facts[each].language in _DOCUMENTS}
+    apart = documents.union(tests)
+    parts += _files("Imported by", [each for each in importers if each not in apart], page)
     parts += _files("Tests", tests, page)
-    parts += _files("Linked from", documents, page)
+    parts += _files("Linked from", sorted(documents), page)
     parts += _running(index, path, tests)
     parts += _keywords(index, path, page)
     index_page, keywords = folder_page(folder), folder_page(folder, "keywords.md")
@@ -160,7 +161,7 @@ def _running(index: Index, path: str, tests: Sequence[str]) -> Iterator[str]:
     chosen = [path] if own else [each for each in tests if holds_tests(each, index.facts[each])]
     commands = []
     for language, runner in sorted(index.runners.items()):
-        mine = [each for each in chosen if index.facts[each].language == language]
+        mine = [each for each in chosen if index.facts[each].language == language and each.isprintable()]
         commands += [command for command in runner(mine) if command not in commands] if mine else []
     if commands:
         yield "## How to run it" if own else "## How to run the tests"
