@@ -27,6 +27,8 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
 
+from codeindex.markdown import page_of
+
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _CODE = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)")
 _LINK = re.compile(r"(?<!\\)\]\(([^()\s]+)\)")
@@ -82,7 +84,7 @@ def _memory(pid: int) -> int:
 
 
 def wrong_entries(folder: Path, output: Path) -> tuple[int, int]:
-    """How many classes and functions `ast` finds in Python files, and how many of them have not exactly one entry."""
+    """How many classes and functions `ast` finds in Python files with a page, and how many lack exactly one entry."""
     entries: Counter[tuple[str, str, int, int]] = Counter()
     with open(output / ".codeindex" / "names.txt", encoding="utf-8") as lines:
         for line in lines:
@@ -93,6 +95,8 @@ def wrong_entries(folder: Path, output: Path) -> tuple[int, int]:
     unread = set()
     for file in folder.rglob("*.py"):
         path = file.relative_to(folder).as_posix()
+        if not (output / page_of(path)).exists():  # generated
+            continue
         try:
             tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError):  # for another version of Python
@@ -163,10 +167,8 @@ def measure(name: str, source: Path, *options: str) -> None:
         total, wrong = wrong_entries(folder, output)
         print(f"  {total:,} classes and functions, {wrong} without exactly one entry", flush=True)
         total, dead = dead_links(output)
-        print(
-            f"  {total:,} relative links, {dead} dead; {wrong_counts(output)} counts differ from their lists",
-            flush=True,
-        )
+        print(f"  {total:,} relative links, {len(dead)} dead {dead[:3] if dead else ''}", flush=True)
+        print(f"  {wrong_counts(output)} keyword indexes whose count differs from their list", flush=True)
         again = Path(place, "again")
         run(folder, again, *options)
         shutil.rmtree(output)
