@@ -47,6 +47,16 @@ def test_patterns_and_second_moments():
     assert {site.rpartition(".")[2] for site in chosen} == {"gate_proj", "down_proj"}
 
 
+def test_output_that_overflows_when_quantised_is_an_error(monkeypatch):
+    model, batches = tiny_model("llama"), tiny_batches(1)
+    dequantize = deadband.quantization.QuantizedWeight.dequantize
+    monkeypatch.setattr(
+        deadband.quantization.QuantizedWeight, "dequantize", lambda self, dtype: dequantize(self, dtype) * float("inf")
+    )
+    with pytest.raises(ValueError, match=r"q_proj in int8-g32 the model's output holds NaN"):
+        choose_formats(model, batches, 1.0)
+
+
 def test_a_failure_leaves_the_model_as_it_was():
     model = tiny_model("llama")
     before = {key: value.clone() for key, value in model.state_dict().items()}

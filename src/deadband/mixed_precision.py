@@ -111,6 +111,8 @@ def _costs(
         assert expected is not None
         with _quantised(model, sets[name], format, moments):
             total[name] += float(divergence(expected, _log_probabilities(model, batch)).double().sum())
+        if not math.isfinite(total[name]):
+            raise ValueError(f"with {name} in {format} the model's output holds NaN or infinity")
     return {name: each / tokens for name, each in total.items()}
 
 
