@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -134,7 +133,7 @@ def mixed(key: str) -> dict[str, Any]:
         dense, batches = _for_calibration(key)
         batches = [{"input_ids": batches[0]["input_ids"][:, :256]}]
         write_json(file, deadband.mixed_precision.choose_formats(dense, batches, MIXED_KL, progress=True))
-    model = load(key, "mixed")
+    model = load(key, "int8-g32")
     model = deadband.sparsify_(
         model, dict.fromkeys(find_sites(model), 0.0), weights=json.loads(file.read_text()), output_layer="int8-g32"
     )
@@ -244,10 +243,12 @@ def measure(key: str, group: str, quality: Quality | None, options: Any) -> list
         steps["transformers, compiled"] = CompiledDecoder(eager, prompt, context).step
         size["transformers, compiled"] = size["transformers"]
     models: dict[str, Any] = {}
-    made = [ours(key, weights) for weights in (formats if key in REAL else formats[:1])]
+    made: dict[str, Any] = {}
+    for weights in formats if key in REAL else formats[:1]:
+        made |= ours(key, weights)
     if key in REAL and group == "bf16":
-        made.append(mixed(key))
-    for label, model in itertools.chain.from_iterable(each.items() for each in made):
+        made |= mixed(key)
+    for label, model in made.items():
         models[label] = deadband.prepare_decode_(model)
         steps[label] = Decoder(model, prompt).step
         logits[label] = lambda ids, model=model: _sparse_logits(model, ids)

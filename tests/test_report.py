@@ -7,7 +7,6 @@ import json
 import math
 import random
 import re
-import shutil
 import time
 from html.parser import HTMLParser
 from typing import Any
@@ -318,27 +317,6 @@ def test_plotly_is_missing(monkeypatch):
 # In a browser
 
 PLOTS = ("frontier", "speed", "depth", "harm", "scores")
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
-    with playwright.sync_playwright() as started:
-        instance = started.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield instance
-        instance.close()
 
 
 @pytest.fixture

@@ -1,6 +1,18 @@
 from __future__ import annotations
 
+import doctest
+
+import pytest
+from codeindex import facts, markdown, names
 from codeindex.languages import parse
+
+
+@pytest.mark.parametrize("module", [facts, markdown, names], ids=lambda module: module.__name__)
+def test_the_examples_in_docstrings(module):
+    failed, tried = doctest.testmod(module)
+    assert tried
+    assert not failed
+
 
 MARKDOWN = """\
 ---

@@ -7,6 +7,8 @@ import json
 import re
 import sys
 
+DOCUMENTS = ("Markdown", "reStructuredText")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Definition:

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import unquote
 
-from codeindex.facts import Facts, Import
+from codeindex.facts import DOCUMENTS, Facts, Import
 
 _C_FAMILY = ("C", "C++", "CUDA")
 _SCRIPT_FAMILY = ("JavaScript", "TypeScript")
@@ -19,7 +19,6 @@ FAMILIES = {language: "C" for language in _C_FAMILY} | {language: "JavaScript" f
 
 _ROOTS = ("", "src", "lib", "python")
 """Folders that are on Python's path by convention."""
-_DOCUMENTS = ("Markdown", "reStructuredText")
 _C_HEADERS = {f"{name}.h" for name in (
     "assert", "complex", "ctype", "dirent", "dlfcn", "errno", "fcntl", "fenv", "float", "inttypes", "limits", "locale",
     "math", "pthread", "sched", "semaphore", "setjmp", "signal", "stdalign", "stdarg", "stdatomic", "stdbool", "stddef",
@@ -87,7 +86,7 @@ class Graph:
     def tests_of(self, path: str) -> tuple[str, ...]:
         """The tests that import a file."""
         importers = self.importers.get(path, ())
-        return tuple(each for each in importers if is_test(each) and self._facts[each].language not in _DOCUMENTS)
+        return tuple(each for each in importers if is_test(each) and self._facts[each].language not in DOCUMENTS)
 
     def outside(self, path: str) -> set[str]:
         """What a file imports that is not in the repository."""
@@ -102,7 +101,7 @@ class Graph:
         if language in _SCRIPT_FAMILY:
             return self._script(path, each.target)
         if language == "Go":
-            return self._go(path, each.target)
+            return self._go(each.target)
         if language == "Rust":
             return self._rust(path, each.target)
         if language == "Java":
@@ -152,7 +151,7 @@ class Graph:
             if "." in name or posixpath.basename(folder) in _ROOTS or f"{path}/".startswith(f"{folder}/")
             or posixpath.basename(file).startswith("__init__.")
         ]  # fmt: skip
-        return max(found, key=lambda each: (_shared(each, path), -len(each), each), default=None)
+        return _nearest(path, found)
 
     def _through(self, module: str, mentions: set[str]) -> Iterator[str]:
         """Where the names come from that a file takes from an imported package as attributes."""
@@ -177,11 +176,6 @@ class Graph:
 
     # the others
 
-    def _best(self, path: str, candidates: Iterable[str]) -> Iterator[str]:
-        found = max(candidates, key=lambda each: (_shared(each, path), -len(each), each), default=None)
-        if found is not None:
-            yield found
-
     def _included(self, path: str, target: str) -> Iterator[str]:
         beside = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
         if beside in self._facts:
@@ -192,7 +186,9 @@ class Graph:
         wanted = posixpath.normpath(target)
         ends = [each for each in self._by_name.get(posixpath.basename(wanted), ())
                 if each == wanted or each.endswith(f"/{wanted}")]  # fmt: skip
-        yield from self._best(path, ends)
+        found = _nearest(path, ends)
+        if found is not None:
+            yield found
 
     def _script(self, path: str, target: str) -> Iterator[str]:
         if not target.startswith("."):
@@ -201,9 +197,11 @@ class Graph:
         stem = posixpath.splitext(base)[0]
         names = [base, *(base + end for end in _SCRIPT_ENDINGS), *(f"{base}/index{end}" for end in _SCRIPT_ENDINGS),
                  *(stem + end for end in _SCRIPT_ENDINGS)]  # fmt: skip
-        yield from (each for each in [next((name for name in names if name in self._facts), None)] if each)
+        found = next((name for name in names if name in self._facts), None)
+        if found is not None:
+            yield found
 
-    def _go(self, path: str, target: str) -> Iterator[str]:
+    def _go(self, target: str) -> Iterator[str]:
         modules = [name for name in self._go_modules if f"{target}/".startswith(f"{name}/")]
         if modules:
             name = max(modules, key=len)
@@ -299,6 +297,11 @@ def _own_name(facts: Mapping[str, Facts]) -> str:
     targets = (each.target.split(".") for own in facts.values() if own.language == "Python" for each in own.imports)
     said = Counter(parts[0] for parts in targets if len(parts) > 1 and parts[1] in inside)
     return max(said, key=lambda name: (said[name], name), default="")
+
+
+def _nearest(path: str, files: Iterable[str]) -> str | None:
+    """The file that has most folders in common with `path`."""
+    return max(files, key=lambda each: (_shared(each, path), -len(each), each), default=None)
 
 
 def _shared(first: str, second: str) -> int:

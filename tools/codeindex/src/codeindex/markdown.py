@@ -9,6 +9,7 @@ import re
 from urllib.parse import quote
 
 from codeindex.facts import Definition
+from codeindex.markup import CODE_SPAN
 
 _RESERVED = re.compile(r"(?:index|readme|keywords(?:-\d+)?|404)_*$", re.I)
 _LONGEST = 240  # bytes of a name that file systems take, with the page's ending
@@ -77,11 +78,8 @@ def code(text: str) -> str:
 _ENTITIES = {"&": "&amp;", "<": "&lt;", "~": "&#126;", "$": "&#36;"}
 
 
-_CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
-
-
 def plain(text: str) -> str:
-    """Prose of others on one line, such that it stays prose: no links, emphasis, HTML, lists or formulas come of it.
+    r"""Prose of others on one line, such that it stays prose: no links, emphasis, HTML, lists or formulas come of it.
     What it sets as code stays code.
 
     Example:
@@ -90,7 +88,7 @@ def plain(text: str) -> str:
     """
     text = " ".join(text.split())
     made, at = [], 0
-    for found in _CODE.finditer(text):
+    for found in CODE_SPAN.finditer(text):
         made += [_escaped(text[at : found.start()]), code(found[2])]
         at = found.end()
     made.append(_escaped(text[at:]))

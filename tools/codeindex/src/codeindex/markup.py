@@ -13,7 +13,7 @@ _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*$")
 _LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\[\]]*\])*\]\(\s*<?([^\s<>()]*(?:\([^\s()]*\)[^\s<>()]*)*)>?(?:\s+[^)]*)?\)")
 _REFERENCE = re.compile(r" {0,3}\[[^\]]+\]:\s*<?([^\s>]+)>?")
 _NO_PROSE = "<[!|>#-*=:+"
-_CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
+CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -48,8 +48,8 @@ def parse_markdown(text: str) -> Facts:
             complete = True
         if not fence:
             for pattern in (_LINK, _REFERENCE):
-                imports += [Import(found[1], (), number) for found in pattern.finditer(_CODE.sub("", line))]
-            for found in _CODE.finditer(line):
+                imports += [Import(found[1], (), number) for found in pattern.finditer(CODE_SPAN.sub("", line))]
+            for found in CODE_SPAN.finditer(line):
                 mentions.update(IDENTIFIER.findall(found[2]))
         before = "" if fence else line
     sections = tuple(_sections(headings, len(lines)))

@@ -8,10 +8,9 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping
 
-from codeindex.facts import Definition, Facts
+from codeindex.facts import DOCUMENTS, Definition, Facts
 from codeindex.graph import FAMILIES, Graph
 
-_DOCUMENTS = ("Markdown", "reStructuredText")
 _LOOSE = ("Go", "Java", "Shell")  # languages whose files can call each other's methods without an import
 
 
@@ -90,7 +89,7 @@ class Names:
             if _holds(mentions, each)
         }
         if len(definers) == 1:
-            documents = {each for each in mentions if self._languages[each] in _DOCUMENTS}
+            documents = {each for each in mentions if self._languages[each] in DOCUMENTS}
             if definition.kind == "method":  # `page` is a word
                 documents.intersection_update(self._mentions.get(_outer(definition.name), ()))
             found |= documents

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from codeindex.facts import Definition, Facts
+from codeindex.facts import DOCUMENTS, Definition, Facts
 from codeindex.graph import Graph, holds_tests
 from codeindex.markdown import Sources, code, count, folder_page, lines, link, page_of, plain, shown
 from codeindex.names import Names, simple
@@ -20,7 +20,6 @@ PICTURE = "imports.svg"
 PAGE_ENTRIES = 1000
 """Entries of a keyword index on one page."""
 _PLURALS = {"class": "classes", "local class": "local classes"}
-_DOCUMENTS = ("Markdown", "reStructuredText")
 _NOT_IN_ANCHORS = re.compile(r"[^\w.:-]+")
 Keyword = tuple[str, str, Definition, str]
 """A simple name, the file that defines it, the definition, and its id on the file's page."""
@@ -85,7 +84,7 @@ def file_page(index: Index, path: str) -> str:
     parts += _public(index, path, page)
     parts += _imports(index, path, page)
     importers = index.graph.importers.get(path, ())
-    documents = {each for each in importers if index.facts[each].language in _DOCUMENTS}
+    documents = {each for each in importers if index.facts[each].language in DOCUMENTS}
     apart = documents.union(tests)
     parts += _files("Imported by", [each for each in importers if each not in apart], page)
     parts += _files("Tests", tests, page)
@@ -130,7 +129,7 @@ def _public(index: Index, path: str, page: str) -> Iterator[str]:
         rows.append(f"{'    ' * len(open_scopes)}* {index.sources.link(label, path, page, lines(each))}{doc}")
         open_scopes.append(each)
     if rows:
-        yield "## Headings" if own.language in _DOCUMENTS else "## Public names"
+        yield "## Headings" if own.language in DOCUMENTS else "## Public names"
         yield "\n".join(rows)
 
 
@@ -141,7 +140,7 @@ def _is_inside(inner: Definition, outer: Definition) -> bool:
 
 
 def _imports(index: Index, path: str, page: str) -> Iterator[str]:
-    document = index.facts[path].language in _DOCUMENTS
+    document = index.facts[path].language in DOCUMENTS
     inside, outside = index.graph.imports.get(path, ()), sorted(index.graph.outside(path))
     yield from _files("Links to" if document else "Imports", inside, page)
     if outside and not document:

@@ -35,7 +35,7 @@ class Repository:
     """A working tree.
 
     Example:
-        >>> Repository(Path("/nowhere"))
+        >>> Repository(Path("/nowhere"))  # doctest: +SKIP
         Traceback (most recent call last):
         codeindex.repository.RepositoryError: /nowhere is not a folder
     """

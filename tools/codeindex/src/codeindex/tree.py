@@ -80,9 +80,9 @@ _JS = """
 (program (export_statement (lexical_declaration (variable_declarator name: (identifier) @name) @variable)))
 """
 _TS = (
-    _JS.replace("(class_declaration name: (_) @name) @class", "(class_declaration name: (_) @name) @class\n"
-                "(abstract_class_declaration name: (_) @name) @class")
+    _JS
     + """
+(abstract_class_declaration name: (_) @name) @class
 (interface_declaration name: (_) @name) @interface
 (type_alias_declaration name: (_) @name) @type
 (enum_declaration name: (_) @name) @enum
@@ -91,7 +91,7 @@ _TS = (
 (abstract_method_signature name: (_) @name) @method
 (internal_module name: (_) @name) @namespace
 """
-)  # fmt: skip
+)
 _GO = """
 (comment) @quiet (interpreted_string_literal) @quiet (raw_string_literal) @quiet
 (import_spec path: (_) @import)
@@ -176,7 +176,7 @@ _NAMES = {
     *("destructor_name", "operator_name", "template_function"),
 }
 _TEST_MACROS = {"TEST", "TEST_F", "TEST_P", "TYPED_TEST", "TYPED_TEST_P"}
-_METHOD_PARENTS = {"class", "struct", "union", "interface", "trait", "record", "impl"}
+_METHOD_PARENTS = {"class", "struct", "union", "interface", "trait", "record"}
 
 
 @functools.cache
@@ -211,17 +211,24 @@ class _Source:
     comments: list[Node] = dataclasses.field(default_factory=list)
     access: dict[int, list[tuple[int, str]]] = dataclasses.field(default_factory=dict)
 
-    def exports(self, found: _Found) -> bool:
-        """Whether a JavaScript module with exports exports this; of another file, all is for others."""
+    @functools.cached_property
+    def exported(self) -> set[str] | None:
+        """The names that a JavaScript module exports in a list of its own; None of a file without exports."""
         if self.grammar.language not in ("JavaScript", "TypeScript") or not _EXPORT.search(self.text):
+            return None
+        clauses = _EXPORTED.findall(self.text)
+        return {word.decode() for clause in clauses for word in _IDENTIFIER.findall(clause)}
+
+    def exports(self, found: _Found) -> bool:
+        """Whether a module with exports exports this; of another file, all is for others."""
+        if self.exported is None:
             return True
         node: Node | None = found.node
         for _ in range(3):
             if node is not None and node.type == "export_statement":
                 return True
             node = None if node is None else node.parent
-        words = (word for clause in _EXPORTED.findall(self.text) for word in _IDENTIFIER.findall(clause))
-        return found.name.encode() in words
+        return found.name in self.exported
 
 
 def parse_tree(text: bytes, name: str) -> Facts:
