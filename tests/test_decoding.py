@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import shutil
 import sys
 import warnings
 
 import pytest
 import torch
-from conftest import sparse_model, tiny_batches, tiny_model
+import transformers
+from conftest import CONFIGS, sparse_model, tiny_batches, tiny_model
 
 import deadband
-from deadband import decoding
+from deadband import decode_graph, decoding
 from deadband.bench import Decoder
-from deadband.decoding import DecodeWarning, is_prepared, prepare_decode_, unprepare_decode_
+from deadband.decode_cache import BLOCK
+from deadband.decode_check import check_step, compare, filled_cache, lengths_of
+from deadband.decode_graph import NotCapturedError
+from deadband.decoding import DecodeWarning, decode_report, is_prepared, prepare_decode_, unprepare_decode_
+from deadband.running import cache_argument
 from deadband.sites import find_sites
 from deadband.sparsify import sparse_prefill, sparse_sites, sparsify_
 
@@ -31,13 +37,20 @@ def decode(model, prompt=PROMPT, tokens=70, **options):
     return model.generate(prompt, max_new_tokens=tokens, do_sample=False, **options)
 
 
+def prefill(model, tokens):
+    """The cache after these tokens."""
+    return model(tokens, use_cache=True)[1]
+
+
+def step(model, token, cache, **more):
+    return model(token, **{cache_argument(model): cache}, **more)
+
+
 def logits_along(model, tokens, prompt_length):
     """Logits of each token of a given continuation, decoded one by one."""
     with torch.no_grad():
-        cache = model(tokens[:, :prompt_length], use_cache=True).past_key_values
-        steps = [
-            model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(prompt_length, tokens.shape[1])
-        ]
+        cache = prefill(model, tokens[:, :prompt_length])
+        steps = [step(model, tokens[:, i : i + 1], cache).logits for i in range(prompt_length, tokens.shape[1])]
     return torch.cat(steps, 1)
 
 
@@ -69,15 +82,16 @@ def test_same_tokens_and_logits(name):
 
 
 @compiled
-def test_the_graph_is_taken_in_generate_and_skips(sparse, monkeypatch):
+def test_the_graph_is_taken_in_generate_and_skips(sparse, recwarn):
+    """With whatever names this transformers' generate gives its arguments, and no word of what it deprecates."""
     model, prepared = sparse
     deadband.sparsity(model, reset=True), deadband.sparsity(prepared, reset=True)
-    calls = []
-    decoder = prepared._deadband_decoder
-    run = decoder.run
-    monkeypatch.setattr(decoder, "run", lambda *inputs: calls.append(1) or run(*inputs))
+    decode_report(prepared, reset=True)
     assert torch.equal(decode(prepared, tokens=110), decode(model, tokens=110))  # more than two blocks: the store grows
-    assert len(calls) == 109
+    report = decode_report(prepared, reset=True)
+    assert (report.graph, report.model, report.problem) == (109, {}, None)
+    assert decode_report(prepared).graph == 0
+    assert not [each for each in recwarn if issubclass(each.category, (FutureWarning, DecodeWarning))]
     ours, theirs = deadband.sparsity(prepared), deadband.sparsity(model)
     assert ours.entries == theirs.entries
     assert ours.total == pytest.approx(theirs.total, abs=0.01)
@@ -117,7 +131,9 @@ def test_batches_padding_beams_and_static_caches_run_as_before(sparse):
         {"use_cache": False},
     ):
         expected = decode(model, batch, 12, **options)
-        assert torch.equal(decode(prepared, batch, 12, **options), expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DecodeWarning)
+            assert torch.equal(decode(prepared, batch, 12, **options), expected)
     padded = {"attention_mask": mask[:1]}
     assert torch.equal(decode(prepared, batch[:1], 12, **padded), decode(model, batch[:1], 12, **padded))
 
@@ -128,15 +144,15 @@ def test_the_cache_stays_transformers_own(sparse):
     outputs = []
     with torch.no_grad():
         for each in (model, prepared):
-            cache = each(PROMPT, use_cache=True).past_key_values
-            first = each(PROMPT[:, :1], past_key_values=cache).logits
+            cache = prefill(each, PROMPT)
+            first = step(each, PROMPT[:, :1], cache).logits
             assert cache.get_seq_length() == 21
-            several = each(PROMPT[:, 1:4], past_key_values=cache).logits  # a chat that continues
-            second = each(PROMPT[:, 4:5], past_key_values=cache).logits
+            several = step(each, PROMPT[:, 1:4], cache).logits  # a chat that continues
+            second = step(each, PROMPT[:, 4:5], cache).logits
             other = copy.deepcopy(cache)
             cache.crop(-3)
-            cropped = each(PROMPT[:, 5:6], past_key_values=cache).logits
-            copied = each(PROMPT[:, 5:6], past_key_values=other).logits
+            cropped = step(each, PROMPT[:, 5:6], cache).logits
+            copied = step(each, PROMPT[:, 5:6], other).logits
             outputs.append((first, several, second, cropped, copied, cache.layers[1].keys, cache.layers[1].values))
     for ours, theirs in zip(outputs[1], outputs[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
@@ -148,16 +164,16 @@ def test_the_cache_stays_transformers_own(sparse):
 def test_copies_of_a_cache_stand_alone(name, copied):
     prepared = prepare_decode_(tiny_model(name))
     with torch.no_grad():
-        cache = prepared(torch.cat([PROMPT, PROMPT], 1), use_cache=True).past_key_values
-        prepared(PROMPT[:, :1], past_key_values=cache)
+        cache = prefill(prepared, torch.cat([PROMPT, PROMPT], 1))
+        step(prepared, PROMPT[:, :1], cache)
         other = copied(cache)
         assert all(type(layer).__module__ == "transformers.cache_utils" for layer in other.layers)
         assert sum(layer.keys.untyped_storage().nbytes() for layer in other.layers) == sum(
             layer.keys.nbytes for layer in other.layers
         )  # nothing of the model, and no room to grow
-        expected = prepared(PROMPT[:, 1:2], past_key_values=cache).logits
+        expected = step(prepared, PROMPT[:, 1:2], cache).logits
         assert cache.get_seq_length() == other.get_seq_length() + 1
-        assert torch.equal(prepared(PROMPT[:, 1:2], past_key_values=other).logits, expected)
+        assert torch.equal(step(prepared, PROMPT[:, 1:2], other).logits, expected)
 
 
 @compiled
@@ -168,9 +184,9 @@ def test_sliding_windows_after_other_writes():
     results = []
     with torch.no_grad():
         for each in (model, prepared):
-            cache = each(tokens[:, :40], use_cache=True).past_key_values
-            steps = [each(tokens[:, 40:41], past_key_values=cache), each(tokens[:, 41:50], past_key_values=cache)]
-            steps += [each(tokens[:, i : i + 1], past_key_values=cache) for i in range(50, 60)]
+            cache = prefill(each, tokens[:, :40])
+            steps = [step(each, tokens[:, 40:41], cache), step(each, tokens[:, 41:50], cache)]
+            steps += [step(each, tokens[:, i : i + 1], cache) for i in range(50, 60)]
             results.append(torch.cat([step.logits for step in steps], 1))
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
 
@@ -240,15 +256,316 @@ def test_leaves_the_model_usable(tmp_path):
 @compiled
 def test_hooks_see_every_token(sparse):
     model, prepared = sparse
+    decode_report(prepared, reset=True)
+    prepared._deadband_decoder.told.clear()
     seen = []
     handle = prepared.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DecodeWarning)
+        with pytest.warns(DecodeWarning, match="model.layers.0 has a hook"):
             decode(prepared, tokens=5)
     finally:
         handle.remove()
     assert len(seen) == 5
+    with torch.no_grad():
+        cache = prefill(prepared, PROMPT)
+        step(prepared, PROMPT[:, :1], cache)
+        handle = prepared.lm_head.register_forward_pre_hook(lambda *_: seen.append(1))  # between two tokens
+        step(prepared, PROMPT[:, 1:2], cache)
+        handle.remove()
+        step(prepared, PROMPT[:, 2:3], cache)
+    assert len(seen) == 6
+    report = decode_report(prepared)
+    assert report.graph == 2
+    assert sorted(report.model.values()) == [1, 4]
+
+
+@compiled
+def test_what_transformers_leaves_behind_is_no_hook_of_a_user(sparse):
+    model, prepared = sparse
+    with torch.no_grad():
+        prepared(PROMPT, output_hidden_states=True)
+    decode_report(prepared, reset=True)
+    decode(prepared, tokens=5)
+    assert decode_report(prepared).graph == 4
+
+
+def _gradients(prepared, token, cache):
+    with torch.enable_grad():
+        return step(prepared, token, cache)
+
+
+def _mask(prepared, token, cache):
+    mask = torch.ones(1, 21, dtype=torch.int64)
+    mask[0, 0] = 0
+    return step(prepared, token, cache, attention_mask=mask)
+
+
+def _forward_on_the_instance(prepared, token, cache):
+    forward = prepared.forward
+    prepared.forward = lambda *args, **kwargs: type(prepared)._deadband_original.forward(prepared, *args, **kwargs)
+    try:
+        return step(prepared, token, cache)
+    finally:
+        del prepared.forward
+        assert prepared.forward.__func__ is forward.__func__
+
+
+def _forward_of_a_part(prepared, token, cache):
+    part = prepared.model.layers[0].mlp
+    part.forward = type(part).forward.__get__(part)
+    try:
+        return step(prepared, token, cache)
+    finally:
+        del part.forward
+
+
+def _other_weights(prepared, token, cache):
+    before = prepared.lm_head.weight.data
+    prepared.lm_head.weight.data = before.clone()
+    try:
+        return step(prepared, token, cache)
+    finally:
+        prepared.lm_head.weight.data = before
+
+
+REASONS = {
+    "gradients are on": _gradients,
+    "attention_mask has padding": _mask,
+    "position_ids are not": lambda *step_: step(*step_, position_ids=torch.tensor([[7]])),
+    "argument 'attentions_wanted'": lambda *step_: step(*step_, attentions_wanted=True),
+    "argument 'output_hidden_states'": lambda *step_: step(*step_, output_hidden_states=True),
+    "use_cache=False": lambda *step_: step(*step_, use_cache=False),
+    "inputs_embeds": lambda prepared, token, cache: step(
+        prepared, None, cache, inputs_embeds=prepared.get_input_embeddings()(token)
+    ),
+    "token ids are torch.int32": lambda prepared, token, cache: step(prepared, token.int(), cache),
+    "forward on the instance": _forward_on_the_instance,
+    "changed since prepare_decode_ (model.layers.0.mlp)": _forward_of_a_part,
+    "changed since prepare_decode_ (": _other_weights,
+}
+
+
+@compiled
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_step_without_the_graph_says_why_once(sparse, reason):
+    model, prepared = sparse
+    decode_report(prepared, reset=True)
+    prepared._deadband_decoder.told.clear()
+    token = PROMPT[:, 3:4]
+    with torch.no_grad():
+        expected = step(
+            model,
+            token,
+            prefill(model, PROMPT),
+            **({"position_ids": torch.tensor([[7]])} if "position" in reason else {}),
+        )
+        if "mask" in reason:
+            expected = _mask(model, token, prefill(model, PROMPT))
+        with pytest.warns(DecodeWarning, match=re.escape(reason)) as told:
+            found = REASONS[reason](prepared, token, prefill(prepared, PROMPT))
+        assert len([each for each in told if each.category is DecodeWarning]) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DecodeWarning)
+            REASONS[reason](prepared, token, prefill(prepared, PROMPT))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-3, atol=1e-3)
+    report = decode_report(prepared)
+    assert report.graph == 0
+    assert list(report.model.values()) == [2]
+    assert reason in str(report)
+    decode(prepared, tokens=3)
+    assert decode_report(prepared).graph == 2  # and the next sequence takes it again
+
+
+@compiled
+def test_batches_and_other_caches_say_why(sparse):
+    model, prepared = sparse
+    decode_report(prepared, reset=True)
+    batch = tiny_batches(1, rows=3, length=12)[0]["input_ids"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DecodeWarning)
+        decode(prepared, batch, 5)
+        decode(prepared, PROMPT, 5, cache_implementation="static")
+    reasons = decode_report(prepared).model
+    assert reasons.pop("there is more than one sequence") == 4
+    ((reason, count),) = reasons.items()
+    assert (count, "StaticCache" in reason) == (4, True)
+
+
+@compiled
+def test_a_model_inside_of_another_is_prepared():
+    class Holder(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner = model
+
+        def generate(self, *args, **kwargs):
+            return self.inner.generate(*args, **kwargs)
+
+    holder = Holder(tiny_model("llama"))
+    prepare_decode_(holder)
+    decode(holder, tokens=5)
+    assert decode_report(holder).graph == 4
+    assert is_prepared(holder)
+    unprepare_decode_(holder)
+    assert not is_prepared(holder)
+
+
+@compiled
+def test_adapters_before_and_after():
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny_model("llama"), settings).eval()
+    expected = decode(adapted, tokens=8)
+    prepare_decode_(adapted)
+    assert torch.equal(decode(adapted, tokens=8), expected)
+    assert decode_report(adapted).graph == 7
+
+    prepared = prepare_decode_(tiny_model("llama"))
+    adapted = peft.get_peft_model(prepared, settings).eval()
+    with pytest.warns(DecodeWarning, match="changed since"):
+        decode(adapted, tokens=8)
+
+
+class Counting(transformers.LlamaForCausalLM):
+    """A model with state of its own: what it saw last moves its logits."""
+
+    kept = 0.0
+
+    def forward(self, input_ids=None, **kwargs):
+        output = super().forward(input_ids, **kwargs)
+        self.kept = float(input_ids[0, 0] == 99) if self.prompt_only else float(self.kept) + 1
+        output.logits = output.logits + self.kept
+        return output
+
+
+def test_state_outside_of_the_cache_is_refused():
+    model = tiny_model("llama")
+    model.__class__ = Counting
+    model.prompt_only = False
+    with pytest.warns(DecodeWarning, match="keeps state outside of its cache, in kept"):
+        prepare_decode_(model)
+
+
+@compiled
+def test_rope_deltas_of_an_image_are_seen():
+    sizes = {**CONFIGS["qwen2"][1], "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    tokens = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
+    config = transformers.Qwen2VLConfig(text_config=sizes, vision_config=vision, **tokens)
+    torch.manual_seed(0)
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    prepared = prepare_decode_(copy.deepcopy(model))
+    assert is_prepared(prepared), decode_report(prepared).problem
+    for deltas in (0, -3):  # as after text, and as after an image
+        logits = []
+        for each in (model, prepared):
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", DecodeWarning)
+                cache = prefill(each, PROMPT)
+                each.model.rope_deltas = torch.tensor([[deltas]])
+                logits.append(step(each, PROMPT[:, :1], cache).logits)
+        torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
+    report = decode_report(prepared)
+    assert report.graph == 1
+    assert any("rope_deltas" in reason for reason in report.model)
+
+
+@compiled
+@pytest.mark.parametrize("chunk", [48, 70])
+def test_chunks_and_windows_are_the_models_own(chunk):
+    """The cache's layers are those of sliding windows for chunks as well; the masks tell them apart."""
+    sizes = {**CONFIGS["llama"][1], "head_dim": 16, "intermediate_size_mlp": 112, "num_local_experts": 2}
+    sizes |= {"num_experts_per_tok": 1, "moe_layers": [], "no_rope_layers": [1, 0], "interleave_moe_layer_step": 0}
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(**sizes, attention_chunk_size=chunk)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    prepared = prepare_decode_(copy.deepcopy(model))
+    assert is_prepared(prepared), decode_report(prepared).problem
+    tokens = torch.randint(3, 128, (1, 125), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        logits_along(prepared, tokens, 20), logits_along(model, tokens, 20), rtol=1e-3, atol=1e-3
+    )
+    assert decode_report(prepared).graph == 105
+
+
+def test_lengths_around_every_boundary_are_compared():
+    config = transformers.Gemma3TextConfig(sliding_window=512, max_position_embeddings=4096)
+    assert {511, 512, 513, BLOCK, 2 * BLOCK} <= set(lengths_of(config))
+    config = transformers.LlamaConfig(
+        max_position_embeddings=1000,
+        rope_parameters={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 300,
+            "rope_theta": 1e4,
+        },
+    )
+    assert {299, 300, 301} <= set(lengths_of(config))
+    assert max(lengths_of(transformers.GPT2Config(n_positions=100))) == 64
+
+
+def _templates(model):
+    with torch.no_grad():
+        return [(layer.keys, layer.values) for layer in prefill(model, PROMPT).layers]
+
+
+def test_a_mistake_at_one_length_is_found():
+    model = tiny_model("gemma3")
+    template = _templates(model)
+    config = model.config.get_text_config()
+
+    def decode_wrong_at(wrong):
+        def decode_(store):
+            cache = filled_cache(config, template, store.length, torch.float32)
+            return step(model, torch.ones(1, 1, dtype=torch.int64), cache).logits * (1 + 1e-3 * (store.length == wrong))
+
+        return decode_
+
+    with torch.no_grad():
+        compare(model, config, template, torch.float32, decode_wrong_at(None))
+        for wrong in (31, 32, 33, 64, 128):
+            if wrong in lengths_of(config):
+                with pytest.raises(NotCapturedError, match=f"after {wrong} tokens"):
+                    compare(model, config, template, torch.float32, decode_wrong_at(wrong))
+
+
+def test_what_bfloat16_would_hide_is_found(monkeypatch):
+    model = sparse_model("llama", torch.bfloat16)
+    deadband.sparsify_(model, dict.fromkeys(find_sites(model), 0.02), weights="int8")
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    template = _templates(model)
+    with torch.no_grad():
+        expected = model(PROMPT).logits
+        check_step(model, template)
+        attend = decode_graph.attend
+        monkeypatch.setattr(decode_graph, "attend", lambda *inputs: attend(*inputs) * 1.02)
+        with pytest.raises(NotCapturedError, match="logits after 32 tokens differ by 0.0"):
+            check_step(model, template)
+        assert torch.equal(model(PROMPT).logits, expected)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("BloomConfig", "attention has code of its own"), ("GptOssConfig", "'s_aux'"), ("MambaConfig", "cache is a")],
+)
+def test_other_attention_is_refused_with_the_reason(kind, reason):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "n_head": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {
+        "vocab_size": 128,
+        "intermediate_size": 32,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "head_dim": 16,
+    }
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes, head_dim=16)).eval()
+    with pytest.warns(DecodeWarning, match=reason):
+        prepare_decode_(model)
+    report = decode_report(model)
+    assert report.graph == 0
+    assert reason in report.problem
 
 
 @compiled
@@ -277,7 +594,8 @@ def test_falls_back_where_it_cannot_compile(monkeypatch):
 
 
 def test_models_that_cannot_be_captured_decode_as_before():
-    model = sparse_model("opt")  # makes its mask from the cache's length as a number
+    model = tiny_model("opt")
+    model.model.decoder.layers[0].self_attn.layer_idx = None
     expected = decode(model, tokens=5)
     with pytest.warns(DecodeWarning, match="without a compiled graph"):
         prepare_decode_(model)
@@ -290,7 +608,7 @@ def test_what_was_compiled_is_compared_with_the_model(monkeypatch):
         return lambda *inputs: (torch.randn(1, 1, 128),)
 
     monkeypatch.setattr(decoding, "compile_graph", wrong)
-    with pytest.warns(DecodeWarning, match="logits differ"):
+    with pytest.warns(DecodeWarning, match="logits after .* differ"):
         prepare_decode_(tiny_model("llama"))
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from deadband.decode_cache import BLOCK, Store, grown
 from deadband.fusion import fuse_gated_mlps, fuse_linears, pack_layers, supply
 from deadband.ops import COUNTS, quantized_linear, sparse_linear
 from deadband.ops.attention import attend
+from deadband.running import cache_argument
 
 GraphPass = Callable[[torch.fx.GraphModule], None]
 
@@ -36,7 +39,37 @@ def _realize(tensor: Tensor) -> Tensor:
     return torch.ops.prims.inductor_force_stride_order(tensor, tensor.stride())
 
 
-_masks: list[Tensor] = []  # of the layers of the model being captured
+class NotCapturedError(RuntimeError):
+    """A model works in a way of which no graph of one token can be made here."""
+
+
+class _Trace:
+    """One token at `position` through a model, of which `tokens` places of the cache are looked at.
+
+    It notes which layers write to the cache and which attend, for `check`.
+    """
+
+    def __init__(self, position: Tensor, tokens: Any) -> None:
+        self.position, self.tokens = position, tokens
+        self.written: Counter[int] = Counter()
+        self.attended: Counter[int] = Counter()
+
+    def check(self, layers: int) -> None:
+        """A NotCapturedError unless each layer of the cache was written to once, and read by our attention once."""
+        for layer in range(layers):
+            if self.written[layer] != 1 or self.attended[layer] != 1:
+                raise NotCapturedError(
+                    f"layer {layer} of its cache is written to {_times(self.written[layer])} and read through "
+                    f"transformers' attention interface {_times(self.attended[layer])}, expected once each: its "
+                    "attention has code of its own"
+                )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+_trace: _Trace | None = None  # of the token that passes through `_Step`
 
 
 def _attend(
@@ -48,76 +81,107 @@ def _attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    sliding_window: Any = None,
-    is_causal: Any = None,
+    sliding_window: Any = None,  # the mask has it
+    is_causal: Any = None,  # so has it this
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one token on deadband's kernel, which reads the cache as it lies."""
-    unknown = [name for name, each in others.items() if isinstance(each, Tensor) and name not in _HARMLESS]
+    assert _trace is not None
+    name = type(module).__name__
+    unknown = [name for name, each in others.items() if each is not None and not _harmless(name, each)]
     if unknown:
-        raise NotImplementedError(f"{type(module).__name__} passes {unknown[0]} to its attention")
+        raise NotCapturedError(f"{name} passes {unknown[0]!r} to its attention, which the kernel does not know")
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4 or attention_mask.shape[1] != 1:
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else attention_mask
+        raise NotCapturedError(f"{name} attends with a mask of {got}, expected one of [1, 1, 1, tokens] for all heads")
+    if attention_mask.dtype is torch.bool:
+        raise NotCapturedError(f"{name} makes a mask of its own")
+    if getattr(module, "layer_idx", None) is None:
+        raise NotCapturedError(f"{name} does not say which layer of the cache it reads (it has no layer_idx)")
+    _trace.attended[module.layer_idx] += 1
     batch, heads, _, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
     mixed = attend(
         query.reshape(heads, size).to(value.dtype),
         key[0].transpose(1, 2),
         value[0],
-        _masks[module.layer_idx],
+        attention_mask.float().reshape(-1),
         scaling,
         softcap or 0.0,
     )
     return mixed.reshape(batch, 1, heads, -1).to(query.dtype), None
 
 
-_HARMLESS = ("position_ids", "cache_position", "cos", "sin", "position_embeddings")
+def _harmless(name: str, value: Any) -> bool:
+    return name in _HARMLESS or (isinstance(value, bool) and name.startswith(("output_", "return_")))
+
+
+_HARMLESS = frozenset(
+    ("position_ids", "cache_position", "cos", "sin", "position_embeddings", "use_cache", "logits_to_keep")
+)
 _ATTENTION = "deadband_decode"
 
 
-def _traced_cache(keys: list[Tensor], values: list[Tensor], position: Tensor, tokens: Any, windows: list[Any]) -> Any:
-    """A transformers cache over a Store's tensors, for one step at `position`, of which `tokens` are looked at."""
+def _mask(batch_size: int, *, mask_function: Callable[..., Any], **_: Any) -> Tensor:
+    """What transformers calls for each pattern of a model (causal, within a window, a chunk, ...): its function says
+    which of the places that are looked at the token may see. [1, 1, 1, tokens], to be added to scores."""
+    assert _trace is not None
+    zero = _trace.position.new_zeros(1, 1, 1, 1)
+    # kept as a tensor: inductor's code for a floor division of an index is wrong (a chunk; torch 2.13, AVX-512)
+    seen = _realize(torch.arange(_trace.tokens, device=zero.device)).view(1, 1, 1, -1)
+    kept = mask_function(zero, zero, _trace.position.view(1, 1, 1, 1), seen)
+    kept = kept & (seen <= _trace.position)  # beyond, the cache has nothing yet
+    return _realize(torch.where(kept, 0.0, -torch.inf))
+
+
+def _traced_cache(keys: list[Tensor], values: list[Tensor], trace: _Trace) -> Any:
+    """A transformers cache over a Store's tensors, for one step."""
     from transformers.cache_utils import Cache, DynamicLayer
 
     class Traced(DynamicLayer):
         keys: Any
         values: Any
+        index: int
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            self.keys.index_copy_(3, position, key_states.transpose(2, 3))
-            self.values.index_copy_(2, position, value_states)
-            return self.keys[..., :tokens].transpose(2, 3), self.values[:, :, :tokens]
+            trace.written[self.index] += 1
+            self.keys.index_copy_(3, trace.position, key_states.transpose(2, 3))
+            self.values.index_copy_(2, trace.position, value_states)
+            return self.keys[..., : trace.tokens].transpose(2, 3), self.values[:, :, : trace.tokens]
 
         def get_seq_length(self) -> Any:
-            return position[0]
+            return trace.position[0]
 
-    seen = torch.arange(tokens, device=position.device)
-    masks: dict[Any, Tensor] = {}
+        def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[Any, int]:
+            return trace.tokens, 0
+
     layers: list[Any] = []
-    _masks.clear()
-    for key, value, window in zip(keys, values, windows, strict=True):
-        if window not in masks:
-            kept = seen <= position if window is None else (seen <= position) & (seen > position - window)
-            masks[window] = _realize(torch.where(kept, 0.0, -torch.inf))
+    for index, (key, value) in enumerate(zip(keys, values, strict=True)):
         layer = Traced()
-        layer.keys, layer.values, layer.is_initialized = key, value, True
+        layer.index, layer.keys, layer.values, layer.is_initialized = index, key, value, True
         layers.append(layer)
-        _masks.append(masks[window])
     return Cache(layers=layers)
 
 
-class _Step(nn.Module):
-    """One token through the model, as a function of tensors alone."""
+class Step(nn.Module):
+    """One token through the model, as a function of tensors alone; inside of `own_attention`."""
 
-    def __init__(self, model: nn.Module, windows: list[Any]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.windows = windows
 
     def forward(
         self, token: Tensor, position: Tensor, blocks: Tensor, keys: list[Tensor], values: list[Tensor]
     ) -> Tensor:
         """The logits, [1, 1, vocabulary]; `blocks` only says by its size how many blocks of tokens to look at."""
-        cache = _traced_cache(keys, values, position, blocks.shape[0] * BLOCK, self.windows)
-        output = self.model(token, position_ids=position.unsqueeze(0), past_key_values=cache, use_cache=True)
+        global _trace
+        _trace = trace = _Trace(position, blocks.shape[0] * BLOCK)
+        try:
+            cache = {cache_argument(self.model): _traced_cache(keys, values, trace)}
+            output = self.model(token, position_ids=position.unsqueeze(0), use_cache=True, **cache)
+        finally:
+            _trace = None
+        trace.check(len(keys))
         return output.logits
 
 
@@ -159,13 +223,14 @@ operators with the weights as inputs: deadband::sparse_linear and aten.linear, w
 
 
 @contextlib.contextmanager
-def _own_attention(model: nn.Module) -> Iterator[None]:
-    """The model's attention is `_attend` inside the block; transformers makes no masks for it, as it knows none."""
-    from transformers import AttentionInterface
+def own_attention(model: nn.Module) -> Iterator[None]:
+    """The model's attention is `_attend` inside the block, and its masks are `_mask`'s."""
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(_ATTENTION, _attend)
+    AttentionMaskInterface.register(_ATTENTION, _mask)
     every = (getattr(module, "config", None) for module in model.modules())
-    configs: dict[int, Any] = {id(config): config for config in every if config is not None}
+    configs: dict[int, Any] = {id(config): config for config in every if hasattr(config, "_attn_implementation")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for key in before:
@@ -174,23 +239,27 @@ def _own_attention(model: nn.Module) -> Iterator[None]:
     finally:
         for key, name in before.items():
             configs[key]._attn_implementation = name
-        _masks.clear()
 
 
-def capture(model: Any, store: Store, windows: list[Any]) -> torch.export.ExportedProgram:
+def capture(model: Any, store: Store) -> torch.export.ExportedProgram:
     """The graph of one decoded token: inputs are the weights, the token, its position and the tensors of `store`."""
     dynamic = torch.export.Dim.DYNAMIC
     arguments = (torch.zeros(1, 1, dtype=torch.int64), torch.tensor([BLOCK + 7]), torch.empty(3))
     keys, values = ([grown(each, dim, 5 * BLOCK) for each in tensors]
                     for tensors, dim in ((store.keys, 3), (store.values, 2)))  # fmt: skip
-    with torch.no_grad(), _own_attention(model), warnings.catch_warnings():
+    with torch.no_grad(), own_attention(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(
-            _Step(model, windows),
-            (*arguments, keys, values),
-            dynamic_shapes=(None, None, {0: dynamic}, [{3: dynamic} for _ in keys], [{2: dynamic} for _ in values]),
-            strict=False,
-        )
+        try:
+            return torch.export.export(
+                Step(model),
+                (*arguments, keys, values),
+                dynamic_shapes=(None, None, {0: dynamic}, [{3: dynamic} for _ in keys], [{2: dynamic} for _ in values]),
+                strict=False,
+            )
+        except GuardOnDataDependentSymNode as error:
+            raise NotCapturedError(
+                f"its code decides by the values of tensors ({error.cond}), which a graph for all positions cannot"
+            ) from error
 
 
 def compile_graph(program: torch.export.ExportedProgram, passes: Sequence[GraphPass]) -> Callable[..., Any]:
