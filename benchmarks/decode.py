@@ -35,7 +35,7 @@ from deadband.evaluation import divergence
 from deadband.files import write_json
 from deadband.models import GEMMA3, SMOLLM2, cache_folder, gemma3, load_model, load_tokenizer, smollm2
 from deadband.ops import kernels
-from deadband.running import evaluating, progress_bar
+from deadband.running import cache_argument, evaluating, progress_bar
 from deadband.sites import find_sites
 from deadband.text import python_documentation, read_text, token_windows
 
@@ -63,10 +63,10 @@ class CompiledDecoder:
     def __init__(self, model: Any, prompt: Tensor, context: int) -> None:
         from transformers import StaticCache
 
-        self.cache = StaticCache(model.config, max_cache_len=context)
+        self.cache = {cache_argument(model): StaticCache(model.config, max_cache_len=context)}
         self.length = prompt.shape[-1]
         with evaluating(model):
-            output = model(prompt, past_key_values=self.cache, cache_position=torch.arange(self.length))
+            output = model(prompt, **self.cache, cache_position=torch.arange(self.length))
         self.token = output.logits[:, -1:].argmax(-1)
         self.forward = torch.compile(model.forward, fullgraph=True)
 
@@ -74,9 +74,7 @@ class CompiledDecoder:
         """Decode one token."""
         position = torch.tensor([self.length])
         with torch.no_grad():
-            output = self.forward(
-                self.token, past_key_values=self.cache, cache_position=position, position_ids=position.unsqueeze(0)
-            )
+            output = self.forward(self.token, **self.cache, cache_position=position, position_ids=position.unsqueeze(0))
         self.token = output.logits[:, -1:].argmax(-1).clone()
         self.length += 1
 

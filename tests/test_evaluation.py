@@ -169,7 +169,7 @@ def test_a_model_without_a_cache_cannot_keep_a_dense_prompt():
 
     model = deadband.sparsify_(Bag().eval(), {"layers.0": 0.1})
     assert evaluate(model, tiny_batches(1), progress=False).tokens == 46
-    with pytest.raises(ValueError, match="Bag returns no past_key_values"):
+    with pytest.raises(ValueError, match="Bag returns no key-value cache"):
         evaluate(model, tiny_batches(1), protocol="dense-first", progress=False)
 
 

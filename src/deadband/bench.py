@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deadband.linear import tensor_of
 from deadband.ops import kernels
 from deadband.quantized import QuantizedMatrix
-from deadband.running import evaluating, progress_bar, threads  # noqa: F401  (benchmarks take all from here)
+from deadband.running import cache_argument, cache_of, evaluating, progress_bar, threads  # noqa: F401  (benchmarks take all from here)
 from deadband.sparsify import sparse_sites, sparsity
 
 
@@ -126,7 +126,7 @@ class Decoder:
         self.length = prompt.shape[-1]
         with evaluating(model):
             output = model(prompt, use_cache=True)
-        self.cache = output.past_key_values
+        self.cache = {cache_argument(model): cache_of(output)}
         self.token = output.logits[:, -1:].argmax(-1)
         self.tokens = [self.token]
 
@@ -134,7 +134,7 @@ class Decoder:
         """Decode one token."""
         position = torch.tensor([[self.length]])
         with torch.no_grad():
-            output = self.model(self.token, past_key_values=self.cache, use_cache=True, position_ids=position)
+            output = self.model(self.token, **self.cache, use_cache=True, position_ids=position)
         self.length += 1
         self.token = output.logits[:, -1:].argmax(-1)
         self.tokens.append(self.token)

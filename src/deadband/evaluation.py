@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deadband.running import evaluating, progress_bar, run
+from deadband.running import cache_argument, cache_of, evaluating, progress_bar, run
 from deadband.sparsify import dense, sparse_prefill, sparse_sites, sparsity
 
 if TYPE_CHECKING:
@@ -545,13 +545,13 @@ def _sparse(model: nn.Module, part: _Part, prompt: int, simulation: Simulation |
     with off(model):
         cache = _cache(model, run(model, first, use_cache=True, logits_to_keep=1))
     with on(model):
-        return run(model, {**rest, "past_key_values": cache}, use_cache=True).logits
+        return run(model, {**rest, cache_argument(model): cache}, use_cache=True).logits
 
 
 def _cache(model: nn.Module, output: Any) -> Any:
-    cache = getattr(output, "past_key_values", None)
+    cache = cache_of(output)
     if cache is None:
-        raise ValueError(f"{type(model).__name__} returns no past_key_values; a key-value cache has to hold the prompt")
+        raise ValueError(f"{type(model).__name__} returns no key-value cache, and one has to hold the prompt")
     return cache
 
 
@@ -696,7 +696,7 @@ def _greedy(model: Any, ids: Tensor, count: int, stops: Collection[int]) -> list
         tokens.append(int(output.logits[0, -1].argmax()))
         if tokens[-1] in stops or len(tokens) == count:
             return tokens
-        inputs = {"input_ids": ids.new_tensor([tokens[-1:]]), "past_key_values": _cache(model, output)}
+        inputs = {"input_ids": ids.new_tensor([tokens[-1:]]), cache_argument(model): _cache(model, output)}
 
 
 def _continuation(tokenizer: Any, ids: Tensor, before: list[int], after: list[int]) -> Continuation:

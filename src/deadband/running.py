@@ -52,6 +52,42 @@ def _forward_parameters(model_class: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What transformers calls a key-value cache: since 5.24, before, and before in state-space models."""
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which a model of transformers, or what is wrapped in `model`, takes its key-value cache.
+
+    Raises:
+        ValueError: it takes none.
+
+    Example:
+        >>> cache_argument(nn.Linear(2, 2))
+        Traceback (most recent call last):
+        ValueError: Linear takes no key-value cache: its forward has none of cache, past_key_values, cache_params
+    """
+    for kind in map(type, model.modules()):
+        taken = _forward_parameters(cast(Hashable, kind))
+        for name in CACHE_NAMES:
+            if name in taken:
+                return name
+    raise ValueError(
+        f"{type(model).__name__} takes no key-value cache: its forward has none of {', '.join(CACHE_NAMES)}"
+    )
+
+
+def cache_of(output: Any) -> Any:
+    """The key-value cache in a model's output, under the name that it has there; None without one.
+
+    Example:
+        >>> cache_of({"logits": 1, "past_key_values": "the cache"})
+        'the cache'
+    """
+    fields = dict(output) if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    return next((fields[name] for name in CACHE_NAMES if name in fields), None)
+
+
 def progress_bar(items: Iterable[Any], what: str, show: bool, total: int | None = None) -> Iterable[Any]:
     """`items` with a progress bar on a terminal; nothing where the output is a file or `show` is false."""
     return tqdm(items, desc=what, total=total, disable=None if show else True, leave=False)

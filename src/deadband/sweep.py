@@ -28,7 +28,7 @@ from deadband.evaluation import PROTOCOL, columns, dense_logits, end_tokens, eva
 from deadband.files import finite, write_json
 from deadband.observation import EDGES, SiteStatistics
 from deadband.report import VERSION
-from deadband.running import evaluating, run
+from deadband.running import cache_argument, cache_of, evaluating, run
 from deadband.sites import find_blocks, weight_bytes
 from deadband.sparsify import SparsityReport, densify_, sparse_sites, sparsify_, sparsity
 
@@ -318,13 +318,13 @@ class _Sweep:
         """The prompt continued greedily as in generate: the prompt dense (if longer than 4 tokens), the rest sparse."""
         if not self.settings["samples"]:
             return None
-        stops = end_tokens(self.model)
+        stops, name = end_tokens(self.model), cache_argument(self.model)
         with evaluating(self.model):
             output = run(self.model, {"input_ids": self.ids}, use_cache=True, logits_to_keep=1)
             tokens = [int(output.logits[0, -1].argmax())]
             with simulation.on(self.model) if simulation is not None else contextlib.nullcontext():
                 while tokens[-1] not in stops and len(tokens) < self.settings["sample_tokens"]:
-                    after = {"input_ids": self.ids.new_tensor([tokens[-1:]]), "past_key_values": output.past_key_values}
+                    after = {"input_ids": self.ids.new_tensor([tokens[-1:]]), name: cache_of(output)}
                     output = run(self.model, after, use_cache=True, logits_to_keep=1)
                     tokens.append(int(output.logits[0, -1].argmax()))
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
