@@ -31,6 +31,7 @@ from torch import Tensor
 
 import deadband
 from deadband.bench import Decoder, bytes_per_token, interleave, median, threads
+from deadband.compiler_paths import any_folder
 from deadband.evaluation import divergence
 from deadband.files import write_json
 from deadband.models import GEMMA3, SMOLLM2, cache_folder, gemma3, load_model, load_tokenizer, smollm2
@@ -69,6 +70,8 @@ class CompiledDecoder:
             output = model(prompt, **self.cache, cache_position=torch.arange(self.length))
         self.token = output.logits[:, -1:].argmax(-1)
         self.forward = torch.compile(model.forward, fullgraph=True)
+        with any_folder():
+            self.step()
 
     def step(self) -> None:
         """Decode one token."""

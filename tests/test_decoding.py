@@ -6,7 +6,6 @@ import copy
 import pickle
 import re
 import shutil
-import sys
 import warnings
 
 import pytest
@@ -25,10 +24,7 @@ from deadband.running import cache_argument
 from deadband.sites import find_sites
 from deadband.sparsify import sparse_prefill, sparse_sites, sparsify_
 
-compiled = pytest.mark.skipif(
-    shutil.which("g++") is None or " " in sys.prefix,
-    reason="torch's inductor needs a C++ compiler, and no space in its path",
-)
+compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="torch's inductor needs a C++ compiler")
 PROMPT = torch.randint(3, 128, (1, 20), generator=torch.Generator().manual_seed(5))
 
 

@@ -6,7 +6,6 @@ import copy
 import ctypes
 import math
 import shutil
-import sys
 
 import pytest
 import torch
@@ -26,10 +25,7 @@ from deadband.linear import make_sparse_
 from deadband.ops import fused, kernels
 from deadband.quantization import FORMATS
 
-compiled = pytest.mark.skipif(
-    shutil.which("g++") is None or " " in sys.prefix,
-    reason="torch's inductor needs a C++ compiler, and no space in its path",
-)
+compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="torch's inductor needs a C++ compiler")
 KINDS = [None, *FORMATS]  # of weight: plain, or quantised
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from deadband.compiler_paths import any_folder
 from deadband.decode_cache import BLOCK, Store, grown
 from deadband.fusion import fuse_gated_mlps, fuse_linears, pack_layers, supply
 from deadband.ops import COUNTS, quantized_linear, sparse_linear
@@ -273,6 +274,6 @@ def compile_graph(program: torch.export.ExportedProgram, passes: Sequence[GraphP
     graph.graph.lint()
     graph.recompile()
     examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    with torch.no_grad(), settings.patch(OPTIONS), warnings.catch_warnings():
+    with any_folder(), torch.no_grad(), settings.patch(OPTIONS), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return supply(graph, torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_graph"))

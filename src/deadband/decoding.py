@@ -444,17 +444,7 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, NotCapturedError):
         return str(error)
     lines = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
-    if "CppCompileError" in reason and any(" " in folder for folder in _compiler_folders()):
-        reason += " (torch's compiler does not work in folders with a space in their name: "
-        reason += "move the environment, or set TORCHINDUCTOR_CACHE_DIR)"
-    return reason
-
-
-def _compiler_folders() -> tuple[str, str]:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return torch.__path__[0], cache_dir()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
 _PLAIN = ("logits_to_keep",)  # nothing that changes one token's output
