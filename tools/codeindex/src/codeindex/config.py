@@ -58,7 +58,7 @@ def _keys(nodes: Iterable[Node], scope: str, depth: int) -> Iterator[Definition]
 
 def parse_go_module(text: bytes) -> Facts:
     """A go.mod: the path that the packages in its folder are imported by."""
-    lines = text.decode("utf-8", "replace").splitlines()
+    lines = text.decode("utf-8", "replace").split("\n")
     found = ((line.split(), number) for number, line in enumerate(lines, 1))
     modules = (
         Definition(words[1].strip('"'), "module", number, number)

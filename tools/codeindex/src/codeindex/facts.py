@@ -122,7 +122,7 @@ NOT_ABOUT = re.compile(
 def leading_comment(text: str) -> str:
     """The first sentence of the `#` comment at the top of a file, unless it is about licences or editors."""
     block: list[str] = []
-    for line in [*text.splitlines(), ""]:
+    for line in [*text.split("\n"), ""]:
         if line.startswith("#"):
             block.append(line.lstrip("#").strip())
             continue

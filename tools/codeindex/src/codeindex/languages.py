@@ -12,6 +12,8 @@ from pathlib import Path
 
 from codeindex.config import parse_config, parse_go_module
 from codeindex.facts import Facts
+from codeindex.generated import says_generated
+from codeindex.lines import renumbered, unified
 from codeindex.markup import parse_markdown, parse_rst
 from codeindex.python import parse_python
 from codeindex.tree import parse_tree
@@ -38,11 +40,6 @@ _INTERPRETERS = {
     "node": "JavaScript",
 }
 _SHEBANG = re.compile(rb"#!\s*(?:\S*/env\s+(?:-\S+\s+)*)?(?:\S*/)?([a-z]+)")
-_GENERATED = re.compile(
-    rb"^[ \t]*(?:#|//|/?\*+|--|;+|<!--|%|\.\.)[^\n]*"
-    rb"(?:@generated\b|\bgenerated\b[^\n]*(?:\n[^\n]*)?do not (?:edit|modify|change))",
-    re.MULTILINE | re.IGNORECASE,
-)
 LARGEST = 4_000_000  # bytes; what is larger is data
 
 
@@ -76,7 +73,7 @@ def facts_of(name: str, content: bytes, size: int | None = None) -> Facts:
     facts = Facts(language_of(name, content), error=f"is not parsed: it has more than {LARGEST // 1_000_000} MB")
     if size <= LARGEST:
         facts = parse(name, content)
-    return dataclasses.replace(facts, size=size, generated=_GENERATED.search(content[:1000]) is not None)
+    return dataclasses.replace(facts, size=size, generated=says_generated(unified(content), facts.language))
 
 
 def parse(name: str, content: bytes) -> Facts:
@@ -88,7 +85,7 @@ def parse(name: str, content: bytes) -> Facts:
     if not language:
         return Facts(lines=lines)
     try:
-        facts = _parse(language, content)
+        facts = renumbered(_parse(language, unified(content)), content)
     except RecursionError:
         facts = Facts(language, error="is not parsed: it is nested too deeply")
     return dataclasses.replace(facts, lines=lines)

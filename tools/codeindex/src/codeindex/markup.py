@@ -2,67 +2,70 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
+from typing import Any
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 from codeindex.facts import Definition, Facts, Import, first_sentence
+from codeindex.lines import split_lines
 
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
-_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
-_UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*$")
 _LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\[\]]*\])*\]\(\s*<?([^\s<>()]*(?:\([^\s()]*\)[^\s<>()]*)*)>?(?:\s+[^)]*)?\)")
-_REFERENCE = re.compile(r" {0,3}\[[^\]]+\]:\s*<?([^\s>]+)>?")
-_NO_PROSE = "<[!|>#-*=:+"
+_FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\n(?:.*\n)*?(?:\1|\.\.\.)[ \t]*(?:\n|\Z)")
+_NO_PROSE = "<[!|:+"
 CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 
+@functools.cache
+def _blocks() -> MarkdownIt:
+    """A parser of CommonMark and tables that leaves the text of blocks as it is."""
+    parser = MarkdownIt("commonmark").enable("table")
+    parser.core.ruler.enableOnly(["normalize", "block"])
+    return parser
+
+
 def parse_markdown(text: str) -> Facts:
-    """Headings outside of fences, with the lines down to the next of their level; links; identifiers set as code."""
+    """Headings, with the lines down to the next of their level; links; identifiers set as code."""
     headings: list[tuple[int, int, str]] = []  # line, level, title
-    imports, mentions = [], set()
-    about: list[str] = []  # the first paragraph of prose
-    fence, before, complete = "", "", False
-    lines = text.splitlines()
-    for number, line in enumerate(lines[_front_matter(lines) :], _front_matter(lines) + 1):
-        opened = _FENCE.match(line)
-        if fence:
-            if opened and opened[1].startswith(fence) and not opened[2].strip():
-                fence = ""
-            else:
-                mentions.update(IDENTIFIER.findall(line))
-            continue
-        heading, underline = _HEADING.match(line), _UNDERLINE.match(line)
-        if opened and not (opened[1][0] == "`" and "`" in opened[2]):
-            fence = opened[1]
-        elif heading:
-            headings.append((number, len(heading[1]), _plain(heading[2] or "")))
-        elif underline and before.strip() and not before.startswith(("    ", "\t", ">", "-", "*", "|")):
-            headings.append((number - 1, 1 if underline[1][0] == "=" else 2, _plain(before)))
-            if about == [before]:
-                about, complete = [], False
-        prose = line.strip() and not (heading or underline or fence) and not line.startswith(("    ", "\t"))
-        if prose and not complete and (about or line.strip()[0] not in _NO_PROSE):
-            about.append(line)
-        elif about:
-            complete = True
-        if not fence:
-            for pattern in (_LINK, _REFERENCE):
-                imports += [Import(found[1], (), number) for found in pattern.finditer(CODE_SPAN.sub("", line))]
-            for found in CODE_SPAN.finditer(line):
-                mentions.update(IDENTIFIER.findall(found[2]))
-        before = "" if fence else line
-    sections = tuple(_sections(headings, len(lines)))
+    links: list[tuple[int, str]] = []
+    mentions: set[str] = set()
+    about = ""  # the first paragraph of prose
+    matter = _FRONT_MATTER.match(text)
+    shift = matter[0].count("\n") + 1 if matter else 1
+    env: dict[str, Any] = {}
+    before: Token | None = None
+    for each in _blocks().parse(text[matter.end() :] if matter else text, env):
+        line = each.map[0] + shift if each.map else 0
+        if each.type in ("fence", "code_block"):
+            mentions.update(IDENTIFIER.findall(each.content))
+        elif each.type == "inline":
+            if before is not None and before.type == "heading_open" and before.level == 0:
+                headings.append((line, int(before.tag[1:]), _plain(" ".join(each.content.split()))))
+            elif before is not None and before.type == "paragraph_open" and before.level == 0 and not about:
+                about = each.content if each.content[:1] not in _NO_PROSE else ""
+            links += ((line + row, target) for row, target in _inline(each.content, mentions))
+        before = each
+    definitions = [*env.get("references", {}).values(), *env.get("duplicate_refs", ())]
+    links += ((each["map"][0] + shift, each["href"]) for each in definitions)
     return Facts(
-        "Markdown", _plain(first_sentence("\n".join(about))), sections, tuple(imports), tuple(sorted(mentions))
-    )
+        "Markdown", _plain(first_sentence(about)),
+        tuple(_sections(headings, len(split_lines(text)))),
+        tuple(Import(target, (), line) for line, target in sorted(links, key=lambda link: link[0])),
+        tuple(sorted(mentions)),
+    )  # fmt: skip
 
 
-def _front_matter(lines: list[str]) -> int:
-    """How many lines a YAML block at the top takes."""
-    if not lines or lines[0].strip() != "---":
-        return 0
-    return next((number for number, line in enumerate(lines[1:], 2) if line.strip() in ("---", "...")), 0)
+def _inline(text: str, mentions: set[str]) -> Iterator[tuple[int, str]]:
+    """The links in a block's text, with the number of lines above each; adds what is set as code to `mentions`."""
+    for found in CODE_SPAN.finditer(text):
+        mentions.update(IDENTIFIER.findall(found[2]))
+    prose = CODE_SPAN.sub("", text)
+    for found in _LINK.finditer(prose):
+        yield prose.count("\n", 0, found.start()), found[1]
 
 
 def _plain(text: str) -> str:
@@ -93,7 +96,7 @@ _LITERAL = re.compile(r"``(.+?)``|:[\w:+-]+:`~?([^`]+)`")
 
 def parse_rst(text: str) -> Facts:
     """Headings (underlined lines), links and included files, identifiers set as code or named by roles."""
-    lines = text.splitlines()
+    lines = split_lines(text)
     styles: list[str] = []  # of adornments, in order of their first use: that is their level
     headings: list[tuple[int, int, str]] = []
     imports, mentions = [], set()

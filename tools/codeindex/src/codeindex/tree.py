@@ -463,7 +463,7 @@ def _comment(ends: dict[int, Node], last: Node) -> str:
 def _unmarked(text: str) -> str:
     text = re.sub(r"^/\*+!?|\*+/$", "", text.strip())
     return "\n".join(
-        re.sub(r"^\s*(?:///?<?!?|//!?|\*(?!\w)|#+)\s?", "", line).rstrip() for line in text.splitlines()
+        re.sub(r"^\s*(?:///?<?!?|//!?|\*(?!\w)|#+)\s?", "", line).rstrip() for line in text.split("\n")
     ).strip()
 
 
