@@ -114,7 +114,7 @@ function* each() {}
             ("Menu.open", "method", 6),
             ("Menu.make", "method", 6),
             ("Menu.#secret", "method", 6),
-            ("arrow", "variable", 7),
+            ("arrow", "function", 7),
             ("each", "function", 8),
         ],
         ["./one.js", "./two", "three"],
@@ -147,7 +147,7 @@ declare function outside(x: number): void;
     "tsx": (
         "a.tsx",
         "export const App = () => <b>hi</b>;\nexport function Other() { return <App/>; }\n",
-        [("App", "variable", 1), ("Other", "function", 2)],
+        [("App", "function", 1), ("Other", "function", 2)],
         [],
     ),
     "go": (

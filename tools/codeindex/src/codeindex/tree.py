@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tree_sitter import Language, Node, Parser, Query, QueryCursor
 
@@ -14,8 +14,12 @@ from codeindex.facts import NOT_ABOUT, Definition, Facts, Import, first_sentence
 
 _SIGNATURE = 240  # characters; longer ones end in an ellipsis
 _EXPORT = re.compile(rb"^\s*export\b", re.MULTILINE)
-_EXPORTED = re.compile(rb"\bexport\s*(?:\{[^}]*\}|default\s+\w+)")
+_EXPORTED = re.compile(rb"\bexport\s*(?:\{[^}]*\}|default\s+\w+|=\s*\w+)")
 _IDENTIFIER = re.compile(rb"[A-Za-z_$][\w$]*")
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Grammar:
     query: str
     separator: str = "."
     public: Callable[[str, str, str], bool] = lambda name, kind, before: (
-        not name.startswith(("_", "#")) and "private" not in before.split()
+        not _last(name).startswith(("_", "#")) and "private" not in before.split()
     )
 
 
@@ -65,7 +69,29 @@ _CPP = (
 (field_declaration declarator: (_) @declarator) @method
 """
 )
-_JS = """
+_FUNCTION = "[(arrow_function) (function_expression) (generator_function)]"
+_TARGET = "[(identifier) (member_expression) (subscript_expression index: (string))]"
+_KEY = "[(property_identifier) (private_property_identifier) (string)]"
+_WRAPPERS = ("parenthesized_expression", "as_expression", "satisfies_expression")
+_NAMED = (  # what gives a value a name, up to the value, and what a function there is, and an object
+    ('export_statement "default" @name value:', "function", "object"),
+    ("variable_declarator name: (identifier) @name value:", "function", "scope"),
+    (f"assignment_expression left: {_TARGET} @name right:", "function", "scope"),
+    (f"augmented_assignment_expression left: {_TARGET} @name right:", "function", "scope"),
+    (f"pair key: {_KEY} @name value:", "method", "scope"),
+)
+
+
+def _named_values(*around: str) -> str:
+    """Patterns of functions, classes and objects that have a name, as they are or in one of some expressions."""
+    return "\n".join(
+        f"({pattern} [{value} {' '.join(f'({outer} . {value})' for outer in around)}]) @{kind}"
+        for pattern, of_function, of_object in _NAMED
+        for value, kind in ((_FUNCTION, of_function), ("(class)", "class"), ("(object)", of_object))
+    )
+
+
+_JS = f"""
 (comment) @quiet (string) @quiet (template_string) @quiet (regex) @quiet
 (import_statement source: (string) @import)
 (export_statement source: (string) @import)
@@ -75,13 +101,39 @@ _JS = """
 (generator_function_declaration name: (_) @name) @function
 (class_declaration name: (_) @name) @class
 (method_definition name: (_) @name) @method
+(assignment_expression left: {_TARGET} @name right: (binary_expression right: {_FUNCTION})) @function
+(assignment_expression left: {_TARGET} @name right: (assignment_expression right: {_FUNCTION})
+  (#not-eq? @name "exports")) @function
+(assignment_expression left: (member_expression object: (_) @_exports property: (_) @_name) @name right: (_) @_value
+  (#any-of? @_exports "exports" "module.exports") (#not-eq? @_name @_value)
+  (#not-match? @_value "^(void|exports|module)[^A-Za-z0-9_$]")) @variable
+(assignment_expression left: (_) @_exports right: (object (pair key: {_KEY} @name value: (_) @_value) @variable)
+  (#any-of? @_exports "exports" "module.exports") (#not-eq? @name @_value))
 (program (lexical_declaration (variable_declarator name: (identifier) @name) @variable))
 (program (variable_declaration (variable_declarator name: (identifier) @name) @variable))
-(program (export_statement (lexical_declaration (variable_declarator name: (identifier) @name) @variable)))
+(export_statement (lexical_declaration (variable_declarator name: (identifier) @name) @variable))
+(export_statement (variable_declaration (variable_declarator name: (identifier) @name) @variable))
+(export_statement (lexical_declaration (variable_declarator
+  name: (object_pattern (shorthand_property_identifier_pattern) @name)) @variable))
 """
-_TS = (
-    _JS
-    + """
+_JS_ONLY = f"""
+{_named_values(_WRAPPERS[0])}
+(field_definition property: {_KEY} @name value: {_FUNCTION}) @method
+"""
+_TS_DECLARATIONS = "\n".join(
+    f"({place} ({declaration} (variable_declarator name: (identifier) @name) @variable){')' * place.count('(')})"
+    for place in (
+        "ambient_declaration",
+        "ambient_declaration (statement_block",
+        "internal_module body: (statement_block",
+        "module body: (statement_block",
+    )
+    for declaration in ("lexical_declaration", "variable_declaration")
+)
+_TS = f"""
+{_JS}
+{_named_values(*_WRAPPERS)}
+{_TS_DECLARATIONS}
 (abstract_class_declaration name: (_) @name) @class
 (interface_declaration name: (_) @name) @interface
 (type_alias_declaration name: (_) @name) @type
@@ -89,18 +141,25 @@ _TS = (
 (function_signature name: (_) @name) @function
 (method_signature name: (_) @name) @method
 (abstract_method_signature name: (_) @name) @method
+(property_signature name: (_) @name type: (type_annotation (function_type))) @method
+(public_field_definition name: {_KEY} @name value: {_FUNCTION}) @method
+(public_field_definition name: {_KEY} @name type: (type_annotation (function_type))) @method
 (internal_module name: (_) @name) @namespace
+(module name: (string) @name) @module
+(module name: [(identifier) (nested_identifier)] @name) @namespace
 """
-)
 _GO = """
 (comment) @quiet (interpreted_string_literal) @quiet (raw_string_literal) @quiet
 (import_spec path: (_) @import)
 (function_declaration name: (_) @name) @function
+(func_literal "func" @name) @code
 (method_declaration receiver: (_) @receiver name: (_) @name) @method
 (type_spec name: (_) @name) @type
+(type_spec name: (_) @receiver type: (interface_type (method_elem name: (_) @name) @method))
 (type_alias name: (_) @name) @type
-(source_file (const_declaration (const_spec name: (identifier) @name) @constant))
+(source_file (const_declaration (const_spec (identifier) @name) @constant))
 (source_file (var_declaration (var_spec name: (identifier) @name) @variable))
+(source_file (var_declaration (var_spec_list (var_spec name: (identifier) @name) @variable)))
 """
 _RUST = """
 (line_comment) @quiet (block_comment) @quiet (string_literal) @quiet (raw_string_literal) @quiet
@@ -114,6 +173,7 @@ _RUST = """
 (union_item name: (_) @name) @union
 (trait_item name: (_) @name) @trait
 (type_item name: (_) @name) @type
+(associated_type name: (_) @name) @type
 (const_item name: (_) @name) @constant
 (static_item name: (_) @name) @constant
 (macro_definition name: (_) @name) @macro
@@ -129,12 +189,22 @@ _JAVA = """
 (annotation_type_declaration name: (_) @name) @annotation
 (method_declaration name: (_) @name) @method
 (constructor_declaration name: (_) @name) @constructor
+(compact_constructor_declaration name: (_) @name) @constructor
+(annotation_type_element_declaration name: (_) @name) @method
 """
 _SHELL = """
 (comment) @quiet (raw_string) @quiet
 (function_definition name: (_) @name) @function
 (command name: (command_name (word) @_source) . argument: (_) @import (#any-of? @_source "source" "."))
 """
+
+
+_DECLARATIONS = {
+    *("variable_declarator", "lexical_declaration", "variable_declaration", "ambient_declaration"),
+    *("function_declaration", "generator_function_declaration", "function_signature", "class_declaration"),
+    *("abstract_class_declaration", "interface_declaration", "type_alias_declaration", "enum_declaration"),
+    *("internal_module", "module"),
+}
 
 
 def _not_private(name: str, kind: str, before: str) -> bool:
@@ -146,7 +216,7 @@ def _not_static(name: str, kind: str, before: str) -> bool:
 
 
 def _capital(name: str, kind: str, before: str) -> bool:
-    return name.rpartition(".")[2][:1].isupper()
+    return _last(name)[:1].isupper()
 
 
 def _pub(name: str, kind: str, before: str) -> bool:
@@ -157,7 +227,7 @@ GRAMMARS = {
     "C": Grammar("C", "tree_sitter_c", "language", _C, "::", _not_static),
     "C++": Grammar("C++", "tree_sitter_cpp", "language", _CPP, "::", _not_static),
     "CUDA": Grammar("CUDA", "tree_sitter_cuda", "language", _CPP, "::", _not_static),
-    "JavaScript": Grammar("JavaScript", "tree_sitter_javascript", "language", _JS),
+    "JavaScript": Grammar("JavaScript", "tree_sitter_javascript", "language", _JS + _JS_ONLY),
     "TypeScript": Grammar("TypeScript", "tree_sitter_typescript", "language_typescript", _TS),
     "TSX": Grammar("TypeScript", "tree_sitter_typescript", "language_tsx", _TS),
     "Go": Grammar("Go", "tree_sitter_go", "language", _GO, public=_capital),
@@ -168,9 +238,10 @@ GRAMMARS = {
 
 _SCOPE_KINDS = {
     *("class", "struct", "union", "interface", "trait", "enum", "record", "annotation"),
-    *("scope", "namespace", "module"),
+    *("scope", "namespace", "module", "object"),
 }
-_CODE_KINDS = {"function", "method", "constructor", "variable"}
+_CODE_KINDS = {"function", "method", "constructor", "code"}
+_PARTS = ("name", "declarator", "receiver")  # of a definition
 _NAMES = {
     *("identifier", "field_identifier", "type_identifier", "qualified_identifier"),
     *("destructor_name", "operator_name", "template_function"),
@@ -204,31 +275,39 @@ class _Source:
     Attributes:
         comments: those that begin their line.
         access: C++'s `public:` and the like, where they stand, by the id of what they are in.
+        exported: the names that a JavaScript module exports, if any.
+        exporting: whether only what a namespace exports is for others, by the id of its block.
     """
 
     text: bytes
     grammar: Grammar
     comments: list[Node] = dataclasses.field(default_factory=list)
     access: dict[int, list[tuple[int, str]]] = dataclasses.field(default_factory=dict)
+    exported: set[str] | None = None
+    exporting: dict[int, bool] = dataclasses.field(default_factory=dict)
 
-    @functools.cached_property
-    def exported(self) -> set[str] | None:
-        """The names that a JavaScript module exports in a list of its own; None of a file without exports."""
-        if self.grammar.language not in ("JavaScript", "TypeScript") or not _EXPORT.search(self.text):
-            return None
-        clauses = _EXPORTED.findall(self.text)
-        return {word.decode() for clause in clauses for word in _IDENTIFIER.findall(clause)}
+    def says_public(self, found: _Found, kind: str) -> bool:
+        """Whether a definition is meant for other files by what is written before its name."""
+        before = self.text[found.node.start_byte : found.at.start_byte].decode("utf-8", "replace")
+        return self.grammar.public(found.name, kind, before)
 
-    def exports(self, found: _Found) -> bool:
-        """Whether a module with exports exports this; of another file, all is for others."""
-        if self.exported is None:
+    def export(self, found: Iterable[_Found]) -> None:
+        """Learn what a JavaScript module exports; of a file without exports, all is for others."""
+        if self.grammar.language in ("JavaScript", "TypeScript") and _EXPORT.search(self.text):
+            clauses = _EXPORTED.findall(self.text)
+            self.exported = {word.decode() for clause in clauses for word in _IDENTIFIER.findall(clause)}
+            self.exported |= {each.name for each in found if _is_exported(each.node)}
+
+    def exports(self, found: _Found, inside: _Found | None) -> bool:
+        """Whether a module or a namespace with exports exports this."""
+        if inside is None:
+            return self.exported is None or _is_exported(found.node) or found.name.partition(".")[0] in self.exported
+        block = inside.node.child_by_field_name("body")
+        if block is None or block.type != "statement_block":
             return True
-        node: Node | None = found.node
-        for _ in range(3):
-            if node is not None and node.type == "export_statement":
-                return True
-            node = None if node is None else node.parent
-        return found.name in self.exported
+        if block.id not in self.exporting:
+            self.exporting[block.id] = _exports_some(block)
+        return not self.exporting[block.id] or _is_exported(found.node)
 
 
 def parse_tree(text: bytes, name: str) -> Facts:
@@ -257,12 +336,13 @@ def parse_tree(text: bytes, name: str) -> Facts:
             node = captures["import"][0]
             imports += [Import(target, (), node.start_point.row + 1) for target in _targets(node, grammar.language)]
         else:
-            kind = next(key for key in captures if key not in ("name", "declarator", "receiver"))
+            kind = next(key for key in captures if not key.startswith("_") and key not in _PARTS)
             node = captures[kind][0]
             names = captures["name"] if "name" in captures else map(_declared, captures["declarator"])
             for at in filter(None, names):
                 key = (node.start_byte, at.start_byte, _text(at))
-                found.setdefault(key, _Found(node, kind, _full(at, captures), at))
+                each = found.setdefault(key, _Found(node, kind, _full(at, captures), at))
+                each.kind = _more_of(each.kind, kind)
     definitions = _definitions(list(found.values()), source)
     imports.sort(key=lambda each: each.line)
     return Facts(
@@ -273,6 +353,13 @@ def parse_tree(text: bytes, name: str) -> Facts:
         tuple(sorted(_mentions(text, quiet))),
         error_of(root),
     )
+
+
+def _more_of(kind: str, other: str) -> str:
+    """What a definition is that two patterns match."""
+    if {kind, other} == {"variable", "scope"}:
+        return "object"  # a variable that is a scope
+    return other if kind == "variable" else kind
 
 
 _UNKNOWN = re.compile(
@@ -338,11 +425,30 @@ def _full(at: Node, captures: dict[str, list[Node]]) -> str:
     if "receiver" in captures:
         words = re.findall(r"[A-Za-z_]\w*", _text(captures["receiver"][0]).split("[")[0])
         return f"{words[-1]}.{name}" if words else name
+    if at.type == "string":  # a key
+        return name.strip("\"'")
+    if at.parent is not None and at.parent.type in ("assignment_expression", "augmented_assignment_expression"):
+        return _assigned(at.parent, name)
     if name in _TEST_MACROS and at.parent is not None:
         given = at.parent.child_by_field_name("parameters")
         words = re.findall(r"\w+", _text(given)) if given is not None else []
         return ".".join(words) or name
     return name
+
+
+_SUBSCRIPT = re.compile(r"""\[(["'])(.*?)\1\]""")
+_CHAIN = re.compile(r"[\w$#.-]+")
+
+
+def _assigned(node: Node, target: str) -> str:
+    """The name that JavaScript gives a value to, as others use it: `exports.a` -> `a`, `A.prototype.b` -> `A.b`."""
+    name = _SUBSCRIPT.sub(r".\2", target.replace(" ", ""))
+    value = node.child_by_field_name("right")
+    if name in ("exports", "module.exports") and value is not None:
+        named = value.child_by_field_name("name")
+        return "" if value.type == "object" else _text(named) if named is not None else name
+    name = re.sub(r"^(?:(?:module\.)?exports|this)\.|\.prototype\b", "", name)
+    return name if _CHAIN.fullmatch(name) else _last(name)
 
 
 def _targets(node: Node, language: str) -> list[str]:
@@ -378,6 +484,8 @@ def _use_paths(text: str) -> list[str]:
 def _definitions(found: list[_Found], source: _Source) -> list[Definition]:
     """In the order of the file, with the names of the scopes around them."""
     found.sort(key=lambda each: (each.node.start_byte, -each.node.end_byte, each.at.start_byte))
+    source.export(found)
+    private = _private_types(found, source)
     ends = {_last_row(node): node for node in source.comments}
     separator = source.grammar.separator
     outer: list[_Found] = []
@@ -385,27 +493,29 @@ def _definitions(found: list[_Found], source: _Source) -> list[Definition]:
     for each in found:
         while outer and outer[-1].node.end_byte <= each.node.start_byte:
             outer.pop()
-        around = [other for other in outer if other.node.end_byte >= each.node.end_byte and other.at is not each.at]
+        around = [other for other in outer if _is_around(other, each)]
         scopes = [other for other in around if other.kind in _SCOPE_KINDS]
+        inside = scopes[-1] if scopes else None
         local = any(other.kind in _CODE_KINDS for other in around)
         if each.kind in _SCOPE_KINDS | _CODE_KINDS:
             outer.append(each)
-        if each.kind == "scope" or (each.kind == "declaration" and local):
+        if each.node.type == "impl_item":
+            each.public = private.isdisjoint(_implemented(each.node))
+        if each.kind in ("scope", "code") or (each.kind == "declaration" and local):
             continue
-        kind = _kind(each, scopes[-1] if scopes else None)
-        before = source.text[each.node.start_byte : each.at.start_byte].decode("utf-8", "replace")
+        kind = _kind(each, inside)
         each.public = (
             not local
             and all(scope.public for scope in scopes)
-            and source.grammar.public(each.name, kind, before)
+            and (source.says_public(each, kind) or _as_its_trait(each.node))
             and _accessible(each.node, source.access)
-            and (bool(scopes) or source.exports(each))
+            and source.exports(each, inside)
         )
         start = each.node if each.node.type == "type_definition" else each.at
         doc = ends.get(_first_row(each.node) - 1)
         made.append(
             Definition(
-                separator.join([*(scope.name for scope in scopes), each.name]),
+                separator.join([*(scope.name for scope in scopes if scope.name), each.name]),
                 f"local {kind}" if local else kind,
                 start.start_point.row + 1,
                 each.node.end_point.row + 1,
@@ -417,11 +527,71 @@ def _definitions(found: list[_Found], source: _Source) -> list[Definition]:
     return made
 
 
+def _is_around(other: _Found, each: _Found) -> bool:
+    """Whether a definition holds another; in JavaScript's `a.b = a.c = function` none does."""
+    return other.node.end_byte >= each.node.end_byte and other.at is not each.at and other.node != each.node.parent
+
+
 def _kind(found: _Found, inside: _Found | None) -> str:
+    if found.kind == "object":
+        return "variable"
     if found.kind not in ("function", "declaration"):
         return found.kind
     member = inside is not None and (inside.kind in _METHOD_PARENTS or inside.node.type == "impl_item")
-    return "method" if member or "::" in found.name else "function"
+    return "method" if member or "::" in found.name or _MEMBER.search(_text(found.at)) else "function"
+
+
+_MEMBER = re.compile(r"^this\b|\.prototype\b")
+
+
+def _is_exported(node: Node) -> bool:
+    """Whether a JavaScript declaration is of an `export`, or one that is for all modules."""
+    outer: Node | None = node
+    while outer is not None and outer.type in _DECLARATIONS:
+        if outer.type == "module" and outer.named_children[0].type == "string":
+            return True
+        outer = outer.parent
+    if outer is None or outer.type == "export_statement":
+        return outer is not None
+    return any(each.type == "global" for each in (outer.parent or outer).children)
+
+
+def _exports_some(block: Node) -> bool:
+    """Whether a namespace exports what it says; all that is only declared is exported."""
+    outer: Node | None = block
+    while outer is not None and outer.type != "ambient_declaration":
+        outer = outer.parent
+    return outer is None and any(each.type == "export_statement" for each in block.children)
+
+
+def _private_types(found: list[_Found], source: _Source) -> set[str]:
+    """The types and traits of a Rust file that others cannot name."""
+    if source.grammar.language != "Rust":
+        return set()
+    types = (each for each in found if each.kind in ("struct", "enum", "union", "trait", "type"))
+    return {each.name for each in types if not source.says_public(each, each.kind)}
+
+
+def _implemented(node: Node) -> set[str]:
+    """The names of the type, and of the trait if any, that a Rust `impl` is for."""
+    parts = filter(None, map(node.child_by_field_name, ("type", "trait")))
+    return {re.split(r"[<(]", _text(part))[0].rpartition("::")[2].strip() for part in parts}
+
+
+def _as_its_trait(node: Node) -> bool:
+    """Whether this is an item of a Rust trait, or of an `impl` of one, which is as public as these are; or an exported
+    macro."""
+    if node.type == "macro_definition":
+        above = node.prev_named_sibling
+        while above is not None and above.type in ("attribute_item", "line_comment", "block_comment"):
+            if above.type == "attribute_item" and "macro_export" in _text(above):
+                return True
+            above = above.prev_named_sibling
+        return False
+    around = node.parent.parent if node.parent is not None else None
+    return around is not None and (
+        around.type == "trait_item" or (around.type == "impl_item" and around.child_by_field_name("trait") is not None)
+    )
 
 
 def _accessible(node: Node, access: dict[int, list[tuple[int, str]]]) -> bool:
@@ -489,13 +659,27 @@ def _leading(comments: list[Node], definitions: list[Definition]) -> str:
 
 def _signature(node: Node) -> str:
     """A definition up to its body, on one line."""
-    body = node.child_by_field_name("body")
+    body = _body(node)
     end = body.start_byte if body is not None else node.end_byte
     raw = (node.text or b"")[: end - node.start_byte].decode("utf-8", "replace")
     if body is None and node.type.startswith("preproc"):
         raw = raw.split("\\\n")[0].split("\n")[0]
-    line = " ".join(raw.split()).rstrip("{=:; ")
+    line = " ".join(raw.split()).removesuffix("=>").rstrip("{=:; ")
     return line if len(line) <= _SIGNATURE else line[: _SIGNATURE - 1] + "…"
+
+
+def _body(node: Node) -> Node | None:
+    """What a definition's signature ends before, also of a value with a name."""
+    inner: Node | None = node
+    while inner is not None:
+        if inner.type == "object":
+            return inner
+        body = inner.child_by_field_name("body")
+        if body is not None:
+            return body
+        inside = inner.named_children[0] if inner.type in _WRAPPERS else None
+        inner = inside or inner.child_by_field_name("value") or inner.child_by_field_name("right")
+    return None
 
 
 def _mentions(text: bytes, quiet: list[tuple[int, int]]) -> set[str]:
