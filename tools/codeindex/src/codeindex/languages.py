@@ -15,7 +15,7 @@ from codeindex.facts import Facts
 from codeindex.generated import says_generated
 from codeindex.lines import renumbered, unified
 from codeindex.markup import parse_markdown, parse_rst
-from codeindex.python import parse_python
+from codeindex.python_tree import parse_any_python
 from codeindex.tree import parse_tree
 
 ENDINGS = {
@@ -97,7 +97,7 @@ def _parse(language: str, content: bytes) -> Facts:
             text = _decoded(content) if language == "Python" else content.decode("utf-8-sig")
         except (UnicodeDecodeError, LookupError, SyntaxError) as error:
             return Facts(language, error=f"cannot be read as text: {error}")
-        return {"Python": parse_python, "Markdown": parse_markdown, "reStructuredText": parse_rst}[language](text)
+        return {"Python": parse_any_python, "Markdown": parse_markdown, "reStructuredText": parse_rst}[language](text)
     if language == "Go module":
         return parse_go_module(content)
     if language in ("TOML", "YAML", "JSON"):

@@ -12,19 +12,18 @@ _SCOPES = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def parse_python(text: str) -> Facts:
-    """The facts of a Python source; of one that does not parse, the error and what its lines show."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes: they are the author's
-            tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
-        message = error.msg if isinstance(error, SyntaxError) else str(error) or type(error).__name__
-        return Facts("Python", error=f"does not parse: {line}{message}", definitions=tuple(_by_line(text)))
-    exported = _exported(tree)
+    """The facts of a Python source.
+
+    Raises:
+        SyntaxError, ValueError, RecursionError, MemoryError: this Python does not take it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of invalid escapes: they are the author's
+        tree = ast.parse(text)
+    exported = exported_names(tree)
     found = _definitions(tree.body, "", exported, within="module", public=True)
     definitions = tuple(sorted(found, key=lambda each: each.start))
-    imports, mentions = [], set()
+    imports, mentions = imported(tree)
     own = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
     own |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
     for node in ast.walk(tree):
@@ -32,13 +31,6 @@ def parse_python(text: str) -> Facts:
             mentions.update({node.id} - own)  # what the file binds itself is not another file's
         elif isinstance(node, ast.Attribute):
             mentions.add(node.attr)
-        elif isinstance(node, ast.Import):
-            imports += [Import(alias.name, (), node.lineno) for alias in node.names]
-            mentions.update(part for alias in node.names for part in alias.name.split("."))
-        elif isinstance(node, ast.ImportFrom):
-            names = tuple(alias.name for alias in node.names)
-            imports.append(Import(node.module or "", names, node.lineno, node.level))
-            mentions.update(names)
     imports.sort(key=lambda each: each.line)
     return Facts(
         "Python",
@@ -47,6 +39,21 @@ def parse_python(text: str) -> Facts:
         tuple(imports),
         tuple(sorted(mentions - {"*"})),
     )
+
+
+def imported(tree: ast.Module) -> tuple[list[Import], set[str]]:
+    """What a module imports, and the names in that."""
+    imports: list[Import] = []
+    mentions: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports += [Import(alias.name, (), node.lineno) for alias in node.names]
+            mentions.update(part for alias in node.names for part in alias.name.split("."))
+        elif isinstance(node, ast.ImportFrom):
+            names = tuple(alias.name for alias in node.names)
+            imports.append(Import(node.module or "", names, node.lineno, node.level))
+            mentions.update(names)
+    return imports, mentions
 
 
 def _definitions(
@@ -58,7 +65,7 @@ def _definitions(
             name, is_class = f"{scope}{node.name}", isinstance(node, ast.ClassDef)
             kind = "class" if is_class else "method" if within == "class" else "function"
             kind = f"local {kind}" if within == "function" else kind
-            shown = public and within != "function" and _is_public(node.name, exported)
+            shown = public and within != "function" and is_public(node.name, exported)
             doc = first_sentence(ast.get_docstring(node) or "")
             yield Definition(name, kind, node.lineno, node.end_lineno or node.lineno, _signature(node), doc, shown)
             inside = "class" if is_class else "function"
@@ -68,7 +75,7 @@ def _definitions(
         elif within == "module" and type(node).__name__ == "TypeAlias":  # since Python 3.12
             name = node.name.id  # type: ignore[attr-defined]
             end = node.end_lineno or node.lineno
-            yield Definition(name, "type", node.lineno, end, ast.unparse(node), "", _is_public(name, exported))
+            yield Definition(name, "type", node.lineno, end, ast.unparse(node), "", is_public(name, exported))
         else:
             for inner in _bodies(node):
                 yield from _definitions(inner, scope, exported, within=within, public=public)
@@ -80,7 +87,7 @@ def _variables(node: ast.Assign | ast.AnnAssign, exported: set[str] | None) -> I
         for each in target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]:
             if isinstance(each, ast.Name):
                 first, last = node.lineno, node.end_lineno or node.lineno
-                yield Definition(each.id, "variable", first, last, each.id + note, "", _is_public(each.id, exported))
+                yield Definition(each.id, "variable", first, last, each.id + note, "", is_public(each.id, exported))
 
 
 def _bodies(node: ast.stmt) -> Iterator[list[ast.stmt]]:
@@ -102,13 +109,14 @@ def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> s
     return f"{prefix} {node.name}({ast.unparse(node.args)}){result}"
 
 
-def _is_public(name: str, exported: set[str] | None) -> bool:
+def is_public(name: str, exported: set[str] | None) -> bool:
+    """Whether a name is meant for other files: it is in `__all__`, or, without one, begins with no underscore."""
     if exported is not None:
         return name in exported
     return not name.startswith("_") or (name.startswith("__") and name.endswith("__"))
 
 
-def _exported(tree: ast.Module) -> set[str] | None:
+def exported_names(tree: ast.Module) -> set[str] | None:
     """The names in `__all__`; None without one, or where it is computed."""
     names: set[str] | None = None
     for node in tree.body:
@@ -136,14 +144,3 @@ def _assigned(node: ast.stmt) -> tuple[str, ast.expr | None]:
         target = node.value.func.value  # __all__.extend(...), of which literals count
         value = node.value.args[0] if node.value.func.attr == "extend" and node.value.args else None
     return (target.id if isinstance(target, ast.Name) else ""), value
-
-
-def _by_line(text: str) -> Iterator[Definition]:
-    """Of a file that does not parse: the lines that begin a class or a function outside of any other."""
-    for number, line in enumerate(text.splitlines(), 1):
-        words = line.replace("async def", "def", 1).split(None, 1)
-        if len(words) == 2 and words[0] in ("class", "def") and not line[:1].isspace():
-            name = words[1].split("(")[0].split(":")[0].strip()
-            if name.isidentifier():
-                kind = "class" if words[0] == "class" else "function"
-                yield Definition(name, kind, number, number, line.strip().rstrip(":"), "", _is_public(name, None))

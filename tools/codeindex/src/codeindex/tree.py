@@ -85,9 +85,10 @@ _NAMED = (  # what gives a value a name, up to the value, and what a function th
 def _named_values(*around: str) -> str:
     """Patterns of functions, classes and objects that have a name, as they are or in one of some expressions."""
     return "\n".join(
-        f"({pattern} [{value} {' '.join(f'({outer} . {value})' for outer in around)}]) @{kind}"
+        f"({pattern} {f'({outer} . {value})' if outer else value}) @{kind}"
         for pattern, of_function, of_object in _NAMED
         for value, kind in ((_FUNCTION, of_function), ("(class)", "class"), ("(object)", of_object))
+        for outer in ("", *around)  # patterns of their own: alternatives inside of alternatives lose matches
     )
 
 
@@ -519,7 +520,7 @@ def _definitions(found: list[_Found], source: _Source) -> list[Definition]:
                 f"local {kind}" if local else kind,
                 start.start_point.row + 1,
                 each.node.end_point.row + 1,
-                _signature(each.node),
+                signature(each.node),
                 first_sentence(_comment(ends, doc)) if doc is not None else "",
                 each.public,
             )
@@ -657,7 +658,7 @@ def _leading(comments: list[Node], definitions: list[Definition]) -> str:
     return ""
 
 
-def _signature(node: Node) -> str:
+def signature(node: Node) -> str:
     """A definition up to its body, on one line."""
     body = _body(node)
     end = body.start_byte if body is not None else node.end_byte
