@@ -27,7 +27,7 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
 
-from codeindex.markdown import page_of
+from codeindex.markdown import Pages
 
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _CODE = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)")
@@ -93,9 +93,10 @@ def wrong_entries(folder: Path, output: Path) -> tuple[int, int]:
                 entries[path, simple, int(start), int(end)] += 1
     expected: Counter[tuple[str, str, int, int]] = Counter()
     unread = set()
-    for file in folder.rglob("*.py"):
-        path = file.relative_to(folder).as_posix()
-        if not (output / page_of(path)).exists():  # generated
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.py")}
+    pages = Pages(files)
+    for path, file in files.items():
+        if not (output / pages.of(path)).exists():  # generated
             continue
         try:
             tree = ast.parse(file.read_bytes())

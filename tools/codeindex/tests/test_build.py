@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 from codeindex.build import build
-from codeindex.markdown import code, count, page_of, plain
+from codeindex.markdown import Pages, code, count, plain
 from codeindex.repository import RepositoryError
 from codeindex.store import OutputError
 from hypothesis import given, settings
@@ -361,8 +361,9 @@ def test_odd_file_names(repo):
 @settings(deadline=None)
 def test_pages_of_any_path_have_safe_names_of_their_own(parts):
     path = "/".join(parts)
-    page = page_of(path)
-    assert page_of(path + "_") != page
+    pages = Pages([path, path + "_"])
+    page = pages.of(path)
+    assert pages.of(path + "_") != page
     assert not re.search(r'[\x00-\x1f#?<>:"|*\\]', page)
     assert page.endswith(".md")
     assert all(len(part.encode()) <= 255 and not part.startswith(".") for part in page.split("/"))

@@ -13,7 +13,7 @@ from typing import Any
 from codeindex.drawing import draw_all
 from codeindex.facts import Facts
 from codeindex.graph import Graph
-from codeindex.markdown import Sources
+from codeindex.markdown import Pages, Sources
 from codeindex.names import Names
 from codeindex.overview import overview_svg
 from codeindex.pages import Index
@@ -105,7 +105,7 @@ def build(
         graph = Graph(facts)
         picture = overview_svg(graph, list(facts))
         index = Index(
-            title=options.title, entries=entries, facts=facts, left_out=left_out, graph=graph,
+            title=options.title, entries=entries, facts=facts, left_out=left_out, pages=Pages(facts), graph=graph,
             names=Names(facts, graph), sources=Sources(way, options.source_url), runners=runners(root, facts),
             picture=bool(picture),
         )  # fmt: skip

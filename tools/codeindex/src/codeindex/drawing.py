@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from codeindex.facts import Facts
-from codeindex.markdown import folder_page, page_of, shown
+from codeindex.markdown import PICTURE, shown
 from codeindex.names import simple
 from codeindex.pages import (
-    PICTURE,
     Below,
     Index,
     Keyword,
@@ -71,7 +70,7 @@ def draw_all(index: Index, picture: str, store: Store, staging: Staging | None, 
     work: list[tuple] = [("file", path) for path in index.facts]
     for folder in folders:
         work += [("folder", folder), ("keywords", folder)]
-        work += [("part", folder, *part) for part in keyword_pages(folder, below[folder].keywords)]
+        work += [("part", folder, *part) for part in keyword_pages(index, folder, below[folder].keywords)]
     _shared = _Shared(index, below, folders, store, staging)
     try:
         made = [_keep(PICTURE, picture, [])] if picture else []
@@ -115,11 +114,11 @@ def _draw(what: tuple) -> _Page:
     index, below = _shared.index, _shared.below
     kind, name, *part = what
     if kind == "file":
-        return _keep(page_of(name), file_page(index, name), _name_lines(index, name))
+        return _keep(index.pages.of(name), file_page(index, name), _name_lines(index, name))
     if kind == "folder":
-        return _keep(folder_page(name), folder_index(index, name, *_shared.folders[name], below), [])
+        return _keep(index.pages.folder(name), folder_index(index, name, *_shared.folders[name], below), [])
     if kind == "keywords":
-        return _keep(folder_page(name, "keywords.md"), keyword_index(index, name, below[name]), [])
+        return _keep(index.pages.folder(name, "keywords.md"), keyword_index(index, name, below[name]), [])
     page, first, last = part
     return _keep(page, keyword_part(index, name, below[name], page, first, last), [])
 

@@ -4,40 +4,78 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 import re
+import unicodedata
+from collections.abc import Callable, Iterable
 from urllib.parse import quote
 
 from codeindex.facts import Definition
 from codeindex.markup import CODE_SPAN
 
+PICTURE = "imports.svg"
 _RESERVED = re.compile(r"(?:index|readme|keywords(?:-\d+)?|404)_*$", re.I)
 _LONGEST = 240  # bytes of a name that file systems take, with the page's ending
 _UNSAFE = re.compile(rb'[\x00-\x1f\x7f%#?<>:"|*\\]')
 
 
-@functools.cache
-def page_of(path: str) -> str:
-    """The path of a file's page: the file's own and `.md`, such that no two files share one and each can be a file on
-    any system and a part of an address.
+class Pages:
+    """Where the pages of files and folders are: a file's has the file's own path and `.md`, such that each can be a
+    file on any system and a part of an address, and no two are one, also where upper and lower case are the same.
+
+    Args:
+        paths: of all files.
 
     Example:
-        >>> page_of("a/index"), page_of(".github/x.yml"), page_of("what?.py")
-        ('a/index_.md', '%2Egithub/x.yml.md', 'what%3F.py.md')
+        >>> pages = Pages(["a/index", ".github/x.yml", "what?.py", "A.py", "a.py"])
+        >>> [pages.of("a/index"), pages.of(".github/x.yml"), pages.of("what?.py"), pages.of("a.py")]
+        ['a/index_.md', '%2Egithub/x.yml.md', 'what%3F.py.md', 'a.py~2.md']
+        >>> pages.folder("a"), pages.folder("", "keywords.md")
+        ('a/index.md', 'keywords.md')
     """
-    folder, _, name = path.rpartition("/")
-    return folder_page(folder, _safe(name + "_" if _RESERVED.match(name) else name) + ".md")
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._places = {"": ""}  # of files and folders
+        taken = {PICTURE}
+        for path in sorted(paths):
+            end = path.find("/")
+            while end >= 0:
+                self._place(path[:end], _folder_name, "/", taken)
+                end = path.find("/", end + 1)
+            self._place(path, _page_name, ".md", taken)
+
+    def _place(self, path: str, name_of: Callable[[str], str], ending: str, taken: set[str]) -> None:
+        if path in self._places:
+            return
+        folder, _, name = path.rpartition("/")
+        stem = self._places[folder] + name_of(name)
+        places = (f"{stem}{'' if number == 1 else f'~{number}'}{ending}" for number in itertools.count(1))
+        place = next(place for place in places if _folded(place) not in taken)
+        taken.add(_folded(place))
+        self._places[path] = place
+
+    def of(self, path: str) -> str:
+        """The page of a file."""
+        return self._places[path]
+
+    def folder(self, folder: str, name: str = "index.md") -> str:
+        """A page of a folder; the root is the empty folder."""
+        return self._places[folder] + name
 
 
-@functools.cache
-def _folder(folder: str) -> str:
-    parts = (_safe(part) for part in folder.split("/"))
-    return "/".join(part[:-3] + "%2Emd" if part.endswith(".md") else part for part in parts)  # `x` has the page `x.md`
+def _page_name(name: str) -> str:
+    return _safe(name + "_" if _RESERVED.match(name) else name)
 
 
-def folder_page(folder: str, name: str = "index.md") -> str:
-    """A page of a folder; the root is the empty folder."""
-    return f"{_folder(folder)}/{name}" if folder else name
+def _folder_name(name: str) -> str:
+    safe = _safe(name)
+    return safe[:-3] + "%2E" + safe[-2:] if safe.lower().endswith(".md") else safe  # `x` has the page `x.md`
+
+
+def _folded(place: str) -> str:
+    """The same for all that are one file on some systems; a folder is as a file of its name."""
+    return unicodedata.normalize("NFD", place.removesuffix("/").casefold())
 
 
 def _safe(part: str) -> str:

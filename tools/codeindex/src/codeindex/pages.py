@@ -10,13 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from codeindex.facts import DOCUMENTS, Definition, Facts
 from codeindex.graph import Graph, holds_tests
-from codeindex.markdown import Sources, code, count, folder_page, lines, link, page_of, plain, shown
+from codeindex.markdown import PICTURE, Pages, Sources, code, count, lines, link, plain, shown
 from codeindex.names import Names, simple
 from codeindex.repository import SUBMODULE, Entry
 from codeindex.runners import Runner
 from codeindex.store import MARK
 
-PICTURE = "imports.svg"
 PAGE_ENTRIES = 1000
 """Entries of a keyword index on one page."""
 _PLURALS = {"class": "classes", "local class": "local classes"}
@@ -33,6 +32,7 @@ class Index:
         title: of the first page.
         entries, facts: of each file by path.
         left_out: generated files.
+        pages: where they are.
         runners: the commands that run some tests, by language.
         picture: whether there is a picture of the imports.
     """
@@ -41,6 +41,7 @@ class Index:
     entries: Mapping[str, Entry]
     facts: Mapping[str, Facts]
     left_out: Sequence[str]
+    pages: Pages
     graph: Graph
     names: Names
     sources: Sources
@@ -74,7 +75,7 @@ def anchors(definitions: Iterable[Definition]) -> Iterator[str]:
 
 def file_page(index: Index, path: str) -> str:
     """The page of one file."""
-    own, page = index.facts[path], page_of(path)
+    own, page = index.facts[path], index.pages.of(path)
     folder, tests = posixpath.dirname(path), index.graph.tests_of(path)
     parts = [f"# {code(shown(path))}", _about(index, path, page)]
     if own.doc:
@@ -86,12 +87,12 @@ def file_page(index: Index, path: str) -> str:
     importers = index.graph.importers.get(path, ())
     documents = {each for each in importers if index.facts[each].language in DOCUMENTS}
     apart = documents.union(tests)
-    parts += _files("Imported by", [each for each in importers if each not in apart], page)
-    parts += _files("Tests", tests, page)
-    parts += _files("Linked from", sorted(documents), page)
+    parts += _files(index, "Imported by", [each for each in importers if each not in apart], page)
+    parts += _files(index, "Tests", tests, page)
+    parts += _files(index, "Linked from", sorted(documents), page)
     parts += _running(index, path, tests)
     parts += _keywords(index, path, page)
-    index_page, keywords = folder_page(folder), folder_page(folder, "keywords.md")
+    index_page, keywords = index.pages.folder(folder), index.pages.folder(folder, "keywords.md")
     parts.append(f"{link('Folder', index_page, page)} · {link('its keywords', keywords, page)}")
     return _made(parts, f"blob `{index.entries[path].blob}`")
 
@@ -142,17 +143,17 @@ def _is_inside(inner: Definition, outer: Definition) -> bool:
 def _imports(index: Index, path: str, page: str) -> Iterator[str]:
     document = index.facts[path].language in DOCUMENTS
     inside, outside = index.graph.imports.get(path, ()), sorted(index.graph.outside(path))
-    yield from _files("Links to" if document else "Imports", inside, page)
+    yield from _files(index, "Links to" if document else "Imports", inside, page)
     if outside and not document:
         if not inside:
             yield "## Imports"
         yield f"From outside: {', '.join(map(code, outside))}."
 
 
-def _files(title: str, paths: Sequence[str], page: str) -> Iterator[str]:
+def _files(index: Index, title: str, paths: Sequence[str], page: str) -> Iterator[str]:
     if paths:
         yield f"## {title}"
-        yield "\n".join(f"* {link(code(shown(each)), page_of(each), page)}" for each in paths)
+        yield "\n".join(f"* {link(code(shown(each)), index.pages.of(each), page)}" for each in paths)
 
 
 def _running(index: Index, path: str, tests: Sequence[str]) -> Iterator[str]:
@@ -171,7 +172,7 @@ def _keywords(index: Index, path: str, page: str) -> Iterator[str]:
     definitions = index.facts[path].definitions
     rows = []
     for each, anchor in zip(definitions, anchors(definitions), strict=True):
-        users = ", ".join(link(code(shown(user)), page_of(user), page) for user in index.names.users(path, each))
+        users = ", ".join(link(code(shown(user)), index.pages.of(user), page) for user in index.names.users(path, each))
         place = index.sources.link(_range(each), path, page, lines(each))
         row = f'* <a id="{anchor}"></a>{code(each.name)} {each.kind}, {place}{f"; used in {users}" if users else ""}'
         rows.append((_order(simple(each)), each.name, each.start, row))
@@ -215,7 +216,7 @@ def folder_index(
     index: Index, folder: str, inside: Sequence[str], files: Sequence[str], below: Mapping[str, Below]
 ) -> str:
     """The page of one folder: a line for each subfolder and each file."""
-    page = folder_page(folder)
+    page = index.pages.folder(folder)
     parts = [f"# {code(shown(folder) + '/')}" if folder else f"# {plain(index.title)}"]
     readmes = (each for each in files if posixpath.basename(each) in ("__init__.py", "README.md", "README.rst"))
     about = next((index.facts[each].doc for each in readmes if index.facts[each].doc), "")
@@ -225,19 +226,19 @@ def folder_index(
         parts.append(f"![Imports between folders]({PICTURE})")
     if inside:
         parts += ["## Folders", "\n".join(
-            f"* {link(code(f'{_base(each)}/'), folder_page(each), page)}: {count(below[each].files, 'file')}"
+            f"* {link(code(f'{_base(each)}/'), index.pages.folder(each), page)}: {count(below[each].files, 'file')}"
             for each in inside
         )]  # fmt: skip
     if files:
         parts += ["## Files", "\n".join(
-            f"* {link(code(_base(each)), page_of(each), page)}{_line(index.facts[each])}" for each in files
+            f"* {link(code(_base(each)), index.pages.of(each), page)}{_line(index.facts[each])}" for each in files
         )]  # fmt: skip
     if not folder and index.left_out:
         rows = (f"* {index.sources.link(code(shown(each)), each, page)}" for each in index.left_out)
         parts += ["## Left out", f"{count(len(index.left_out), 'generated file')}:", "\n".join(rows)]
-    ends = [link("Keywords of all that is below", folder_page(folder, "keywords.md"), page)]
+    ends = [link("Keywords of all that is below", index.pages.folder(folder, "keywords.md"), page)]
     if folder:
-        ends.insert(0, link("Folder above", folder_page(posixpath.dirname(folder)), page))
+        ends.insert(0, link("Folder above", index.pages.folder(posixpath.dirname(folder)), page))
     return _made_of([*parts, " · ".join(ends)], below[folder])
 
 
@@ -253,25 +254,26 @@ def _line(own: Facts) -> str:
     return ": " + ", ".join(words) if words else ""
 
 
-def keyword_pages(folder: str, entries: Sequence[Keyword]) -> list[tuple[str, int, int]]:
+def keyword_pages(index: Index, folder: str, entries: Sequence[Keyword]) -> list[tuple[str, int, int]]:
     """The pages of a folder's keyword index after the first, which lists them: path, and the entries from and to.
     None, where all entries fit on the first."""
     cuts = range(0, len(entries), PAGE_ENTRIES) if len(entries) > PAGE_ENTRIES else ()
     return [
-        (folder_page(folder, f"keywords-{number}.md"), cut, min(cut + PAGE_ENTRIES, len(entries)))
+        (index.pages.folder(folder, f"keywords-{number}.md"), cut, min(cut + PAGE_ENTRIES, len(entries)))
         for number, cut in enumerate(cuts, 1)
     ]
 
 
 def keyword_index(index: Index, folder: str, below: Below) -> str:
     """The first page of the keyword index of a folder and all below it."""
-    page, entries = folder_page(folder, "keywords.md"), below.keywords
+    page, entries = index.pages.folder(folder, "keywords.md"), below.keywords
+    here = link("this folder", index.pages.folder(folder), page)
     parts = [
         _keywords_title(index, folder),
-        f"{count(len(entries), 'entry', 'entries')} in {link('this folder', folder_page(folder), page)} and below.",
+        f"{count(len(entries), 'entry', 'entries')} in {here} and below.",
     ]
     rows = []
-    for part, first, last in keyword_pages(folder, entries):
+    for part, first, last in keyword_pages(index, folder, entries):
         label = f"{code(entries[first][0])} to {code(entries[last - 1][0])}"
         rows.append(f"* {link(label, part, page)}: {count(last - first, 'entry', 'entries')}")
     return _made_of([*parts, "\n".join(rows)] if rows else [*parts, *_by_letter(index, entries, page)], below)
@@ -279,7 +281,7 @@ def keyword_index(index: Index, folder: str, below: Below) -> str:
 
 def keyword_part(index: Index, folder: str, below: Below, page: str, first: int, last: int) -> str:
     """Another page of the keyword index of a folder, with some of its entries."""
-    back = link("All parts", folder_page(folder, "keywords.md"), page)
+    back = link("All parts", index.pages.folder(folder, "keywords.md"), page)
     entries = below.keywords[first:last]
     return _made_of([_keywords_title(index, folder), back, *_by_letter(index, entries, page)], below)
 
@@ -298,7 +300,9 @@ def _by_letter(index: Index, entries: Sequence[Keyword], page: str) -> Iterator[
             letter, rows = name[:1].upper(), []
             yield f"## {plain(letter)}"
         place = index.sources.link(_range(each), path, page, lines(each))
-        rows.append(f"* {link(code(each.name), page_of(path), page, anchor)} {each.kind}, {code(shown(path))} {place}")
+        rows.append(
+            f"* {link(code(each.name), index.pages.of(path), page, anchor)} {each.kind}, {code(shown(path))} {place}"
+        )
     if rows:
         yield "\n".join(rows)
 

@@ -6,8 +6,8 @@ import ast
 import contextlib
 import functools
 import inspect
-import itertools
 import platform
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
 
@@ -19,7 +19,8 @@ from codeindex.python import exported_names, imported, is_public, parse_python
 from codeindex.tree import signature
 
 _KINDS = {"class_definition": "class", "function_definition": "function", "class": "class", "def": "function"}
-_BLOCKS = ("_statement", "_clause", "block", "decorated_definition", "ERROR")  # what can hold definitions ends so
+_BLOCKS = ("_statement", "_clause", "block", "decorated_definition")  # what can hold definitions ends so
+_BEGINNING = re.compile(r"^[ \t]*(?:async[ \t]+)?(class|def)[ \t]+([^\W\d]\w*)", re.MULTILINE)
 _IMPORTS = ("import_statement", "import_from_statement", "future_import_statement")
 _NOT_NAMES = {
     *(("function_definition", "name"), ("class_definition", "name"), ("keyword_argument", "name")),
@@ -57,7 +58,8 @@ def parse_tree(text: str, error: str = "") -> Facts:
     own = (node for node in root.named_children if _text(node).startswith("__all__"))
     exported = exported_names(_parsed(own))
     imports, mentions = imported(_parsed(_import_nodes(root)))
-    found = _definitions(root.children, "", exported, within="module", public=True)
+    top = [root] if root.type == "ERROR" else root.children
+    found = _definitions(top, "", exported, within="module", public=True)
     return Facts(
         "Python",
         first_sentence(_docstring(root)) or leading_comment(text),
@@ -88,7 +90,7 @@ def _import_nodes(root: Node) -> Iterator[Node]:
         node = nodes.pop()
         if node.type in _IMPORTS:
             yield node
-        elif node.type == "module" or node.type.endswith((*_BLOCKS, "_definition")):
+        elif node.type == "module" or node.type.endswith((*_BLOCKS, "_definition", "ERROR")):
             nodes += reversed(node.named_children)
 
 
@@ -96,24 +98,45 @@ def _definitions(
     nodes: Iterable[Node], scope: str, exported: set[str] | None, *, within: str, public: bool
 ) -> Iterator[Definition]:
     """Of a block, in a module, a class or a function (`within`), that is `public` or not."""
-    for before, node in itertools.pairwise([None, *nodes]):
-        assert node is not None
-        broken = node.type == "identifier" and before is not None and before.type in ("class", "def")
-        at = node if broken else node.child_by_field_name("name")
-        if (broken or node.type in ("class_definition", "function_definition")) and at is not None:
-            name, kind = _text(at), _KINDS[before.type if broken and before is not None else node.type]
+    for node in nodes:
+        kind, at = _KINDS.get(node.type), node.child_by_field_name("name")
+        if kind is not None and at is not None:
+            name = _text(at)
             shown = public and within != "function" and is_public(name, exported)
-            full = f"{scope}{name}"
-            label = "method" if kind == "function" and within == "class" else kind
-            label = f"local {label}" if within == "function" else label
-            line = "" if broken else signature(node)
             first, last = node.start_point.row + 1, _end(node).end_point.row + 1
-            yield Definition(full, label, first, last, line, first_sentence(_docstring(node)), shown)
-            yield from _definitions(_body(node), f"{full}.", None, within=kind, public=shown)
+            doc = first_sentence(_docstring(node))
+            yield Definition(f"{scope}{name}", _label(kind, within), first, last, _signature(node), doc, shown)
+            yield from _definitions(_inside(node), f"{scope}{name}.", None, within=kind, public=shown)
+        elif node.type == "ERROR":
+            found = list(_definitions(node.children, scope, exported, within=within, public=public))
+            known = {each.start for each in found}
+            broken = _by_line(node, scope, exported, within=within, public=public)
+            yield from (*found, *(each for each in broken if each.start not in known))
         elif within == "module" and node.type in ("assignment", "type_alias_statement"):
             yield from _variables(node, exported)
         elif node.type.endswith(_BLOCKS):
             yield from _definitions(node.children, scope, exported, within=within, public=public)
+
+
+def _label(kind: str, within: str) -> str:
+    label = "method" if kind == "function" and within == "class" else kind
+    return f"local {label}" if within == "function" else label
+
+
+def _signature(node: Node) -> str:
+    if any(each.type == "ERROR" for each in node.children):
+        return _text(node).split("\n")[0].rstrip("(: ")
+    return signature(node)
+
+
+def _by_line(node: Node, scope: str, exported: set[str] | None, *, within: str, public: bool) -> Iterator[Definition]:
+    """Of what does not parse at all: what its lines begin."""
+    text = _text(node)
+    for each in _BEGINNING.finditer(text):
+        line = node.start_point.row + text.count("\n", 0, each.start(1)) + 1
+        shown = public and within != "function" and is_public(each[2], exported)
+        label = _label(_KINDS[each[1]], within)
+        yield Definition(f"{scope}{each[2]}", label, line, line, each[0].strip(), "", shown)
 
 
 def _end(node: Node) -> Node:
@@ -121,6 +144,11 @@ def _end(node: Node) -> Node:
     while (inside := [each for each in node.children if each.type != "comment"]) and node.type != "string":
         node = inside[-1]
     return node
+
+
+def _inside(node: Node) -> list[Node]:
+    """What a definition's body holds, and what was not parsed before it."""
+    return [*(each for each in node.children if each.type == "ERROR"), *_body(node)]
 
 
 def _body(node: Node) -> list[Node]:

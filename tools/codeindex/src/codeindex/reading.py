@@ -26,7 +26,7 @@ UNREADABLE = "cannot be read: "
 @functools.cache
 def tools() -> str:
     """A hash of what facts and pages depend on beside the files: this package, its parsers, Python's."""
-    parsers = [name for name in importlib.metadata.requires("codeindex") or () if name.startswith("tree-sitter")]
+    parsers = [name for name in importlib.metadata.requires("codeindex") or () if "extra ==" not in name]
     versions = (importlib.metadata.version(re.split(r"[^\w-]", name)[0]) for name in parsers)
     made = hashlib.sha256(" ".join([__version__, *platform.python_version_tuple()[:2], *versions]).encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
