@@ -173,6 +173,193 @@ func helper() {}
         [("Limit", "constant", 8), ("Box", "type", 11), ("Box.Open", "method", 14), ("helper", "function", 16)],
         ["fmt", "example.org/m/sub"],
     ),
+    "go interfaces": (
+        "b.go",
+        """\
+package b
+
+type Reader interface {
+	io.Closer
+	Read(p []byte) (n int, err error)
+	~int | string
+}
+
+type Adder[T any] interface {
+	Add(T) T
+}
+
+var (
+	first    = 1
+	Two, Tri int
+)
+
+const (
+	A, B = 1, 2
+	C
+)
+
+var fn = func() { type inner interface{ M() } }
+""",
+        [
+            ("Reader", "type", 3),
+            ("Reader.Read", "method", 5),
+            ("Adder", "type", 9),
+            ("Adder.Add", "method", 10),
+            ("first", "variable", 14),
+            ("Two", "variable", 15),
+            ("Tri", "variable", 15),
+            ("A", "constant", 19),
+            ("B", "constant", 19),
+            ("C", "constant", 20),
+            ("fn", "variable", 23),
+            ("inner", "local type", 23),
+            ("inner.M", "local method", 23),
+        ],
+        [],
+    ),
+    "javascript, assigned": (
+        "b.js",
+        """\
+exports = module.exports = create;
+function create() { this.shut = () => {}; }
+app.listen = function listen(port) {};
+exports.json = async (options) => 1;
+exports['to-text'] = function* () {};
+module.exports.parse = exports.read = function () {};
+exports.LIMIT = 3; exports.create = create; exports.a = exports.b = void 0;
+Foo.prototype.open = function () { function inner() {} };
+Foo.prototype = { one: function () {}, two() {}, get three() { return 3 }, 'four': () => 4, five: 5 };
+var proto = { go() {}, deep: { er: () => 1 } };
+class Box { size = () => 1; static make = function () {}; #own = () => 2; count = 3 }
+const Kit = class { m() {} }, wrapped = (function () {});
+Foo.poly = Foo.poly || function () {};
+x.y ||= () => 1;
+later = () => 1;
+find(x).last = function () {};
+$.fn.menu = class { m() {} };
+(function () { root.lib = function () {}; const helper = () => 1; })();
+module.exports = { seven() {}, eight: () => 8, create, NINE: 9 };
+""",
+        [
+            ("create", "function", 2),
+            ("shut", "local method", 2),
+            ("app.listen", "function", 3),
+            ("json", "function", 4),
+            ("to-text", "function", 5),
+            ("parse", "function", 6),
+            ("read", "function", 6),
+            ("LIMIT", "variable", 7),
+            ("Foo.open", "method", 8),
+            ("inner", "local function", 8),
+            ("Foo.one", "method", 9),
+            ("Foo.two", "method", 9),
+            ("Foo.three", "method", 9),
+            ("Foo.four", "method", 9),
+            ("proto", "variable", 10),
+            ("proto.go", "method", 10),
+            ("proto.deep.er", "method", 10),
+            ("Box", "class", 11),
+            ("Box.size", "method", 11),
+            ("Box.make", "method", 11),
+            ("Box.#own", "method", 11),
+            ("Kit", "class", 12),
+            ("Kit.m", "method", 12),
+            ("wrapped", "function", 12),
+            ("Foo.poly", "function", 13),
+            ("x.y", "function", 14),
+            ("later", "function", 15),
+            ("last", "function", 16),
+            ("$.fn.menu", "class", 17),
+            ("$.fn.menu.m", "method", 17),
+            ("root.lib", "function", 18),
+            ("helper", "function", 18),
+            ("seven", "function", 19),
+            ("eight", "function", 19),
+            ("NINE", "variable", 19),
+        ],
+        [],
+    ),
+    "javascript, default exports": (
+        "c.mjs",
+        """\
+export default () => 1;
+export default class { m() {} }
+export default { data() {}, methods: { go() {} } };
+export const f = async () => 1, { g, h } = z;
+""",
+        [
+            ("default", "function", 1),
+            ("default", "class", 2),
+            ("default.m", "method", 2),
+            ("default", "variable", 3),
+            ("default.data", "method", 3),
+            ("default.methods.go", "method", 3),
+            ("f", "function", 4),
+            ("g", "variable", 4),
+            ("h", "variable", 4),
+        ],
+        [],
+    ),
+    "typescript, declared": (
+        "b.d.ts",
+        """\
+declare const VERSION: string, BUILD: number;
+export declare let current: Reader;
+declare function read(path: string): string;
+declare function read(path: URL): string;
+declare class Reader { next(): number; visit: (node: Node) => void; size: number }
+declare abstract class Base { abstract run(): void; abstract go: () => void }
+declare namespace util { function trim(s: string): string; const LIMIT: number; namespace inner { let deep: 1 } }
+declare module "pkg/part.js" { export function load(): void; var once: number }
+declare global { interface Window { open: () => void } function alarm(): void; var flag: boolean }
+declare enum Mode { A }
+declare type Text = string;
+type Shape = { area(): number; side: number };
+export namespace N { export const limit = 1; export const call = () => 1; const hidden = 2; export class K {} }
+namespace A.B { export const c = { m() {} } as const }
+export default interface Options { deep?: boolean; each(node: Node): void }
+""",
+        [
+            ("VERSION", "variable", 1),
+            ("BUILD", "variable", 1),
+            ("current", "variable", 2),
+            ("read", "function", 3),
+            ("read", "function", 4),
+            ("Reader", "class", 5),
+            ("Reader.next", "method", 5),
+            ("Reader.visit", "method", 5),
+            ("Base", "class", 6),
+            ("Base.run", "method", 6),
+            ("Base.go", "method", 6),
+            ("util", "namespace", 7),
+            ("util.trim", "function", 7),
+            ("util.LIMIT", "variable", 7),
+            ("util.inner", "namespace", 7),
+            ("util.inner.deep", "variable", 7),
+            ("pkg/part.js", "module", 8),
+            ("pkg/part.js.load", "function", 8),
+            ("pkg/part.js.once", "variable", 8),
+            ("Window", "interface", 9),
+            ("Window.open", "method", 9),
+            ("alarm", "function", 9),
+            ("flag", "variable", 9),
+            ("Mode", "enum", 10),
+            ("Text", "type", 11),
+            ("Shape", "type", 12),
+            ("Shape.area", "method", 12),
+            ("N", "namespace", 13),
+            ("N.limit", "variable", 13),
+            ("N.call", "function", 13),
+            ("N.hidden", "variable", 13),
+            ("N.K", "class", 13),
+            ("A.B", "namespace", 14),
+            ("A.B.c", "variable", 14),
+            ("A.B.c.m", "method", 14),
+            ("Options", "interface", 15),
+            ("Options.each", "method", 15),
+        ],
+        [],
+    ),
     "rust": (
         "a.rs",
         """\
@@ -297,6 +484,42 @@ def test_visibility():
     assert "helper" not in public("a.c", SOURCES["c"][1])
 
 
+RUST = """\
+pub trait Shape { const SIDES: usize; type Unit; fn area(&self) -> f64; fn name(&self) -> String { "".into() } }
+trait Own { fn own(&self); }
+pub(crate) trait Crate { fn here(&self); }
+pub struct Circle;
+struct Secret;
+impl Shape for Circle { type Unit = u8; fn area(&self) -> f64 { 1.0 } }
+impl<T> std::fmt::Display for Circle { fn fmt(&self) { fn helper() {} } }
+impl Own for Circle { fn own(&self) {} }
+impl Shape for Secret { fn area(&self) -> f64 { 2.0 } }
+impl Secret { pub fn open(&self) {} }
+impl Circle { pub fn new() {} pub(crate) fn inside() {} fn alone() {} }
+#[macro_export]
+macro_rules! shared { () => {} }
+macro_rules! kept { () => {} }
+extern "C" { pub fn puts(); fn gets(); }
+mod hidden { pub trait In { fn g(); } }
+"""
+
+
+def test_items_of_a_rust_trait_are_as_public_as_it_is():
+    facts = parse("a.rs", RUST.encode())
+    assert not facts.error
+    private = {each.name for each in facts.definitions if not each.public}
+    assert private == {
+        *("Own", "Own::own", "Crate", "Crate::here", "Circle::own", "Circle::helper"),
+        *("Secret", "Secret::area", "Secret::open", "Circle::inside", "Circle::alone", "kept", "gets"),
+        *("hidden", "hidden::In", "hidden::In::g"),
+    }
+    public = [each.name for each in facts.definitions if each.public]
+    assert public == [
+        *("Shape", "Shape::SIDES", "Shape::Unit", "Shape::area", "Shape::name"),
+        *("Circle", "Circle::Unit", "Circle::area", "Circle::fmt", "Circle::new", "shared", "puts"),
+    ]
+
+
 def test_what_does_not_parse_is_named_and_the_rest_read():
     facts = parse("a.c", b"int good(void) { return 1; }\n\nint bad( { ;\n\nint better(void) { return 2; }\n")
     assert facts.error.startswith("does not parse whole: line ")
@@ -412,3 +635,55 @@ def test_exports_are_what_is_public():
     assert all(each.public for each in parse("a.js", b"function b() {}\nconst c = 1\n").definitions)
     source = "export class A { private x() {} y() {} }\n"
     assert [each.name for each in parse("a.ts", source.encode()).definitions if each.public] == ["A", "A.y"]
+
+
+def test_exports_of_namespaces_and_of_parts():
+    def public(name: str, source: str) -> list[str]:
+        return [each.name for each in parse(name, source.encode()).definitions if each.public]
+
+    namespaces = """\
+export namespace N { export const a = 1; const b = 2; function c() {} }
+namespace O { export const d = 1 }
+declare namespace P { const e: 1 }
+export declare namespace Q { const f: 1; export const g: 2 }
+export namespace R { let h: 1 }
+declare module "m" { const i: 1; export const j: 2 }
+declare global { function k(): void }
+declare function l(): void;
+"""
+    assert public("a.ts", namespaces) == ["N", "N.a", "Q", "Q.f", "Q.g", "R", "R.h", "m", "m.i", "m.j", "k"]
+    parts = """\
+export class A {}
+class B {}
+A.prototype.a = function () {};
+B.prototype.b = function () {};
+const proto = { c() {} };
+make({ methods: { d() {} } });
+A._own = () => 1;
+"""
+    assert public("a.mjs", parts) == ["A", "A.a"]
+    assert public("a.js", parts.removeprefix("export ")) == [
+        *("A", "B", "A.a", "B.b", "proto", "proto.c", "methods.d"),
+    ]
+    assert public("a.ts", "class A { m() {} }\nclass B {}\nexport = A;\n") == ["A", "A.m"]
+
+
+def test_signatures_of_values_end_before_their_bodies():
+    source = "app.get = async (a, b) => {\n  go();\n};\nFoo.x = Foo.x || function (c) { d(); };\nvar o = { m(e) {} };\n"
+    found = parse("a.js", source.encode()).definitions
+    assert [each.signature for each in found] == [
+        *("app.get = async (a, b)", "Foo.x = Foo.x || function (c)", "o", "m(e)"),
+    ]
+    assert one("a.ts", "const f = ((x: number) => x) as F;\n", "f").signature == "f"
+    assert (
+        one("a.go", "package a\ntype R interface {\n\t// Reads.\n\tRead() error\n}\n", "R").signature == "R interface"
+    )
+    assert one("a.go", "package a\ntype R interface {\n\t// Reads.\n\tRead() error\n}\n", "R.Read").doc == "Reads."
+
+
+def test_java_records_and_annotations():
+    source = "@interface A {\n String value();\n}\nrecord P(int x) {\n P { }\n}\n"
+    assert named("A.java", source) == [
+        *(("A", "annotation", 1, 3), ("A.value", "method", 2, 2)),
+        *(("P", "record", 4, 6), ("P.P", "constructor", 5, 5)),
+    ]

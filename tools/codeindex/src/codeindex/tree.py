@@ -138,6 +138,7 @@ _TS = f"""
 (abstract_class_declaration name: (_) @name) @class
 (interface_declaration name: (_) @name) @interface
 (type_alias_declaration name: (_) @name) @type
+(type_alias_declaration name: (_) @name value: (object_type)) @scope
 (enum_declaration name: (_) @name) @enum
 (function_signature name: (_) @name) @function
 (method_signature name: (_) @name) @method
@@ -239,7 +240,7 @@ GRAMMARS = {
 
 _SCOPE_KINDS = {
     *("class", "struct", "union", "interface", "trait", "enum", "record", "annotation"),
-    *("scope", "namespace", "module", "object"),
+    *("scope", "namespace", "module", "object", "shape"),
 }
 _CODE_KINDS = {"function", "method", "constructor", "code"}
 _PARTS = ("name", "declarator", "receiver")  # of a definition
@@ -356,10 +357,15 @@ def parse_tree(text: bytes, name: str) -> Facts:
     )
 
 
+_SCOPED = {"variable": "object", "type": "shape"}
+"""Kinds of definitions that can be scopes, and what they are called while they are."""
+_SHOWN = {scoped: kind for kind, scoped in _SCOPED.items()}
+
+
 def _more_of(kind: str, other: str) -> str:
     """What a definition is that two patterns match."""
-    if {kind, other} == {"variable", "scope"}:
-        return "object"  # a variable that is a scope
+    if "scope" in (kind, other) and (plain := kind if other == "scope" else other) in _SCOPED:
+        return _SCOPED[plain]
     return other if kind == "variable" else kind
 
 
@@ -500,8 +506,8 @@ def _definitions(found: list[_Found], source: _Source) -> list[Definition]:
         local = any(other.kind in _CODE_KINDS for other in around)
         if each.kind in _SCOPE_KINDS | _CODE_KINDS:
             outer.append(each)
-        if each.node.type == "impl_item":
-            each.public = private.isdisjoint(_implemented(each.node))
+        if each.kind == "scope":
+            each.public = source.exports(each, inside) and private.isdisjoint(_implemented(each.node))
         if each.kind in ("scope", "code") or (each.kind == "declaration" and local):
             continue
         kind = _kind(each, inside)
@@ -519,7 +525,7 @@ def _definitions(found: list[_Found], source: _Source) -> list[Definition]:
                 separator.join([*(scope.name for scope in scopes if scope.name), each.name]),
                 f"local {kind}" if local else kind,
                 start.start_point.row + 1,
-                each.node.end_point.row + 1,
+                _last_row(each.node) + 1,
                 signature(each.node),
                 first_sentence(_comment(ends, doc)) if doc is not None else "",
                 each.public,
@@ -534,10 +540,10 @@ def _is_around(other: _Found, each: _Found) -> bool:
 
 
 def _kind(found: _Found, inside: _Found | None) -> str:
-    if found.kind == "object":
-        return "variable"
+    if found.kind == "method" and inside is not None and not inside.name:
+        return "function"  # in what a JavaScript module exports
     if found.kind not in ("function", "declaration"):
-        return found.kind
+        return _SHOWN.get(found.kind, found.kind)
     member = inside is not None and (inside.kind in _METHOD_PARENTS or inside.node.type == "impl_item")
     return "method" if member or "::" in found.name or _MEMBER.search(_text(found.at)) else "function"
 
@@ -574,7 +580,9 @@ def _private_types(found: list[_Found], source: _Source) -> set[str]:
 
 
 def _implemented(node: Node) -> set[str]:
-    """The names of the type, and of the trait if any, that a Rust `impl` is for."""
+    """The names of the type, and of the trait if any, that a Rust `impl` is for; none of other nodes."""
+    if node.type != "impl_item":
+        return set()
     parts = filter(None, map(node.child_by_field_name, ("type", "trait")))
     return {re.split(r"[<(]", _text(part))[0].rpartition("::")[2].strip() for part in parts}
 
@@ -673,14 +681,24 @@ def _body(node: Node) -> Node | None:
     """What a definition's signature ends before, also of a value with a name."""
     inner: Node | None = node
     while inner is not None:
-        if inner.type == "object":
+        if inner.type in ("object", "object_type", "parenthesized_expression"):
             return inner
+        if inner.type == "interface_type":  # of Go
+            return next((each for each in inner.children if each.type == "{"), None)
         body = inner.child_by_field_name("body")
         if body is not None:
             return body
-        inside = inner.named_children[0] if inner.type in _WRAPPERS else None
-        inner = inside or inner.child_by_field_name("value") or inner.child_by_field_name("right")
+        if inner.type in _WRAPPERS:
+            inner = inner.named_children[0]
+        else:
+            inner = next(
+                filter(None, map(inner.child_by_field_name, _VALUES.get(inner.type, ("value", "right")))), None
+            )
     return None
+
+
+_VALUES = {"type_spec": ("type",)}
+"""The field where a definition has its value, if it is another than usual."""
 
 
 def _mentions(text: bytes, quiet: list[tuple[int, int]]) -> set[str]:
