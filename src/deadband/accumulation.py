@@ -104,7 +104,7 @@ class Accumulator:
             if not self.zero_start:
                 return x.clone()
             data = torch.zeros_like(x)
-        if x.is_nested or (data.shape == x.shape and feature not in self.gaps):
+        if data.shape == x.shape and feature not in self.gaps:
             result = self.fn(data, x)
         else:
             result = self._add_other_shape(data, x, feature)

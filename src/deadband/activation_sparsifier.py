@@ -259,7 +259,7 @@ class ActivationSparsifier:
         if mask is None:
             raise LayerError(_NO_INPUT.format(repr(name)))
         for each in mask if isinstance(mask, list) else [mask]:
-            if not each.is_nested and each.numel() > 1 and not any(each.stride()):
+            if each.numel() > 1 and not any(each.stride()):
                 each.data = each.data.contiguous()  # ones that took no memory; somebody may write into them
         return mask
 
@@ -755,14 +755,12 @@ def _restore(remembered: Any) -> Any:
 
 def _keeps_all(mask: Any) -> bool:
     masks = mask if isinstance(mask, list) else [mask]
-    return all(each.is_nested or each.is_meta or bool((each == 1).all()) for each in masks)
+    return all(each.is_meta or bool((each == 1).all()) for each in masks)
 
 
 def _adds_up(function: Callable[..., Any], data: Any) -> bool:
     """Whether an aggregate counts as an input like any other: added to nothing, or to itself, it stays what it is."""
     for part in data if isinstance(data, list) else [] if data is None else [data]:
-        if part.is_nested:
-            return False
         for start in (torch.zeros_like(part), part.clone()):
             result = function(start, part.clone())
             if isinstance(result, Tensor) and result.shape == part.shape and torch.equal(result, part):

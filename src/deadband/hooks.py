@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,14 +90,14 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         x: of any shape and dtype.
-        mask: broadcasts to the shape of x. Bool, or numbers to multiply with.
+        mask: broadcasts to the shape of x; of a nested tensor, to `padded_shape`. Bool, or numbers to multiply with.
 
     Example:
         >>> apply_mask(torch.tensor([1.0, float("nan")]), torch.tensor([True, False]))
         tensor([1., 0.])
     """
     if x.is_nested:
-        return x * mask
+        return _mask_nested(x, mask)
     if mask.dtype is not torch.bool:
         return torch.where(mask != 0, (x * mask).to(x.dtype), torch.zeros((), dtype=x.dtype, device=x.device))
     if not (x.is_floating_point() or x.is_complex()):
@@ -107,6 +109,102 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
         integer = _BITS[x.dtype]
         return (x.view(integer) & -mask.to(integer)).view(x.dtype)
     return torch.where(mask, x, 0)
+
+
+# ------------------------------------------------------------------------------------------------------ nested tensors
+#
+# torch's TransformerEncoder makes them of padded batches in evaluation: parts that differ in length along one dimension
+# or several. Few operators take them, so layers' inputs are looked at part by part.
+
+
+def padded_shape(x: Tensor) -> torch.Size:
+    """The shape of x; of a nested tensor, with the length of its longest part."""
+    if not x.is_nested:
+        return x.shape
+    parts = x.unbind()
+    return torch.Size([len(parts), *map(max, zip(*(part.shape for part in parts), strict=True))])
+
+
+def padded(x: Tensor) -> Tensor:
+    """x; of a nested tensor, its parts in one dense tensor, with zeros behind the shorter ones."""
+    return torch.nested.to_padded_tensor(x, 0.0) if x.is_nested else x
+
+
+def rows_of_parts(x: Tensor, dim: int = -1) -> Tensor:
+    """x; of a nested tensor, what its parts hold, without padding: [rows, size along `dim`]."""
+    if not x.is_nested:
+        return x
+    dim = dim if dim < 0 else dim - x.dim()
+    if dim == -x.dim():
+        raise IndexError("features along the first dimension of a nested tensor, which counts its parts")
+    parts = [part.movedim(dim, -1) for part in x.unbind()]
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+def parts_of_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """What `rows_of_parts(like)` was turned into, in the shape of `like`."""
+    if not like.is_nested:
+        return rows
+    pieces = iter(rows.split([part.numel() // part.shape[-1] for part in like.unbind()]))
+    return _map_nested(like, lambda _, part: next(pieces).reshape(part.shape))
+
+
+def _map_nested(x: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """The nested tensor of what `function` makes of each part, with its number, without changing its shape."""
+    parts = [function(number, part) for number, part in enumerate(x.unbind())]
+    return _jagged(torch.cat(parts, _ragged(x) - 1), x) if _ragged(x) else torch.nested.as_nested_tensor(parts)
+
+
+def _ragged(x: Tensor) -> int:
+    """The dimension along which the parts of a tensor of torch.jagged differ; 0 for other layouts."""
+    return int(x._ragged_idx) if x.layout is torch.jagged else 0  # type: ignore[attr-defined]
+
+
+def _jagged(values: Tensor, like: Tensor) -> Tensor:
+    # with the same offsets, without which it could not be added to `like`
+    return torch.nested.nested_tensor_from_jagged(values, like.offsets(), jagged_dim=_ragged(like))
+
+
+def _mask_nested(x: Tensor, mask: Tensor) -> Tensor:
+    if x.layout is torch.jagged and mask.dim() < x.dim() - _ragged(x):  # the same for all parts; compilers follow this
+        return _jagged(apply_mask(x.values(), mask), x)
+    return _map_nested(x, lambda number, part: apply_mask(part, _of_part(mask, x.dim(), number, part.shape)))
+
+
+def _of_part(mask: Tensor, dims: int, number: int, shape: torch.Size) -> Tensor:
+    """What of a mask for a nested tensor of `dims` dimensions is for one of its parts, of `shape`."""
+    if mask.dim() == dims:
+        mask = mask[number if mask.shape[0] > 1 else 0]
+    sizes = shape[len(shape) - mask.dim() :]
+    return mask[tuple(slice(None) if own == 1 else slice(size) for own, size in zip(mask.shape, sizes, strict=True))]
+
+
+def _pad_attention(module: nn.MultiheadAttention, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Arguments of an attention without nested tensors; the output becomes one again.
+
+    torch attends over nested tensors only where query, key and value are one tensor, and a masked query is another.
+    """
+    given = {**dict(zip(arguments_of(module), args, strict=False)), **kwargs}
+    query, key = given["query"], given["key"]
+    if not (module.batch_first and key.is_nested and given.get("key_padding_mask") is None):
+        return args, kwargs
+    lengths, lengths_of_keys = ([len(part) for part in each.unbind()] for each in (query, key))
+    positions = torch.arange(max(lengths_of_keys), device=key.device)
+    given["key_padding_mask"] = positions >= torch.tensor(lengths_of_keys, device=key.device)[:, None]
+    given.update((name, padded(given[name])) for name in ("query", "key", "value"))
+    thread = threading.get_ident()
+
+    def nest(module: nn.Module, args: tuple, output: Any) -> Any:
+        if threading.get_ident() != thread:
+            return None
+        handle.remove()
+        if output is None:  # it failed
+            return None
+        rows = [row[:length] for row, length in zip(output[0], lengths, strict=True)]
+        return torch.nested.as_nested_tensor(rows), *output[1:]
+
+    handle = module.register_forward_hook(nest, always_call=True)
+    return (), given
 
 
 def _traced_or_transformed(x: Tensor) -> bool:
@@ -191,8 +289,7 @@ class MaskInput:
         """
         if self.unset:
             return torch.ones((), dtype=torch.bool, device=self._masks()[0].device if self._masks() else None)
-        mask = _as_bool(self._full(shape))
-        return mask if mask.is_nested else mask.contiguous()
+        return _as_bool(self._full(shape)).contiguous()
 
     def _watch_source(self) -> None:
         masks = self._masks()
@@ -220,7 +317,7 @@ class MaskInput:
     def pull(self, module: nn.Module) -> None:
         """Bring the source up to date after the model was moved or loaded a state dict, or the buffer after a write."""
         mask = module._buffers.get(self.buffer)
-        if mask is None or self.unset or mask.is_meta or mask.is_nested:
+        if mask is None or self.unset or mask.is_meta:
             return
         if self._source_changed():
             if mask.dim() or not isinstance(self.source, list):
@@ -274,11 +371,11 @@ class MaskInput:
         mask = module._buffers[self.buffer]
         if torch.compiler.is_compiling():
             if mask is None:
-                mask = self._full(x.shape).to(x.device)
+                mask = self._full(padded_shape(x)).to(x.device)
                 mask = mask if self.scales else mask != 0
         elif mask is None or self._source_changed():
             self.unset = self.unset and mask is None
-            self.build(module, x.shape)
+            self.build(module, padded_shape(x))
             mask = module._buffers[self.buffer]
         assert mask is not None
         if self.dim is not None and mask.dim() == 1:
@@ -287,16 +384,22 @@ class MaskInput:
         while mask.dim() > x.dim() and mask.shape[0] == 1:  # made from batches, used without one
             mask = mask[0]
         self._check_shape(x, mask)
-        return with_input(args, kwargs, apply_mask(x, mask), self.order)
+        args, kwargs = with_input(args, kwargs, apply_mask(x, mask), self.order)
+        if x.is_nested and isinstance(module, nn.MultiheadAttention):
+            return _pad_attention(module, args, kwargs)
+        return args, kwargs
 
     def _check_shape(self, x: Tensor, mask: Tensor) -> None:
-        if x.is_nested:
+        if x.is_nested and torch.compiler.is_compiling():
             return
-        sizes = x.shape[x.dim() - mask.dim() :]
-        if mask.dim() > x.dim() or any(m not in (1, size) for m, size in zip(mask.shape, sizes, strict=True)):
+        shape = padded_shape(x)
+        sizes = shape[x.dim() - mask.dim() :]
+        # of positions that no part of a nested tensor has, nothing is left to mask
+        fits = (m in (1, size) or (x.is_nested and m > size) for m, size in zip(mask.shape, sizes, strict=True))
+        if mask.dim() > x.dim() or not all(fits):
             raise ValueError(
                 f"layer {self.name!r}: its mask of shape {tuple(mask.shape)} does not fit its input of shape "
-                f"{tuple(x.shape)}. Reduce over the dimensions that change (batch, positions) in reduce_fn, or use one "
+                f"{tuple(shape)}. Reduce over the dimensions that change (batch, positions) in reduce_fn, or use one "
                 "of deadband.aggregate's functions, which keep one number for each feature"
             )
 
@@ -304,7 +407,7 @@ class MaskInput:
 def _as_it_is(mask: Tensor) -> Tensor | int:
     """What tells later whether a mask was written to: on CPUs its contents, as writes through `.data` or numpy leave no
     other trace; elsewhere its version, as comparing would wait for the device on each call."""
-    if mask.device.type == "cpu" and not mask.is_nested:
+    if mask.device.type == "cpu":
         return mask.detach().clone()
     return mask._version
 
@@ -324,6 +427,6 @@ def _as_bool(mask: Tensor) -> Tensor:
     mask = mask.detach()
     if mask.layout is not torch.strided:
         mask = mask.to_dense()
-    if mask.dtype is torch.bool or mask.is_meta or mask.is_nested:
+    if mask.dtype is torch.bool or mask.is_meta:
         return mask
     return mask != 0 if bool(((mask == 0) | (mask == 1)).all()) else mask

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deadband.criterion import Rule, fill
-from deadband.hooks import attach, detach, take_input, with_input
+from deadband.hooks import attach, detach, parts_of_rows, rows_of_parts, take_input, with_input
 from deadband.ops.observe import FIRST_NONFINITE, Statistics, observe
 from deadband.running import evaluating, progress_bar, run
 from deadband.sites import shape_of, weight_bytes, weight_sample
@@ -347,8 +347,9 @@ class InputWatcher:
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            instead = self.see(name, take_input(name, args, kwargs))
-            return None if instead is None else with_input(args, kwargs, instead)
+            x = take_input(name, args, kwargs)
+            instead = self.see(name, rows_of_parts(x))
+            return None if instead is None else with_input(args, kwargs, parts_of_rows(instead, x))
 
         return hook
 
@@ -412,7 +413,8 @@ def masking(sites: Mapping[str, nn.Module], rules: Mapping[str, Rule]) -> Iterat
 
     def hook(name: str) -> Any:
         def mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            return with_input(args, kwargs, rules[name].apply(take_input(name, args, kwargs)))
+            x = take_input(name, args, kwargs)
+            return with_input(args, kwargs, parts_of_rows(rules[name].apply(rows_of_parts(x)), x))
 
         return mask
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from deadband.accumulation import Accumulator, as_features
 from deadband.aggregate import Aggregate, rows_of
-from deadband.hooks import arguments_of, take_input
+from deadband.hooks import arguments_of, padded, padded_shape, rows_of_parts, take_input
 from deadband.ops.watch import issue_ticket, watch
 
 if TYPE_CHECKING:
@@ -109,25 +109,28 @@ class WatchInput:
         if x.requires_grad:
             x = x.detach()
         before = _on(x.device, config.get("data"))  # the model may have moved since
+        shape = padded_shape(x)
         if self.ready_made is not None:
-            self._check_features(before, x)
+            self._check_features(before, shape)
+            x, dim = (rows_of_parts(x, self.dim), -1) if x.is_nested else (x, self.dim)
             rows = config.get("rows", 0)
             with torch.no_grad():
-                new = self.ready_made(before, rows, x, self.dim)
-            config["rows"] = rows + rows_of(x, self.dim)
+                new = self.ready_made(before, rows, x, dim)
+            config["rows"] = rows + rows_of(x, dim)
         else:
             assert self.accumulator is not None
+            x = padded(x)
             new = self.accumulator.add(before, x)
         if "data" not in config and not self.in_force:
-            owner._state[self.name]["mask"] = self._keep_all(x)
+            owner._state[self.name]["mask"] = self._keep_all(x, shape)
             self.stepped = False
         config["data"] = new
-        self.shape = None if x.is_nested else x.shape
+        self.shape = shape
 
-    def _keep_all(self, x: Tensor) -> Any:
+    def _keep_all(self, x: Tensor, shape: torch.Size) -> Any:
         """The mask until the next step; expanded, ones take no memory."""
         if self.ready_made is not None:
-            return torch.ones((), dtype=torch.bool, device=x.device).expand(x.shape[self.dim])
+            return torch.ones((), dtype=torch.bool, device=x.device).expand(shape[self.dim])
         assert self.accumulator is not None
         if self.accumulator.selection is None:
             return ones_like(x)
@@ -135,13 +138,14 @@ class WatchInput:
             return []
         return list(ones_like(self.accumulator.selection.of(x)).split(1, self.accumulator.feature_dim))
 
-    def _check_features(self, before: Any, x: Tensor) -> None:
-        shape = tuple(x.shape)
-        if not -x.dim() <= self.dim < x.dim():
-            raise IndexError(f"layer {self.name!r}: its input of shape {shape} has no dimension {self.dim} of features")
+    def _check_features(self, before: Any, shape: torch.Size) -> None:
+        if not -len(shape) <= self.dim < len(shape):
+            raise IndexError(
+                f"layer {self.name!r}: its input of shape {tuple(shape)} has no dimension {self.dim} of features"
+            )
         if isinstance(before, Tensor) and before.shape != (shape[self.dim],):
             raise ValueError(
-                f"layer {self.name!r}: its input of shape {shape} has {shape[self.dim]} features along dimension "
+                f"layer {self.name!r}: its input of shape {tuple(shape)} has {shape[self.dim]} features along dimension "
                 f"{self.dim}; the inputs before had {before.numel()}. Name their dimension with feature_dim="
             )
 
@@ -264,7 +268,7 @@ def ones_like(data: Any) -> Any:
     """Ones in the shape of a tensor, or of each in a list; expanded from a single one, so that they take no memory."""
     if isinstance(data, list):
         return [ones_like(each) for each in data]
-    if data.is_nested or not data.dim():
+    if not data.dim():
         return torch.ones_like(data)
     return data.new_ones(()).expand(data.shape)
 
