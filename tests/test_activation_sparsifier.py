@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import gc
 import io
@@ -24,11 +25,14 @@ from torch import nn
 from torch.ao.pruning._experimental.activation_sparsifier.activation_sparsifier import (
     ActivationSparsifier as TorchSparsifier,
 )
+from torch.nn.utils import prune
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import deadband
 from deadband import aggregate, mask, reduce
 from deadband.activation_sparsifier import ActivationSparsifier, LayerError
+from deadband.compaction import compact_
 from deadband.entrywise import is_entrywise
 from deadband.hooks import apply_mask
 
@@ -881,6 +885,142 @@ def test_nested_tensors():
         assert torch.equal(a, b)
 
 
+def padded_encoder(**options):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, dropout=0.0, **options)
+    return nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16))
+
+
+LENGTHS = (7, 4, 2)
+PADDING = torch.arange(8) >= torch.tensor(LENGTHS)[:, None]
+ENCODER_SITES = [
+    "",
+    "layers.0",
+    "layers.0.self_attn",
+    "layers.1.self_attn",
+    "layers.0.linear1",
+    "layers.1.norm2",
+    "norm",
+]
+NESTED = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
+
+@NESTED
+@pytest.mark.parametrize("kind", ["ready-made", "of one's own", "features", "ready-made, features", "positions"])
+@pytest.mark.parametrize("site", ENCODER_SITES)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_an_encoder_with_padding_is_masked_in_evaluation_as_in_training(kind, site, activation):
+    model = padded_encoder(activation=activation)
+    own = {"aggregate_fn": add, "reduce_fn": lambda data: data.abs().mean(tuple(range(data.dim() - 1)))}
+    chosen = {"features": [1, 4, 5], "feature_dim": 2}
+    options = {
+        "ready-made": {},
+        "of one's own": own,
+        "features": {**own, "reduce_fn": lambda data: data.abs().mean((0, 1)), "mask_fn": above, **chosen},
+        "ready-made, features": chosen,
+        "positions": {**own, "reduce_fn": lambda data: data.abs().mean(0)},
+    }[kind]
+    sparsifier = ready(model, **{"level": 1.0, "sparsity": None} if kind == "features" else {})
+    if kind == "features":
+        sparsifier.defaults["sparse_config"] = {"level": 1.0}
+    sparsifier.register_layer(model.get_submodule(site), **options)
+    x = torch.randn(3, 8, 16)
+    dense = model(x, src_key_padding_mask=PADDING)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=PADDING)
+        model.eval()
+        found = model(x, src_key_padding_mask=PADDING)
+    torch.testing.assert_close(found[~PADDING], expected[~PADDING])
+    assert kind == "features" or not torch.allclose(found[~PADDING], dense[~PADDING], rtol=1e-3)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@NESTED
+def test_padding_of_nested_tensors_is_not_counted():
+    model = padded_encoder().eval()
+    sparsifier = ready(model, aggregate_fn=aggregate.mean)
+    sparsifier.register_layer(model.layers[0])
+    x = torch.randn(3, 8, 16)
+    with torch.no_grad():
+        model(x, src_key_padding_mask=PADDING)
+        model(x)  # and dense ones may follow
+    config = sparsifier.data_groups["layers.0"]
+    assert config["rows"] == sum(LENGTHS) + 3 * 8
+    rows = torch.cat([x[~PADDING], x.flatten(0, 1)])
+    torch.testing.assert_close(config["data"], rows.mean(0).double(), rtol=1e-5, atol=1e-6)
+
+
+@NESTED
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("grad", [False, True])
+def test_nested_inputs_of_any_layer(layout, grad):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 5))
+    sparsifier = ready(model)
+    sparsifier.register_layer(model[2])
+    parts = [torch.randn(length, 6) for length in (3, 0, 5, 1)]
+    nested = torch.nested.nested_tensor(parts, layout=layout, requires_grad=grad)
+    model(nested)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    with torch.no_grad():
+        model[0].bias[:2] = math.nan
+        sparsifier.get_mask("2")[:2] = False
+    found = model(nested)
+    for part, alone in zip(found.unbind(), parts, strict=True):
+        torch.testing.assert_close(part, model(alone))
+        assert part.isfinite().all()
+    _ = found + found * 2  # it can go on being used with its like
+    if grad:
+        torch.nested.to_padded_tensor(found, 0.0).sum().backward()
+        assert [len(part) for part in nested.grad.unbind()] == [3, 0, 5, 1]
+    if layout is torch.jagged:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(nested)
+        torch.testing.assert_close(compiled.values(), found.values())
+    expected = [model(part) for part in parts]
+    report = sparsifier.compact_()
+    assert {**report.gathered, **report.removed}["2"] > 0
+    with torch.no_grad():
+        for part, wanted in zip(model(nested).unbind(), expected, strict=True):
+            torch.testing.assert_close(part, wanted)
+
+
+@NESTED
+def test_attention_on_nested_tensors():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    sparsifier = ready(attention)
+    sparsifier.register_layer(attention)
+    parts = [torch.randn(length, 8) for length in (4, 1, 3)]
+    x = torch.nested.nested_tensor(parts)
+    with torch.no_grad():
+        attention(x, x, x, need_weights=False)
+        sparsifier.step()
+        sparsifier.squash_mask()
+        for found in (attention(x, x, x, need_weights=False)[0], attention(query=x, key=x, value=x)[0]):
+            for part, row in zip(found.unbind(), parts, strict=True):
+                torch.testing.assert_close(part, attention(row[None], row[None], row[None])[0][0])
+        with pytest.raises(AttributeError):
+            attention(x, x, 3)
+        assert not attention._forward_hooks
+
+
+@NESTED
+def test_masks_that_do_not_fit_nested_inputs():
+    model, sparsifier = only(nn.Identity(), reduce_fn=lambda data: data.mean(0), mask_fn=identity_mask)
+    model(torch.randn(2, 3, 4))
+    sparsifier.step()
+    sparsifier.squash_mask()
+    model(torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)]))
+    with pytest.raises(ValueError, match=r"mask of shape \(3, 4\) does not fit its input of shape \(2, 5, 4\)"):
+        model(torch.nested.nested_tensor([torch.randn(5, 4), torch.randn(2, 4)]))
+    model, sparsifier = only(nn.Linear(4, 4), aggregate_fn=aggregate.mean, feature_dim=0, reduce_fn=reduce.mean)
+    with pytest.raises(IndexError, match="first dimension of a nested tensor"):
+        model(torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)]))
+
+
 def test_token_ids_stay_whole_numbers():
     embedding = nn.Embedding(10, 4)
     model, sparsifier = only(
@@ -1639,7 +1779,7 @@ def test_a_compaction_that_fails_leaves_the_masked_model(monkeypatch):
     model.eval()
     x = torch.randn(2, 3, 8, 8)
     expected = model(x)
-    with pytest.raises(TypeError, match="unexpected keyword"):
+    with pytest.raises(ValueError, match=r"example, \(nothing=float32 .*unexpected keyword.*Pass example="):
         sparsifier.compact_({"nothing": x})
     monkeypatch.setattr("deadband.compaction._seconds", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -1657,8 +1797,216 @@ def test_compacting_without_an_example():
     sparsifier.unregister_layer("9")
     sparsifier.step()
     sparsifier.squash_mask()
-    with pytest.raises(ValueError, match="pass example="):
+    with pytest.raises(ValueError, match="no call of the model was seen .* Pass example="):
         sparsifier.compact_()
+
+
+class TwoLayers(nn.Module):
+    """Two layers, of which the second is masked, with something before them, between them, or left behind."""
+
+    def __init__(self, before=None, after=None, layers=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = layers() if layers else (nn.Linear(6, 12), nn.Linear(12, 3))
+        self.before, self.after, self.seen = before, after, []
+
+    def forward(self, *args, **kwargs):
+        x = self.before(*args, **kwargs) if self.before else args[0]
+        x = self.second(torch.relu(self.first(x)))
+        return self.after(x) if self.after else x
+
+
+@dataclasses.dataclass
+class GraphData:
+    x: torch.Tensor
+    edges: torch.Tensor
+
+
+def neighbours(x, edges):
+    return x.index_add(0, edges[1], x[edges[0]])
+
+
+def convolutions(kind):
+    return {"layers": lambda: (kind(3, 8, 3, padding=1), kind(8, 4, 3, padding=1))}
+
+
+def over_time(x):  # [time, batch, features]
+    return nn.functional.avg_pool1d(x.permute(1, 2, 0), 5).permute(2, 0, 1)
+
+
+def integers(high, *shape):
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(1))
+
+
+KINDS_OF_CALLS = {
+    "a batch": ({}, (torch.randn(9, 6),), {}, 2),
+    "a batch by keyword": ({"before": lambda x, scale: x * scale}, (), {"x": torch.randn(9, 6), "scale": 2.0}, 2),
+    "a batch of images": (convolutions(nn.Conv2d), (torch.randn(5, 3, 6, 6),), {}, 2),
+    "tokens": ({"before": nn.Embedding(20, 6)}, (integers(20, 4, 7),), {}, 2),
+    "one row": ({}, (torch.randn(1, 6),), {}, None),
+    "no batch": ({}, (torch.randn(6),), {}, None),
+    "no batch, 1d": (convolutions(nn.Conv1d), (torch.randn(3, 9),), {}, None),
+    "no batch, 2d": (convolutions(nn.Conv2d), (torch.randn(3, 6, 6),), {}, None),
+    "no batch, 3d": (convolutions(nn.Conv3d), (torch.randn(3, 4, 4, 4),), {}, None),
+    "features first": ({"before": torch.t}, (torch.randn(6, 9),), {}, None),
+    "time first": ({"after": over_time}, (torch.randn(20, 3, 6),), {}, None),
+    "time first, recurrent": ({"before": lambda x: x.cumsum(0)}, (torch.randn(20, 3, 6),), {}, 2),
+    "time first, mask of the batch": (
+        {"before": lambda x, padding: x.masked_fill(padding.T[..., None], 0.0)},
+        (torch.randn(9, 3, 6), torch.zeros(3, 9, dtype=torch.bool)), {}, None,
+    ),
+    "a graph": ({"before": neighbours}, (torch.randn(9, 6), integers(9, 2, 15)), {}, None),
+    "a graph of as many edges as nodes": (
+        {"before": lambda x, source, target: neighbours(x, (source, target))},
+        (torch.randn(9, 6), integers(9, 9), integers(9, 9)), {}, None,
+    ),
+    "a graph in an object": (
+        {"before": lambda data: neighbours(data.x, data.edges)},
+        (GraphData(torch.randn(9, 6), integers(9, 2, 15)),), {}, None,
+    ),
+    "a sparse graph": ({"before": lambda x, a: a @ x}, (torch.randn(9, 6), torch.eye(9).to_sparse()), {}, None),
+    "bags": ({"before": nn.EmbeddingBag(20, 6)}, (integers(20, 30), torch.tensor([0, 3, 9])), {}, None),
+    "as many bags as words": ({"before": nn.EmbeddingBag(20, 6)}, (integers(20, 4), torch.arange(4)), {}, None),
+    "a packed sequence": (
+        {"before": lambda packed: packed.data},
+        (nn.utils.rnn.pack_sequence([torch.randn(3, 6), torch.randn(2, 6)]),), {}, None,
+    ),
+    "a list": ({"before": torch.cat}, ([torch.randn(4, 6), torch.randn(2, 6)],), {}, None),
+    "rows that belong together": ({"after": lambda x: x[::2] - x[1::2]}, (torch.randn(8, 6),), {}, None),
+    "rows that are compared": ({"after": lambda x: (x @ x.T).softmax(1)}, (torch.randn(8, 6),), {}, None),
+    "a fixed number of rows": ({"before": lambda x: x.view(8, 6)}, (torch.randn(8, 6),), {}, None),
+    "a row by its number": ({"after": lambda x: x[5]}, (torch.randn(8, 6),), {}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_CALLS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_compacting_on_the_call_that_was_seen(kind, mode, monkeypatch):
+    build, args, kwargs, rows = KINDS_OF_CALLS[kind]
+    model = TwoLayers(**build).eval()
+    sparsifier = ready(model)
+    sparsifier.register_layer(model.second)
+    used = []
+    monkeypatch.setattr(
+        "deadband.compaction.compact_", lambda *args, **named: used.append(args[2]) or compact_(*args, **named)
+    )
+    with mode():
+        model(*args, **kwargs)
+        sparsifier.step()
+        sparsifier.squash_mask()
+        expected = model(*args, **kwargs)
+    report = sparsifier.compact_()
+    assert sum((*report.removed.values(), *report.gathered.values())) in (4, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(model(*args, **kwargs), expected.clone())
+    shapes = [[x.shape for x in tree_leaves(each) if isinstance(x, torch.Tensor)] for each in (used[0], (args, kwargs))]
+    if rows is None:
+        assert shapes[0] == shapes[1]
+    else:
+        assert shapes[0] == [torch.Size([rows, *shape[1:]]) for shape in shapes[1]]
+
+
+def test_a_call_that_the_model_does_not_take_any_more():
+    model = TwoLayers()
+    sparsifier = ready(model)
+    sparsifier.register_layer(model.second)
+    model(torch.randn(4, 6))
+    sparsifier.step()
+    sparsifier.squash_mask()
+    model.before = torch.t
+    message = r"does not run on the example, \(float32 \[4, 6\]\): RuntimeError: .*Pass example=: the arguments"
+    with pytest.raises(ValueError, match=message):
+        sparsifier.compact_()
+    assert model.second.activation_mask.sum() == 6
+    assert sparsifier.compact_(torch.randn(6, 4)).removed == {"second": 6}
+
+
+def kept_in_a_hook(model):
+    got = {}
+    model.first.register_forward_hook(lambda module, args, output: got.update(output=output))
+
+
+def keeping(what):
+    """Leaves tensors of its last call behind."""
+
+    class Keeps(TwoLayers):
+        def forward(self, x):
+            self.hidden = torch.relu(self.first(x))
+            out = self.second(self.hidden)
+            keep = {
+                "attributes": lambda: setattr(self, "last", out),
+                "parts of each other": lambda: setattr(self, "last", (out[0], out.view(-1))),
+                "a list": lambda: self.seen.append(out.mean()),
+                "a mapping in a list": lambda: self.seen.append({"loss": out.mean(), "all": [self.hidden]}),
+                "an object": lambda: setattr(self, "last", GraphData(out, self.hidden)),
+                "a submodule": lambda: setattr(self.second, "input", self.hidden),
+                "a buffer": lambda: self.register_buffer("last", out),
+                "a sparse tensor": lambda: setattr(self, "last", out.to_sparse()),
+            }
+            keep.get(what, lambda: None)()
+            return out
+
+    return Keeps()
+
+
+KEPT = [
+    "attributes", "parts of each other", "a list", "a mapping in a list", "an object", "a submodule", "a buffer",
+    "a sparse tensor", "a hook", "weight_norm", "pruning", "a double backward",
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm", "ignore:Using backward")
+@pytest.mark.parametrize("what", KEPT)
+def test_compacting_a_model_that_keeps_tensors_with_gradients(what):
+    model = keeping(what)
+    prepare = {
+        "a hook": kept_in_a_hook,
+        "weight_norm": lambda model: nn.utils.weight_norm(model.first),
+        "pruning": lambda model: prune.l1_unstructured(model.first, "weight", 0.3),
+    }
+    prepare.get(what, lambda _: None)(model)
+    sparsifier = ready(model)
+    sparsifier.register_layer(model.second)
+    for _ in range(2):
+        model(torch.randn(7, 6)).square().mean().backward(create_graph=what == "a double backward")
+    sparsifier.step()
+    sparsifier.squash_mask()
+    x = torch.randn(5, 6)
+    expected = model(x).detach()
+    hidden, seen = model.hidden, list(model.seen)
+    report = sparsifier.compact_()
+    assert {**report.removed, **report.gathered} == {"second": 6}
+    assert model.hidden is hidden  # what the model keeps is the user's call's, not ours
+    assert hidden.grad_fn is not None
+    assert len(model.seen) == len(seen)
+    torch.testing.assert_close(model(x).detach(), expected)
+    model(x).sum().backward()
+    with torch.no_grad():
+        vector = nn.utils.parameters_to_vector(model.parameters())
+        nn.utils.vector_to_parameters(vector.clone(), model.parameters())
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_compacting_layers_that_are_pruned_and_what_cannot_be_copied():
+    model = TwoLayers()
+    sparsifier = ready(model)
+    sparsifier.register_layer(model.second)
+    prune.l1_unstructured(model.second, "weight", 0.5)
+    x = torch.randn(5, 6)
+    model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    expected = model(x)
+    assert sparsifier.compact_().left == {"second": "its weight is not a plain parameter"}
+    assert torch.equal(model(x), expected)
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"Two.* cannot be copied by copy.deepcopy \(TypeError: cannot pickle .*lock"):
+        sparsifier.compact_()
+    del model.lock
+    prune.remove(model.second, "weight")
+    assert torch.equal(model(x), expected)
+    assert sparsifier.compact_().removed == {"second": 6}
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_compacting_a_llama_mlp():
@@ -1855,7 +2203,7 @@ def test_shallow_copies_are_refused():
         copy.copy(small()[1])
 
 
-def test_the_call_that_is_remembered_is_small_and_free_of_graphs():
+def test_the_call_that_is_remembered_is_free_of_graphs_and_of_larger_tensors():
     class Takes(nn.Module):
         def __init__(self):
             super().__init__()
@@ -1867,12 +2215,16 @@ def test_the_call_that_is_remembered_is_small_and_free_of_graphs():
     model = Takes()
     sparsifier = ready(model)
     sparsifier.register_layer(model.fc)
-    x = torch.randn(9, 3, requires_grad=True) * 2
+    x = (torch.randn(1000, 3, requires_grad=True) * 2)[100:109]
+    kept = x.detach().clone()
     model([x], torch.arange(9))
+    with torch.no_grad():
+        x.zero_()
     (xs, lengths), _ = sparsifier._example
-    assert xs[0].shape == (2, 3)
-    assert lengths.shape == (2,)
+    assert torch.equal(xs[0], kept)
+    assert lengths.shape == (9,)
     assert not xs[0].requires_grad
+    assert xs[0].untyped_storage().nbytes() == 9 * 3 * 4
     copy.deepcopy(sparsifier)
     other = Takes()
     sparsifier = ready(other)
@@ -1881,6 +2233,11 @@ def test_the_call_that_is_remembered_is_small_and_free_of_graphs():
     assert sparsifier._example is None
     assert not other._forward_pre_hooks
     copy.deepcopy(sparsifier)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    with pytest.raises(ValueError, match=r"cannot be kept: an argument cannot be copied .*lock.* Pass example="):
+        sparsifier.compact_()
+    sparsifier.compact_(([x], torch.arange(9)))
 
 
 def test_inference_and_training_may_alternate():

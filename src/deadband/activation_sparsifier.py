@@ -112,6 +112,7 @@ class ActivationSparsifier:
         self._state: dict[str, dict[str, Any]] = defaultdict(dict)
         self._schedule: Schedule | None = None
         self._example: tuple[tuple, dict] | None = None
+        self._no_example = "no call of the model was seen while layers were registered"
         self._begin()
 
     def _begin(self) -> None:
@@ -573,7 +574,8 @@ class ActivationSparsifier:
 
         Args:
             example: arguments of one call of the model: a tensor, a tuple of positional arguments, or a mapping of
-                keyword arguments. Without, a few rows of the first call after registering are used.
+                keyword arguments. Without, the first call after registering is used: two rows of it, if the model
+                gives the same for them alone.
             producers: with False, layers that make features stay whole, and Torch-Pruning is not needed.
 
         Returns:
@@ -582,21 +584,26 @@ class ActivationSparsifier:
         Raises:
             LayerError: nothing is squashed.
             ImportError: Torch-Pruning is missing.
-            ValueError: no example is known.
+            ValueError: no example is known, or the model does not run on it.
+            TypeError: the model keeps something that cannot be copied.
         """
-        from deadband.compaction import compact_
+        from deadband.compaction import compact_, few_rows
+        from deadband.copies import copy_model
 
         squashed = [name for name in self._masks if name not in self._watches]
         if not squashed:
             raise LayerError("compact_(): no mask is in force; call squash_mask() first")
+        if example is None and self._example is None:
+            raise ValueError(
+                f"compact_(): {self._no_example}. Pass example=: the arguments of one call of the model (a tensor, a "
+                "tuple of positional arguments, or a mapping of keyword arguments)"
+            )
         if example is None:
-            example = self._example
+            example = few_rows(copy_model(self.model), self._example)
         elif isinstance(example, Mapping):
             example = ((), dict(example))
         else:
             example = (tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
-        if example is None:
-            raise ValueError("compact_(): no call of the model was seen while layers were registered; pass example=")
         self.state  # noqa: B018  (brings the masks up to date)
         features = {name: self._feature_mask(name) for name in squashed}
         whole = {name: keep for name, (keep, exact) in features.items() if exact}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import difflib
 import sys
@@ -13,9 +12,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from deadband.bench import interleave, median
+from deadband.copies import copy_arguments, copy_model
+from deadband.hooks import map_nested, padded
 from deadband.linear import change_class_
 from deadband.running import evaluating
 
@@ -42,6 +44,8 @@ class _Gathered(nn.Module):
         return super().forward(self._gather(input))
 
     def _gather(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            return map_nested(x, lambda _, part: self._gather(part))
         if not self.kept.numel():
             return torch.zeros_like(x.narrow(self.feature_dim, 0, 1))
         if self.feature_dim == -1 and x.dim() > 2:  # on CPUs ten times as fast as with more dimensions
@@ -227,7 +231,7 @@ class CompactionReport:
 
     Attributes:
         parameters: their number.
-        flops: of one call on the example, as torch counts them.
+        flops: of one call on the example, as torch counts them; 0 where it cannot, as with nested tensors.
         seconds: median latency of one call on the example; before is the dense model, without masks.
         removed: masked input features that are gone, along with what made them, by layer.
         gathered: masked input features that are still made, but not read, by layer.
@@ -287,8 +291,10 @@ def compact_(
         A `CompactionReport`.
 
     Raises:
-        ValueError: a layer that the model does not have, or a mask of the wrong length.
-        TypeError: a mask that is not a bool tensor, or an example that is not such a pair.
+        ValueError: a layer that the model does not have, a mask of the wrong length, or an example that the model does
+            not run on.
+        TypeError: a mask that is not a bool tensor, an example that is not such a pair, or a model that cannot be
+            copied.
         ImportError: Torch-Pruning is missing: `pip install "deadband[compact]"`.
 
     Example:
@@ -310,15 +316,16 @@ def compact_(
     masks = _checked(model, masks)
     if not (isinstance(example, tuple) and list(map(type, example)) == [tuple, dict]):
         raise TypeError(f"example is {type(example).__name__}; expected (positional tuple, keyword dict) of one call")
-    dense = copy.deepcopy(model)
-    flops, parameters = _flops(dense, example), _count(dense)
+    dense = copy_model(model)
+    outputs_of(dense, example)
     plan = find_plan(dense, masks, example, producers)
     with _restoring(model.get_submodule(name) for name in plan.resizes):
         apply_(model, plan.resizes)
+        compacted = copy_model(model)  # calls may leave something behind in the model, which is not the user's
         return CompactionReport(
-            parameters=(parameters, _count(model)),
-            flops=(flops, _flops(model, example)),
-            seconds=_seconds(dense, model, example),
+            parameters=(_count(dense), _count(compacted)),
+            flops=(_flops(dense, example), _flops(compacted, example)),
+            seconds=_seconds(dense, compacted, example),
             removed=plan.removed,
             gathered=plan.gathered,
             left=plan.left,
@@ -347,6 +354,92 @@ def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {name: mask.detach().cpu() for name, mask in masks.items()}
 
 
+def few_rows(model: nn.Module, example: Example) -> Example:
+    """The first two rows of an example where that changes nothing but the time that calls take; else the example.
+
+    The first dimension need not be a batch's: it may be nodes of a graph, features, channels, or time. So the model is
+    run on both, and two rows have to give the first two rows of the output. What may be indices into the first
+    dimension is not tried, as kernels may read outside of their memory.
+
+    Raises:
+        ValueError: the model does not run on the example.
+    """
+    whole, rows = outputs_of(model, example), _rows_to_try(example)
+    if rows <= 2:
+        return example
+    short = copy_arguments(tree_map(lambda leaf: leaf[:2] if _has_rows(leaf, rows) else leaf, example))
+    try:
+        found = outputs_of(model, short)
+    except ValueError:
+        return example
+    wanted = [each[:2] if _has_rows(each, rows) else each for each in whole]
+    return short if len(found) == len(wanted) and all(map(_near, found, wanted)) else example
+
+
+def _rows_to_try(example: Example) -> int:
+    """The length of the first dimension that all tensors share; 0 if some may index into it, or have no such thing."""
+    tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()]
+    if any(tensor.layout is not torch.strided or tensor.is_nested for tensor in tensors):
+        return 0
+    kinds = {tensor.is_floating_point() for tensor in tensors if tensor.dtype != torch.bool}
+    indices = len(kinds) > 1 or any(tensor.dim() == 1 and not tensor.is_floating_point() for tensor in tensors)
+    sizes = {tensor.shape[0] for tensor in tensors}
+    return sizes.pop() if len(sizes) == 1 and not indices else 0
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    found, expected = found.double(), expected.double()
+    scale = expected.abs().nan_to_num(0, 0, 0).mean().item() if expected.numel() else 0.0
+    return torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * scale, equal_nan=True)
+
+
+def outputs_of(model: nn.Module, example: Example) -> list[Tensor]:
+    """All tensors that one call in eval mode returns, dense.
+
+    Raises:
+        ValueError: the model does not run on the example.
+    """
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # not torch.manual_seed, which would seed GPUs, too
+            return tensors_in(_call(model, copy_arguments(example)))
+    except Exception as error:
+        raise ValueError(
+            f"the model does not run on the example, {_shown(example)}: {type(error).__name__}: {error}. Pass "
+            "example=: the arguments of one call of the model as it is now (a tensor, a tuple of positional arguments, "
+            "or a mapping of keyword arguments)"
+        ) from error
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in what a model returned, dense: in containers and in attributes of objects."""
+    found = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(padded(leaf) if leaf.is_nested else leaf.to_dense() if leaf.layout != torch.strided else leaf)
+        elif isinstance(leaf, tuple):  # of a class of its own, as PackedSequence
+            found += tensors_in(tuple(leaf))
+        elif dataclasses.is_dataclass(leaf):
+            found += tensors_in(vars(leaf))
+    return found
+
+
+def _shown(example: Example) -> str:
+    def shown(value: Any) -> str:
+        if not isinstance(value, Tensor):
+            return type(value).__name__
+        return f"{str(value.dtype).removeprefix('torch.')} {'nested' if value.is_nested else list(value.shape)}"
+
+    named = [f"{name}={shown(value)}" for name, value in example[1].items()]
+    return f"({', '.join([*map(shown, example[0]), *named])})"
+
+
 def _call(model: nn.Module, example: Example) -> Any:
     return model(*example[0], **example[1])
 
@@ -357,12 +450,15 @@ def _count(model: nn.Module) -> int:
 
 def _flops(model: nn.Module, example: Example) -> int:
     with evaluating(model), FlopCounterMode(display=False) as counter:
-        _call(model, copy.deepcopy(example))
+        try:
+            _call(model, copy_arguments(example))
+        except Exception:  # the model runs; what cannot be counted are nested tensors
+            return 0
     return counter.get_total_flops()
 
 
 def _seconds(dense: nn.Module, compacted: nn.Module, example: Example) -> tuple[float, float]:
-    ours, theirs = copy.deepcopy(example), copy.deepcopy(example)  # a cache among the arguments grows with each call
+    ours, theirs = copy_arguments(example), copy_arguments(example)  # a cache among the arguments grows with each call
     with evaluating(dense), evaluating(compacted):
         calls = {"dense": lambda: _call(dense, theirs), "compacted": lambda: _call(compacted, ours)}
         times = interleave(calls, rounds=ROUNDS, progress=False)

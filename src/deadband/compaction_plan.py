@@ -14,10 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from deadband.compaction import Example, Resize, _Gathered, apply_, conv1d_class, layout_of, shared_parameters
-from deadband.hooks import take_input, with_input
+from deadband.compaction import (
+    Example,
+    Resize,
+    _Gathered,
+    apply_,
+    conv1d_class,
+    layout_of,
+    shared_parameters,
+    tensors_in,
+)
+from deadband.copies import copy_arguments
+from deadband.hooks import apply_mask, take_input, with_input
 
 Masks = Mapping[str, Tensor]  # layer -> bool [features] on the CPU, True = keep
 
@@ -191,7 +201,7 @@ class _Masking:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         x = take_input(type(module).__name__, args, kwargs)
-        return with_input(args, kwargs, torch.where(self.mask, x, 0))
+        return with_input(args, kwargs, apply_mask(x, self.mask))
 
 
 class _Check:
@@ -227,14 +237,16 @@ class _Check:
             if not value.is_floating_point():
                 return value
             value = value.to(self.dtype)
-            return value if noise is None else value + _random(value, noise) * (_spread(value) + 0.1)
+            if noise is None or value.is_nested or value.layout is not torch.strided:
+                return value
+            return value + _random(value, noise) * (_spread(value) + 0.1)
 
         return tree_map(fresh, self.example)
 
     def run(self, model: nn.Module, arguments: Example) -> list[Tensor]:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.default_generator.manual_seed(0)  # not torch.manual_seed, which would seed GPUs, too
-            return [leaf for leaf in tree_leaves(model(*arguments[0], **arguments[1])) if isinstance(leaf, Tensor)]
+            return tensors_in(model(*arguments[0], **arguments[1]))
 
     def same(self, masks: Masks, groups: Sequence[Group]) -> bool:
         """Whether the model compacted so gives what the masked one gives, for its own parameters and for others.
@@ -251,7 +263,7 @@ class _Check:
             arguments = self.arguments(noise)
             try:
                 with masking(model, masks):
-                    expected = self.run(model, tree_map(copy.copy, arguments))
+                    expected = self.run(model, copy_arguments(arguments))
             except Exception:
                 if seed is None:
                     raise
@@ -328,7 +340,7 @@ class _Graph:
 
         def outputs(out: Any) -> list[Tensor]:
             # a product of its own for each output, or the graph would not show that a layer's output is the model's
-            leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+            leaves = [leaf for leaf in tensors_in(out) if leaf.grad_fn is not None]
             if not leaves:
                 raise ValueError("no output comes from parameters in a way that autograd sees")
             return [leaf * 1 for leaf in leaves]

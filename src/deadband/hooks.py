@@ -146,11 +146,11 @@ def parts_of_rows(rows: Tensor, like: Tensor) -> Tensor:
     if not like.is_nested:
         return rows
     pieces = iter(rows.split([part.numel() // part.shape[-1] for part in like.unbind()]))
-    return _map_nested(like, lambda _, part: next(pieces).reshape(part.shape))
+    return map_nested(like, lambda _, part: next(pieces).reshape(part.shape))
 
 
-def _map_nested(x: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """The nested tensor of what `function` makes of each part, with its number, without changing its shape."""
+def map_nested(x: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """The nested tensor of what `function` makes of each part, given its number, without changing its length."""
     parts = [function(number, part) for number, part in enumerate(x.unbind())]
     return _jagged(torch.cat(parts, _ragged(x) - 1), x) if _ragged(x) else torch.nested.as_nested_tensor(parts)
 
@@ -168,7 +168,7 @@ def _jagged(values: Tensor, like: Tensor) -> Tensor:
 def _mask_nested(x: Tensor, mask: Tensor) -> Tensor:
     if x.layout is torch.jagged and mask.dim() < x.dim() - _ragged(x):  # the same for all parts; compilers follow this
         return _jagged(apply_mask(x.values(), mask), x)
-    return _map_nested(x, lambda number, part: apply_mask(part, _of_part(mask, x.dim(), number, part.shape)))
+    return map_nested(x, lambda number, part: apply_mask(part, _of_part(mask, x.dim(), number, part.shape)))
 
 
 def _of_part(mask: Tensor, dims: int, number: int, shape: torch.Size) -> Tensor:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from deadband.accumulation import Accumulator, as_features
 from deadband.aggregate import Aggregate, rows_of
+from deadband.copies import copy_arguments
 from deadband.hooks import arguments_of, padded, padded_shape, rows_of_parts, take_input
 from deadband.ops.watch import issue_ticket, watch
 
@@ -145,8 +145,8 @@ class WatchInput:
             )
         if isinstance(before, Tensor) and before.shape != (shape[self.dim],):
             raise ValueError(
-                f"layer {self.name!r}: its input of shape {tuple(shape)} has {shape[self.dim]} features along dimension "
-                f"{self.dim}; the inputs before had {before.numel()}. Name their dimension with feature_dim="
+                f"layer {self.name!r}: its input of shape {tuple(shape)} has {shape[self.dim]} features along "
+                f"dimension {self.dim}; the inputs before had {before.numel()}. Name their dimension with feature_dim="
             )
 
 
@@ -164,7 +164,7 @@ def _remove_hook(module: nn.Module, hook: Any) -> None:
 
 
 class RememberCall:
-    """A forward pre-hook of the model that keeps a few rows of one call's arguments, for `compact_`, and goes."""
+    """A forward pre-hook of the model that keeps the arguments of one call, for `compact_`, and goes."""
 
     def __init__(self, owner: ActivationSparsifier) -> None:
         self.owner: Any = weakref.ref(owner)
@@ -174,31 +174,17 @@ class RememberCall:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Keep the arguments, once."""
-        if torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if traced or torch._C._functorch.peek_interpreter_stack() is not None:  # arguments without values
             return
         owner = self.owner() if self.owner is not None else None
         if owner is not None and owner._example is None:
-            with torch.inference_mode(False), torch.no_grad():
-                owner._example = _few_rows(args, kwargs)
+            try:
+                owner._example = copy_arguments((args, kwargs))
+            except TypeError as error:
+                owner._no_example = f"the call of the model that was seen cannot be kept: {error}"
             owner._handles.pop(RememberCall, None)
         _remove_hook(module, self)
-
-
-def _few_rows(args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """The arguments with two rows of each tensor that has the batch's; None if they hold more than plain values."""
-    leaves = tree_leaves((args, kwargs))
-    plain = (Tensor, bool, int, float, str, type(None))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if not all(isinstance(leaf, plain) for leaf in leaves) or any(leaf.is_nested for leaf in tensors):
-        return None
-    rows = tensors[0].shape[0] if tensors and tensors[0].dim() else None
-
-    def kept(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return (value[:2] if value.dim() and value.shape[0] == rows else value).detach().clone()
-
-    return tree_map(kept, (args, kwargs))
 
 
 def feature_dimension(layer: nn.Module, given: int | None = None) -> int:
