@@ -246,6 +246,73 @@ def test_trainer_brings_back_the_masks_of_the_best_model(tmp_path):
     assert not sparsifier.training_only
 
 
+PAIRS = {
+    "other layers": (("net.0", {"sparsity": 0.25}), ("net.2", {"sparsity": 0.75})),
+    "the same layer": (("net.2", {"sparsity": 0.25}), ("net.2", {"sparsity": 0.75})),
+    "three, one scheduled": (
+        ("net.2", {"sparsity": 0.25}), ("net.0", {"sparsity": 0.5}),
+        ("net.2", {"schedule": {"sparsity": 0.5, "steps": 4, "begin": 1}}),
+    ),
+}  # fmt: skip
+
+
+def several(model, pair, callback_class, **options):
+    """One sparsifier with a callback of its own for each entry."""
+    callbacks = []
+    for layer, given in pair:
+        sparsifier = sparsifier_of(model, layer, **given.get("schedule", {}))
+        if "sparsity" in given:
+            sparsifier.data_groups[layer]["sparse_config"]["sparsity"] = given["sparsity"]
+        callbacks.append(callback_class(sparsifier, **options))
+    return callbacks
+
+
+def masks_of(callbacks):
+    return [callback.sparsifier.get_mask(callback.sparsifier.layer).clone() for callback in callbacks]
+
+
+def assert_restored(callbacks, masks, states):
+    for callback, expected, state in zip(callbacks, masks, states, strict=True):
+        sparsifier = callback.sparsifier
+        assert list(sparsifier.data_groups) == [sparsifier.layer]
+        assert torch.equal(sparsifier.get_mask(sparsifier.layer), expected)
+        found = sparsifier.state_dict(portable=True)
+        assert (found["groups"], found["schedule"]) == (state["groups"], state["schedule"])
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_several_callbacks_in_one_trainer(tmp_path, pair, swapped):
+    def run(pair, resume=None, **arguments):
+        trainer = Trainer(tmp_path, save_strategy="steps", save_steps=10, **arguments)
+        trainer.trainer.pop_callback(SparsifierTrainerCallback)
+        callbacks = several(trainer.model, pair, SparsifierTrainerCallback)
+        for callback in callbacks:
+            trainer.trainer.add_callback(callback)
+        trainer.train(resume)
+        return callbacks
+
+    first = run(pair)
+    expected, states = masks_of(first), [each.sparsifier.state_dict(portable=True) for each in first]
+    files = sorted(path.name for path in (tmp_path / "checkpoint-10").glob("sparsifier*"))
+    assert files == sorted([FILE, *(f"sparsifier-{number}.safetensors" for number in range(2, len(pair) + 1))])
+    order = [1, 0, *range(2, len(pair))] if swapped and pair[0][0] != pair[1][0] else list(range(len(pair)))
+    again = run([pair[each] for each in order], tmp_path / "checkpoint-10")  # nothing is left to train
+    assert_restored(again, [expected[each] for each in order], [states[each] for each in order])
+
+
+def test_trainer_warns_where_a_callback_finds_no_state_of_its_layers(tmp_path):
+    trainer = Trainer(tmp_path, save_strategy="steps", save_steps=4)
+    trainer.train()
+    trainer = Trainer(tmp_path)
+    other = several(trainer.model, [("net.0", {"sparsity": 0.5})], SparsifierTrainerCallback)[0]
+    trainer.trainer.add_callback(other)
+    with pytest.warns(
+        UserWarning, match=r"masks of 'net.0' stay as they are: there is no state of these layers in .*10"
+    ):
+        trainer.train(tmp_path / "checkpoint-4")
+
+
 def test_trainer_callback_after_training_was_broken_off(tmp_path):
     import transformers
 
@@ -415,6 +482,67 @@ def test_lightning_module_still_sees_the_checkpoint(lightning, tmp_path):
     fit.fit()
     fit.trainer.test(fit.model, fit.loader, ckpt_path=tmp_path / "step=4.ckpt", verbose=False)
     assert seen == [4]
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_several_callbacks_in_one_lightning_trainer(lightning, tmp_path, pair, swapped):
+    from deadband.lightning_callback import SparsifierLightningCallback
+
+    def prepare(pair, max_epochs):
+        fit = Fit(lightning, tmp_path)
+        callbacks = several(fit.model, pair, SparsifierLightningCallback)
+        defaults = {
+            "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+            "enable_checkpointing": False, "default_root_dir": tmp_path,
+        }  # fmt: skip
+        fit.trainer = lightning.Trainer(callbacks=callbacks, max_epochs=max_epochs, **defaults)
+        return fit, callbacks
+
+    fit, first = prepare(pair, 2)
+    model, _ = fit.fit()
+    path = tmp_path / "several.ckpt"
+    fit.trainer.save_checkpoint(path)
+    expected, states = masks_of(first), [each.sparsifier.state_dict(portable=True) for each in first]
+    assert len(torch.load(path, weights_only=True)["callbacks"]) == len(pair)
+    order = [1, 0, *range(2, len(pair))] if swapped and pair[0][0] != pair[1][0] else list(range(len(pair)))
+    for run in ("fit", "test"):
+        fit, again = prepare([pair[each] for each in order], 2)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*callbacks used to create the checkpoint")
+            if run == "fit":
+                fit.fit(path, weights_only=True)
+            else:
+                fit.trainer.test(fit.model, fit.loader, ckpt_path=path, verbose=False, weights_only=True)
+        assert_restored(again, [expected[each] for each in order], [states[each] for each in order])
+        assert fit.model.state_dict().keys() == model.state_dict().keys()
+        assert len({each.state_key for each in again}) == len(pair)
+        assert "on_load_checkpoint" not in vars(fit.model)
+
+
+def test_lightning_warns_where_a_callback_finds_no_state_of_its_layers(lightning, tmp_path):
+    from deadband.lightning_callback import SparsifierLightningCallback
+
+    fit = Fit(lightning, tmp_path)
+    fit.fit()
+    fit.trainer.save_checkpoint(tmp_path / "x.ckpt")
+    fit = Fit(lightning, tmp_path)
+    other = several(fit.model, [("net.0", {"sparsity": 0.5})], SparsifierLightningCallback)
+    fit.trainer.callbacks += other
+    with pytest.warns(UserWarning, match="masks of 'net.0' stay as they are: .* in the checkpoint"):
+        fit.trainer.test(fit.model, fit.loader, ckpt_path=tmp_path / "x.ckpt", verbose=False, weights_only=True)
+
+
+def test_a_module_with_its_own_way_to_load_keeps_it(lightning, tmp_path):
+    fit = Fit(lightning, tmp_path)
+    seen = []
+    fit.model.on_load_checkpoint = own = seen.append
+    fit.fit()
+    fit.trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert fit.model.on_load_checkpoint is own
+    fit.trainer.test(fit.model, fit.loader, ckpt_path=tmp_path / "x.ckpt", verbose=False, weights_only=True)
+    assert len(seen) == 1
+    assert fit.model.on_load_checkpoint is own
 
 
 def test_lightning_callback_after_training_was_broken_off(lightning, tmp_path):

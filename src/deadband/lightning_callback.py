@@ -6,6 +6,7 @@ import importlib
 import sys
 from typing import Any
 
+from deadband.portable_state import FORMAT
 from deadband.trainer_callback import SteppingCallback
 
 
@@ -29,10 +30,13 @@ class SparsifierLightningCallback(SteppingCallback, _Callback):
     With a `sparsifier.schedule(...)`, masks come into force and are squashed as it says. Without one, masks are made at
     each call, and squashed at the end of training. Once they are squashed, nothing happens any more.
 
-    Checkpoints hold `sparsifier.state_dict(portable=True)` as the state of this callback. Wherever the Trainer is given
+    Checkpoints hold `sparsifier.state_dict(portable=True)` among the states of callbacks. Wherever the Trainer is given
     a `ckpt_path`, the sparsifier takes it over before the model's weights are loaded, which hold the masks as buffers.
     (Weights alone, saved with `save_weights_only` or read with `load_from_checkpoint`, need a model whose masks are in
     force already.)
+
+    A Trainer may have several of these callbacks, each with a sparsifier of its own: a checkpoint gives each the state
+    of its layers back and, where several have the same layers, in the order of the callbacks.
 
     Args:
         sparsifier: with its layers registered.
@@ -55,26 +59,46 @@ class SparsifierLightningCallback(SteppingCallback, _Callback):
         >>> # lightning.Trainer(max_epochs=30, callbacks=[callback]).fit(module, data)
     """
 
-    _hooked: Any = None  # the module whose on_load_checkpoint is ours for now
+    # Lightning loads callbacks after the model, strictly, for which the buffers of the masks have to be there; the only
+    # one to see the checkpoint earlier is the module itself. `state_dict` is left alone, as Lightning asks callbacks
+    # that have it for a key of their own before they can know each other.
+    _hooked: tuple[Any, dict[str, Any]] | None = None  # the module whose on_load_checkpoint is ours, and what it had
+
+    @property
+    def state_key(self) -> str:
+        """The name of the state in checkpoints."""
+        layers = self._layers()
+        number = sum(each._layers() == layers for each in self._peers[: self._number()])
+        return self._generate_state_key(layers=layers, **{"number": number} if number else {})
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """See to it that the masks of a checkpoint are restored before its weights."""
-        # Lightning loads callbacks after the model, strictly, for which the buffers of the masks have to be there; the
-        # only one to see the checkpoint earlier is the module itself
         self._unhook()
-        theirs = pl_module.on_load_checkpoint
+        self._peers = [each for each in trainer.callbacks if isinstance(each, SparsifierLightningCallback)]
+        if self._peers[0] is not self:  # the first does it for all
+            return
+        theirs, had = pl_module.on_load_checkpoint, vars(pl_module)
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            if (state := checkpoint.get("callbacks", {}).get(self.state_key)) is not None:
-                self.load_state_dict(state)
+            saved = checkpoint.get("callbacks", {}).values()
+            states = [state for state in saved if isinstance(state, dict) and state.get("format") == FORMAT]
+            for each in self._peers if states else ():
+                each._restore(states, "the checkpoint")
             theirs(checkpoint)
 
-        pl_module.on_load_checkpoint, self._hooked = on_load_checkpoint, pl_module
+        self._hooked = pl_module, {name: had[name] for name in ("on_load_checkpoint",) if name in had}
+        pl_module.on_load_checkpoint = on_load_checkpoint
 
     def _unhook(self) -> None:
         if self._hooked is not None:
-            vars(self._hooked).pop("on_load_checkpoint", None)
+            module, had = self._hooked
+            vars(module).pop("on_load_checkpoint", None)
+            vars(module).update(had)
             self._hooked = None
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Put the sparsifier's portable state into the checkpoint."""
+        checkpoint["callbacks"][self.state_key] = self.sparsifier.state_dict(portable=True)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at training only: the first validation comes before `on_train_start`."""
@@ -109,11 +133,3 @@ class SparsifierLightningCallback(SteppingCallback, _Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module as it was."""
         self._unhook()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sparsifier's portable state."""
-        return self.sparsifier.state_dict(portable=True)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the sparsifier's state over."""
-        self.sparsifier.load_state_dict(state_dict)

@@ -123,6 +123,7 @@ def _replace(
         elif config["hook_state"] == "sparsify":
             masking = sparsifier._masking(name)
             masking.unset = about.get("unset", False)
+            masking.buffer = about.get("buffer") or masking.buffer  # another sparsifier may mask the same layer
             if shape is not None and masking.features is not None and len(masking.features):
                 index = Selection(name, masking.features.tolist(), masking.feature_dim).index(shape)
                 masking.features = torch.tensor(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +11,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deadband.activation_sparsifier import ActivationSparsifier, LayerError
+from deadband.portable_state import load
+from deadband.watching import bare_name, some
 
 FILE = "sparsifier.safetensors"
-"""What is written into each checkpoint folder of Trainer."""
+"""What is written into each checkpoint folder of Trainer; by a second callback, `sparsifier-2.safetensors`."""
+_PEERS = "_sparsifier_callbacks"  # an attribute of the state of one training, which all callbacks are given
 
 
 class SteppingCallback:
@@ -32,6 +36,34 @@ class SteppingCallback:
         self.sparsifier, self.every, self.squash = sparsifier, every, squash
         self._steps = 0  # optimizer steps up to the last call
         self._training_only: bool | None = None  # what the sparsifier had before training
+        self._peers: list[SteppingCallback] = [self]  # all of the same trainer, in order
+
+    def _layers(self) -> list[str]:
+        return sorted(map(bare_name, self.sparsifier.data_groups))
+
+    def _number(self) -> int:
+        return next(number for number, each in enumerate(self._peers) if each is self)
+
+    def _restore(self, states: Sequence[Mapping[str, Any]], where: str) -> None:
+        """Take over this callback's state out of all that a checkpoint holds; a warning if there is none.
+
+        It is the one of the same layers; where several callbacks have the same, of the same place in their order. If
+        there is one alone, it may have more layers, or less.
+        """
+        layers = self._layers()
+        saved = [sorted(map(bare_name, state["groups"])) for state in states]
+        found = [state for state, names in zip(states, saved, strict=True) if names == layers]
+        if len(states) == 1 and (set(layers) <= set(saved[0]) or set(layers) >= set(saved[0])):
+            found = list(states)
+        before = sum(each._layers() == layers for each in self._peers[: self._number()])
+        if before < len(found):
+            self.sparsifier.load_state_dict(found[before])
+            return
+        warnings.warn(
+            f"the weights come from a checkpoint, but the masks of {some(layers)} stay as they are: there is no state "
+            f"of these layers in {where}",
+            stacklevel=3,
+        )
 
     def _begin(self) -> None:
         if self._training_only is None:  # else the last training was broken off
@@ -92,6 +124,10 @@ class SparsifierTrainerCallback(SteppingCallback, TrainerCallback):
     masks of the best model come back with its weights. (Trainer may warn of unexpected keys `...activation_mask`: it
     loads the model before this callback can bring the masks.)
 
+    A Trainer may have several of these callbacks, each with a sparsifier of its own (and a file:
+    `sparsifier-2.safetensors`): a checkpoint gives each the state of its layers back and, where several have the same
+    layers, in the order of the callbacks.
+
     Args:
         sparsifier: with its layers registered.
         every: optimizer steps between two calls of `step()`; "epoch": at the end of each epoch.
@@ -117,6 +153,8 @@ class SparsifierTrainerCallback(SteppingCallback, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look at training only; where it resumes, go on with the checkpoint's masks."""
+        self._peers = vars(state).setdefault(_PEERS, [])
+        self._peers.append(self)
         if state.global_step:
             given = args.resume_from_checkpoint
             folders = [Path(given)] if isinstance(given, str) else []
@@ -137,7 +175,7 @@ class SparsifierTrainerCallback(SteppingCallback, TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the sparsifier beside the model."""
         if args.should_save:  # on the main process
-            self.sparsifier.save(_checkpoint(args, state) / FILE)
+            self.sparsifier.save(_checkpoint(args, state) / _file(self._number()))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -153,13 +191,18 @@ class SparsifierTrainerCallback(SteppingCallback, TrainerCallback):
     def _load(self, folders: list[Path]) -> None:
         for folder in folders:
             if (folder / FILE).is_file():
-                self.sparsifier.load(folder / FILE)
+                paths = [folder / _file(number) for number in range(len(list(folder.glob(f"{Path(FILE).stem}*"))))]
+                self._restore([load(path) for path in paths if path.is_file()], str(folder))
                 return
         warnings.warn(
             f"the weights come from a checkpoint, but the masks stay as they are: there is no {FILE} in "
             f"{' or '.join(map(str, folders))}. If the checkpoint is elsewhere, name it in args.resume_from_checkpoint",
             stacklevel=2,
         )
+
+
+def _file(number: int) -> str:
+    return FILE if not number else FILE.replace(".", f"-{number + 1}.")
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -229,6 +229,7 @@ def facts_of(sparsifier: ActivationSparsifier, name: str) -> dict[str, Any]:
     return {
         **kind_of(layer),
         "shape": None if shape is None else list(shape),
+        "buffer": masking.buffer if masking is not None else None,
         "unset": masking.unset if masking is not None else watching is not None and not watching.stepped,
     }
 
@@ -242,11 +243,12 @@ def same_layer(name: str, names: Mapping[str, Any]) -> str | None:
     """The one of `names` that means the same layer, whatever wrappers stand in between."""
     if name in names:
         return name
-    found = [each for each in names if _bare(each) == _bare(name)]
+    found = [each for each in names if bare_name(each) == bare_name(name)]
     return found[0] if len(found) == 1 else None
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
+    """The name of a layer without the wrappers around it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
