@@ -307,9 +307,7 @@ def test_trainer_warns_where_a_callback_finds_no_state_of_its_layers(tmp_path):
     trainer = Trainer(tmp_path)
     other = several(trainer.model, [("net.0", {"sparsity": 0.5})], SparsifierTrainerCallback)[0]
     trainer.trainer.add_callback(other)
-    with pytest.warns(
-        UserWarning, match=r"masks of 'net.0' stay as they are: there is no state of these layers in .*10"
-    ):
+    with pytest.warns(UserWarning, match=r"masks of 'net.0' stay as they are: there is no state of these layers .*-4"):
         trainer.train(tmp_path / "checkpoint-4")
 
 

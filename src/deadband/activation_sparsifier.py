@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+import deadband.averaging  # noqa: F401  (averages of masked models)
 from deadband import collectives
 from deadband.accumulation import Accumulator, Selection, as_features
 from deadband.aggregate import Aggregate
