@@ -14,6 +14,7 @@ from deadband import methods
 from deadband.allocation import Thresholds
 from deadband.evaluation import PROTOCOLS, evaluate
 from deadband.methods import METHODS, GatedMLP, Setup, Simulation, _Gate, _LowRank, _TopK, largest, method_of
+from deadband.scope import scope
 from deadband.sites import find_sites, matrix_of, weight_bytes
 from deadband.sparsify import SparsityReport
 
@@ -575,8 +576,8 @@ def test_r_sparse_at_full_rank_is_dense(shape):
     left, values, right = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
     for rank in (len(values), 3, 0):
         part = _LowRank("", 0.8, 0.5, left[:, :rank] * values[:rank], right[:rank])
-        handles = part.install(layer)
-        with torch.no_grad():
+        with scope(), torch.no_grad():
+            handles = part.install(layer)
             made = layer(x)
         for handle in handles:
             handle.remove()

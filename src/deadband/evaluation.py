@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deadband.running import cache_argument, cache_of, evaluating, progress_bar, run
-from deadband.sparsify import dense, sparse_prefill, sparse_sites, sparsity
+from deadband.sparsify import counting, dense, sparse_prefill, sparse_sites, sparsity
 
 if TYPE_CHECKING:
     from deadband.methods import Simulation
@@ -284,13 +284,13 @@ def evaluate(
         shape = tuple(windows[index]["input_ids"].shape)
         if tuple(logits.shape[:2]) != shape:
             raise ValueError(f"reference[{index}] has shape {tuple(logits.shape)}, expected {shape} and the vocabulary")
-    is_sparse, counts = bool(sparse_sites(model)), count_anew(model)
+    is_sparse = bool(sparse_sites(model))
     if simulation is not None:
         if is_sparse:
             raise ValueError("the model is sparse already; a simulation goes with the dense model: densify_ it first")
         simulation.reset()
     sums = []
-    with evaluating(model):
+    with evaluating(model), count_anew(model) as achieved:
         for index, window in enumerate(progress_bar(windows, "evaluate", progress)):
             before = _dense(model, parts[index], window) if reference is None else reference[index]
             judged = torch.zeros(5, dtype=torch.float64)
@@ -300,10 +300,9 @@ def evaluate(
             del before, own  # or it would still be there while the next window's are made
             sums.append(judged.tolist())
     prompts = {prompt for plan in plans for _, prompt in plan}
-    achieved = sparsity(model, warn=False).total if counts else math.nan if is_sparse else 0.0
     return _evaluation(
         [_window_figures(window, values) for window, values in zip(windows, sums, strict=True)],
-        sparsity=achieved if simulation is None else simulation.sparsity.total,
+        sparsity=simulation.sparsity.total if simulation is not None else achieved() if is_sparse else 0.0,
         protocol=protocol,
         prompt_tokens=prompts.pop() if len(prompts) == 1 else None,
     )
@@ -380,8 +379,7 @@ def compare_generation(
     every = [prompt_ids(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
     stops = end_tokens(model)
     continuations = []
-    counts = count_anew(model)
-    with evaluating(model):
+    with evaluating(model), count_anew(model) as achieved:
         for ids in progress_bar(every, "generate", progress):
             with dense(model):
                 before = _greedy(model, ids, max_new_tokens, stops)
@@ -398,7 +396,7 @@ def compare_generation(
         repetition=mean_and_error([pair[1] for pair in pairs])[0],
         repetition_increase=increase,
         repetition_increase_error=increase_error,
-        sparsity=sparsity(model, warn=False).total if counts else math.nan,
+        sparsity=achieved(),
         max_new_tokens=max_new_tokens,
     )
 
@@ -655,13 +653,16 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def count_anew(model: nn.Module) -> bool:
-    """Start counting what is skipped anew; False if the model does not count or is not sparse."""
+@contextlib.contextmanager
+def count_anew(model: nn.Module) -> Iterator[Callable[[], float]]:
+    """The sparsity that this thread achieves in the block, NaN if the model does not count; its counters start anew."""
     try:
         sparsity(model, reset=True, warn=False)
     except ValueError:
-        return False
-    return True
+        yield lambda: math.nan
+        return
+    with counting(model) as report:
+        yield lambda: report().total
 
 
 def prompt_ids(model: Any, tokenizer: Any, prompt: str | Tensor, max_new_tokens: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deadband.criterion import Rule, scale_of
 from deadband.observation import masking
 from deadband.running import evaluating, progress_bar, run
+from deadband.scope import for_here, scope
 from deadband.sensitivity import first_tensor
 from deadband.sites import find_blocks, matrix_of
 
@@ -62,17 +63,19 @@ def _block_inputs(
     def recorder(name: str) -> Any:
         return lambda module, args, kwargs: calls[name].append(_cloned(args, kwargs))
 
-    handles = [m.register_forward_pre_hook(recorder(name), with_kwargs=True) for name, m in blocks.items()]
-    try:
-        for batch in batches:
-            run(model, batch, use_cache=False, **({} if "" in blocks else {"logits_to_keep": 1}))
-            first = next(iter(calls.values()))[-1:]
-            seen += sum(_rows(value) for args, kwargs in first for value in (*args, *kwargs.values())[:1])
-            if seen >= tokens:
-                break
-    finally:
-        for handle in handles:
-            handle.remove()
+    with scope():
+        hooks = {name: for_here(recorder(name)) for name in blocks}
+        handles = [m.register_forward_pre_hook(hooks[name], with_kwargs=True) for name, m in blocks.items()]
+        try:
+            for batch in batches:
+                run(model, batch, use_cache=False, **({} if "" in blocks else {"logits_to_keep": 1}))
+                first = next(iter(calls.values()))[-1:]
+                seen += sum(_rows(value) for args, kwargs in first for value in (*args, *kwargs.values())[:1])
+                if seen >= tokens:
+                    break
+        finally:
+            for handle in handles:
+                handle.remove()
     return calls
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deadband import scope
 from deadband.criterion import Rule, keep_mask
 from deadband.hooks import apply_mask
 from deadband.ops import COUNTS, count_, dense_linear, sparse_linear
@@ -62,21 +63,23 @@ class SparseSite(nn.Module):
         if self.stored_in_out:
             weight = weight.t()
         threshold, scale, center = buffers["threshold"], buffers["scale"], buffers["center"]
-        if buffers["mask"] is not None and self.sparse_rows:
+        rows, counts = self.sparse_rows, buffers["counts"]
+        if scope.any_open:
+            rows, counts = scope.setting_of(self, rows, counts)
+        if buffers["mask"] is not None and rows:
             x = apply_mask(x, buffers["mask"])  # true zeros, which the product skips
         needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         mixed = x.dtype is not weight.dtype  # autocast: torch's own linear knows what to do, or to say
         if self.training or mixed or (needs_gradient and not torch.compiler.is_exporting()):
-            if self.sparse_rows and (self.training or x.shape[:-1].numel() <= self.sparse_rows):
+            if rows and (self.training or x.shape[:-1].numel() <= rows):
                 keep = keep_mask(x.detach(), threshold, scale, center, self.relative)
-                if buffers["counts"] is not None and not self.training:
-                    count_(buffers["counts"], x.detach(), keep)
+                if counts is not None and not self.training:
+                    count_(counts, x.detach(), keep)
                 x = fill_skipped(x, keep, center, self.gradient)
             return F.linear(x, weight, bias)
-        offset, relative, counts = buffers["offset"], self.relative, buffers["counts"]
         if counts is None:
             counts = uncounted(x.device)
-        return sparse_linear(x, weight, bias, threshold, scale, center, offset, relative, self.sparse_rows, counts)
+        return sparse_linear(x, weight, bias, threshold, scale, center, buffers["offset"], self.relative, rows, counts)
 
     @property
     def rule(self) -> Rule:

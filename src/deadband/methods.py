@@ -10,6 +10,7 @@ A budget is the fraction of all sites' weight bytes that is not read, net: bytes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections import deque
@@ -28,6 +29,7 @@ from deadband.criterion import keep_mask, scale_of, score
 from deadband.hooks import apply_mask, forget_compiled, take_input, with_input
 from deadband.linear import SparseSite
 from deadband.observation import InputWatcher, SiteStatistics
+from deadband.scope import Scope, for_here, is_open, scope
 from deadband.sites import find_sites, matrix_of, shape_of, weight_bytes, weight_sample
 from deadband.sparsify import SparsityReport
 
@@ -226,6 +228,8 @@ class Simulation:
         self._model: nn.Module | None = None
         self._entered = 0
         self._handles: list[RemovableHandle] = []
+        self._scope = contextlib.ExitStack()
+        self._here: Scope | None = None
 
     @property
     def shares(self) -> dict[str, float]:
@@ -273,12 +277,15 @@ class Simulation:
         """Put the hooks on."""
         if self._entered and model is not self._model:
             raise ValueError("the simulation is on for another model; leave that first")
+        if self._here is not None and not is_open(self._here):
+            raise ValueError("the simulation is on in another thread, whose tensors it holds; fit another one")
         if not self._entered:
             _require_dense(model)
             check_model(model, self._shapes, self._samples)
             self._model = model
             memory = _Memory()
             try:
+                self._here = self._scope.enter_context(scope())
                 for part in self.parts:
                     part.memory = memory
                     self._handles += part.install(model)
@@ -298,7 +305,8 @@ class Simulation:
     def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._model = [], None
+        self._scope.close()
+        self._handles, self._model, self._here = [], None, None
         for part in self.parts:
             part.forget()
 
@@ -383,7 +391,7 @@ class _Site(_Part):
         self.name = name
 
     def install(self, model: nn.Module) -> list[RemovableHandle]:
-        return [model.get_submodule(self.name).register_forward_pre_hook(self._before, with_kwargs=True)]
+        return [model.get_submodule(self.name).register_forward_pre_hook(for_here(self._before), with_kwargs=True)]
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         pruned, keep = self.prune(take_input(self.name, args, kwargs))
@@ -428,7 +436,7 @@ class _LowRank(_Site):
 
     def install(self, model: nn.Module) -> list[RemovableHandle]:
         module = model.get_submodule(self.name)
-        return [*super().install(model), module.register_forward_hook(self._after)]
+        return [*super().install(model), module.register_forward_hook(for_here(self._after))]
 
     def prune(self, x: Tensor) -> tuple[Tensor, Tensor]:
         keep = keep_mask(x, self.threshold)
@@ -458,8 +466,8 @@ class _Gate(_Part):
     def install(self, model: nn.Module) -> list[RemovableHandle]:
         gate, down = model.get_submodule(self.mlp.gate), model.get_submodule(self.mlp.down)
         return [
-            gate.register_forward_hook(self._after_gate),
-            down.register_forward_pre_hook(self._before_down, with_kwargs=True),
+            gate.register_forward_hook(for_here(self._after_gate)),
+            down.register_forward_pre_hook(for_here(self._before_down), with_kwargs=True),
         ]
 
     def _after_gate(self, module: nn.Module, args: tuple, output: Tensor) -> None:

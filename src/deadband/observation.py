@@ -17,6 +17,7 @@ from deadband.criterion import Rule, fill
 from deadband.hooks import attach, detach, parts_of_rows, rows_of_parts, take_input, with_input
 from deadband.ops.observe import FIRST_NONFINITE, Statistics, observe
 from deadband.running import evaluating, progress_bar, run
+from deadband.scope import for_here, scope
 from deadband.sites import shape_of, weight_bytes, weight_sample
 
 EDGES = (np.arange(FIRST_NONFINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
@@ -337,13 +338,14 @@ class InputWatcher:
     @contextlib.contextmanager
     def _watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:
         handles = []
-        try:
-            for name, module in modules.items():
-                handles.append(attach(module, self._hook(name)))
-            yield
-        finally:
-            for handle in handles:
-                detach(handle)
+        with scope():
+            try:
+                for name, module in modules.items():
+                    handles.append(attach(module, for_here(self._hook(name))))
+                yield
+            finally:
+                for handle in handles:
+                    detach(handle)
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -418,11 +420,12 @@ def masking(sites: Mapping[str, nn.Module], rules: Mapping[str, Rule]) -> Iterat
 
         return mask
 
-    try:
-        for name, module in sites.items():
-            if rules[name].threshold > 0:
-                handles.append(attach(module, hook(name)))
-        yield
-    finally:
-        for handle in handles:
-            detach(handle)
+    with scope():
+        try:
+            for name, module in sites.items():
+                if rules[name].threshold > 0:
+                    handles.append(attach(module, for_here(hook(name))))
+            yield
+        finally:
+            for handle in handles:
+                detach(handle)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deadband import scope
 from deadband.criterion import keep_mask
 from deadband.hooks import apply_mask
 from deadband.linear import (
@@ -106,19 +107,23 @@ class QuantizedSite(QuantizedMatrix, SparseSite):
         buffers: Any = self._buffers
         bias = self._parameters["bias"]
         threshold, scale, center = buffers["threshold"], buffers["scale"], buffers["center"]
-        if buffers["mask"] is not None and self.sparse_rows:
+        rows, counts = self.sparse_rows, buffers["counts"]
+        if scope.any_open:
+            rows, counts = scope.setting_of(self, rows, counts)
+        if buffers["mask"] is not None and rows:
             x = apply_mask(x, buffers["mask"])
         if self.training or (torch.is_grad_enabled() and x.requires_grad):
-            if self.sparse_rows and (self.training or x.shape[:-1].numel() <= self.sparse_rows):
+            if rows and (self.training or x.shape[:-1].numel() <= rows):
                 keep = keep_mask(x.detach(), threshold, scale, center, self.relative)
-                if buffers["counts"] is not None and not self.training:
-                    count_(buffers["counts"], x.detach(), keep)
+                if counts is not None and not self.training:
+                    count_(counts, x.detach(), keep)
                 x = fill_skipped(x, keep, center, self.gradient)
             return F.linear(x, self.matrix(x.dtype), bias)
-        counts = uncounted(x.device) if buffers["counts"] is None else buffers["counts"]
+        if counts is None:
+            counts = uncounted(x.device)
         return quantized_linear(
             x, buffers["codes"], buffers["scales"], buffers["minimum"], bias, self.group_size,
-            threshold, scale, center, buffers["offset"], self.relative, self.sparse_rows, counts,
+            threshold, scale, center, buffers["offset"], self.relative, rows, counts,
         )  # fmt: skip
 
 

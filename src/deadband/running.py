@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -15,16 +16,32 @@ from tqdm.auto import tqdm
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside the block; each module's own training flag afterwards."""
-    training = [module for module in model.modules() if module.training]
+    """Eval mode and no gradients inside the block; each module's own training flag once no thread is in such a block.
+
+    The training flag belongs to the module, for all threads: the first block takes it and the last one gives it back.
+    """
+    modules = list(model.modules())
+    switched: list[nn.Module] = []
     try:
-        for module in training:
-            module.training = False
+        with _lock:
+            for module in modules:
+                if module.training or module in _evaluated:
+                    _evaluated[module] = _evaluated.get(module, 0) + 1
+                    switched.append(module)
+                    module.training = False
         with torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        with _lock:
+            for module in switched:
+                _evaluated[module] -= 1
+                if not _evaluated[module]:
+                    del _evaluated[module]
+                    module.training = True
+
+
+_lock = threading.Lock()
+_evaluated: dict[nn.Module, int] = {}  # modules that were in training mode, and how many blocks they are in
 
 
 def run(model: nn.Module, batch: Any, **extra: Any) -> Any:
@@ -96,9 +113,20 @@ def progress_bar(items: Iterable[Any], what: str, show: bool, total: int | None 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     """torch's number of threads inside the block."""
-    before = torch.get_num_threads()
+    mine = threading.get_ident()
+    with _lock:
+        # what one thread sets, torch tells every thread that asks for the first time
+        told = [number for ident, number in _threads if ident != mine]
+        nested = len(told) < len(_threads)
+        before = told[0] if told and not nested else torch.get_num_threads()
+        _threads.append((mine, before))
     torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        with _lock:
+            _threads.remove((mine, before))
+
+
+_threads: list[tuple[int, int]] = []  # the open blocks: whose, and the number outside

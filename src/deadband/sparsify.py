@@ -7,7 +7,7 @@ import dataclasses
 import math
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from deadband.linear import (
     change_class_,
     make_dense_,
     make_sparse_,
+    new_counts,
     tensor_of,
     use_dense_product_,
 )
@@ -38,6 +39,7 @@ from deadband.quantized import (
     untie_table_,
 )
 from deadband.running import progress_bar, threads
+from deadband.scope import scope
 from deadband.sites import Patterns, find_sites, matrix_of, shape_of, sites_of, weight_bytes
 
 VERSION = 3
@@ -457,7 +459,7 @@ def sparse_sites(model: nn.Module) -> dict[str, SparseSite]:
 
 @contextlib.contextmanager
 def sparse_prefill(model: nn.Module) -> Iterator[nn.Module]:
-    """Every token through the sparse path, however many come at once: for evaluation.
+    """Every token through the sparse path, however many come at once, for the thread or task in the block: to evaluate.
 
     Example:
         >>> model = sparsify_(nn.Sequential(nn.Linear(2, 1)), {"0": 1.0})
@@ -471,22 +473,41 @@ def sparse_prefill(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def dense(model: nn.Module) -> Iterator[nn.Module]:
-    """Nothing is skipped inside the block: the dense model, on the same weights, to compare with."""
+    """Nothing is skipped by the thread or task in the block: the dense model, on the same weights, to compare with."""
     with _sparse_rows(model, 0):
         yield model
 
 
+def _sparse_rows(model: nn.Module, rows: int) -> contextlib.AbstractContextManager[Any]:
+    return scope({module: (rows, None) for module in _require_sparse(model).values()})
+
+
 @contextlib.contextmanager
-def _sparse_rows(model: nn.Module, rows: int) -> Iterator[None]:
-    modules = _require_sparse(model)
-    before = {name: module.sparse_rows for name, module in modules.items()}
+def counting(model: nn.Module) -> Iterator[Callable[[], SparsityReport]]:
+    """What the thread or task in the block skips, counted apart; the model's own counters get it in the end.
+
+    Yields:
+        A function that returns the `SparsityReport` of the block so far.
+
+    Raises:
+        ValueError: the model is not sparse, or was made so with `count=False`.
+
+    Example:
+        >>> model = sparsify_(nn.Sequential(nn.Linear(4, 4)).eval(), {"0": 1.0})
+        >>> with torch.no_grad(), counting(model) as achieved:
+        ...     _ = model(torch.tensor([[0.0, 0.5, 1.5, 2.5]]))
+        >>> achieved().total
+        0.5
+    """
+    modules = _require_counting(model)
+    counts = {name: new_counts(module.threshold.device) for name, module in modules.items()}
     try:
-        for module in modules.values():
-            module.sparse_rows = rows
-        yield
+        with scope({module: (None, counts[name]) for name, module in modules.items()}):
+            yield lambda: _report(modules, {name: own.tolist() for name, own in counts.items()})
     finally:
         for name, module in modules.items():
-            module.sparse_rows = before[name]
+            if module.counts is not None:
+                module.counts += counts[name]
 
 
 class DriftWarning(UserWarning):
@@ -558,14 +579,35 @@ def sparsity(model: nn.Module, *, reset: bool = False, warn: bool = True) -> Spa
         >>> sparsity(model).total
         0.5
     """
+    modules = _require_counting(model)
+    counted = {name: _taken(cast(Tensor, module.counts), reset) for name, module in modules.items()}
+    report = _report(modules, counted)
+    complaints = _complaints(report, modules) if warn else []
+    if complaints:
+        warnings.warn(" ".join(complaints), DriftWarning, stacklevel=2)
+    return report
+
+
+def _require_counting(model: nn.Module) -> dict[str, SparseSite]:
     modules = _require_sparse(model)
     for name, module in modules.items():
         if module.counts is None:
             raise ValueError(f"site {name!r} does not count; sparsify_ the model with count=True to measure sparsity")
+    return modules
+
+
+def _taken(counts: Tensor, reset: bool) -> list[int]:
+    """Counters as they are; with `reset`, what was read is taken off them: another thread may count on meanwhile."""
+    before = counts.clone()
+    if reset:
+        counts.sub_(before)
+    return before.tolist()
+
+
+def _report(modules: Mapping[str, SparseSite], counted: Mapping[str, list[int]]) -> SparsityReport:
     fractions, weights, nonfinite, drifted, entries = {}, {}, {}, {}, 0
     for name, module in modules.items():
-        assert module.counts is not None
-        skipped, seen, nonfinite[name] = module.counts.tolist()
+        skipped, seen, nonfinite[name] = counted[name]
         fractions[name] = skipped / seen if seen else math.nan
         weights[name] = weight_bytes(module)
         entries += seen
@@ -573,17 +615,11 @@ def sparsity(model: nn.Module, *, reset: bool = False, warn: bool = True) -> Spa
             low, high = module.site_range
             if not low <= fractions[name] <= high:
                 drifted[name] = fractions[name], module.expected
-        if reset:
-            module.counts.zero_()
     ran = [name for name in modules if not math.isnan(fractions[name])]
     total = sum(weights[name] for name in ran)
     achieved = sum(fractions[name] * weights[name] for name in ran) / total if total else math.nan
     expected = {name: module.expected for name, module in modules.items()}
-    report = SparsityReport(fractions, achieved, entries, nonfinite, expected, drifted)
-    complaints = _complaints(report, modules) if warn else []
-    if complaints:
-        warnings.warn(" ".join(complaints), DriftWarning, stacklevel=2)
-    return report
+    return SparsityReport(fractions, achieved, entries, nonfinite, expected, drifted)
 
 
 _NAMED = 3  # sites that a warning names

@@ -16,7 +16,7 @@ from typing import Any
 
 from deadband.evaluation import PROTOCOL, columns, count_anew, mean_and_error
 from deadband.running import evaluating
-from deadband.sparsify import dense, sparse_prefill, sparse_sites, sparsity
+from deadband.sparsify import dense, sparse_prefill, sparse_sites
 
 FORCED = f"{PROTOCOL} (sparse prefill forced: prompts and answers alike)"
 
@@ -92,12 +92,11 @@ def run_tasks(
         }
         with dense(model):
             before: Any = simple_evaluate(language_model, **settings)
-        counts = count_anew(model)
-        with sparse_prefill(model):
+        with sparse_prefill(model), count_anew(model) as achieved:
             after: Any = simple_evaluate(language_model, **settings)
     return {
         "protocol": FORCED,
-        "sparsity": sparsity(model, warn=False).total if counts else math.nan,
+        "sparsity": achieved(),
         "limit": limit,
         "num_fewshot": num_fewshot,
         "lm_eval": importlib.metadata.version("lm-eval"),
