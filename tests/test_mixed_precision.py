@@ -79,7 +79,7 @@ def test_bad_input():
     for value in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="expected a positive number"):
             choose_formats(model, batches, value)
-    with pytest.raises(ValueError, match="no batches"):
+    with pytest.raises(ValueError, match="batches is empty"):
         choose_formats(model, [], 1.0)
     with pytest.raises(ValueError, match="int3"):
         choose_formats(model, batches, 1.0, "int3")

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from deadband.batches import taken
 from deadband.criterion import Rule, check_criterion, scale_of
 from deadband.files import replacing
 from deadband.linear import SparseSite
@@ -162,7 +163,7 @@ def allocate(
             for budget in budgets
         ]
     prepare(calibration, model, method)
-    batches = list(batches)
+    batches = taken(batches)
     if method == "auto":
         from deadband.auto import allocate_auto
 

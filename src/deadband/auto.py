@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deadband.allocation import Thresholds, allocate, allocate_sensitivity, allocate_shares, prepare
+from deadband.batches import Counted, is_two_sided, taken
 from deadband.criterion import Rule
 from deadband.evaluation import divergence, mean_and_error
-from deadband.observation import NotReachedError, masking
+from deadband.observation import NotReachedError, first_tensor, masking
 from deadband.running import evaluating, progress_bar, run
-from deadband.sensitivity import SiteSensitivity, first_tensor, measure_sensitivity
+from deadband.sensitivity import SiteSensitivity, measure_sensitivity
 
 if TYPE_CHECKING:
     from deadband.calibration import Calibration
@@ -80,7 +81,7 @@ class Judge:
         figures = []
         with evaluating(self.model), masking(sites, rules):
             for batch, before in zip(progress_bar(self.batches, "judge", self.progress), self.dense, strict=True):
-                figures.append(_compare(before, _output(self.model, batch), batch))
+                figures.append(_compare(self.model, batch, before, _output(self.model, batch)))
         return Divergence(*zip(*figures, strict=True))
 
 
@@ -219,7 +220,7 @@ def allocate_for_quality(
     if model is None or batches is None:
         raise ValueError(f"{what}= is judged on the model: pass model= and batches= as well")
     prepare(calibration, model, method)
-    trial = Trial.of(calibration, model, list(batches), method in ("auto", "sensitivity"), progress)
+    trial = Trial.of(calibration, model, taken(batches), method in ("auto", "sensitivity"), progress)
     if method == "sensitivity" and trial.measured is None:
         raise NotReachedError(trial.why)
     budgets = [_SMALLEST + index * _PRECISION for index in range(int((_LARGEST - _SMALLEST) / _PRECISION) + 1)]
@@ -272,34 +273,47 @@ def _output(model: nn.Module, batch: Any) -> tuple[Tensor, bool]:
     return (first_tensor(output), False) if logits is None else (logits, True)
 
 
-def _compare(dense: tuple[Tensor, bool], sparse: tuple[Tensor, bool], batch: Any) -> tuple[float, int, float, int]:
+def _compare(
+    model: nn.Module, batch: Any, dense: tuple[Tensor, bool], sparse: tuple[Tensor, bool]
+) -> tuple[float, int, float, int]:
     """Sums of one batch, as `Divergence` has them."""
     (before, categorical), (after, _) = dense, sparse
-    given = batch if isinstance(batch, Mapping) else {}
-    side = "decoder_" if "decoder_input_ids" in given else ""
-    ids: Any = given.get(f"{side}input_ids")
-    padding: Any = given.get(f"{side}attention_mask")
-    keep = torch.ones(before.shape[:-1], dtype=torch.bool)
-    if isinstance(padding, Tensor) and padding.shape == keep.shape:
-        keep = padding.cpu().bool()
-    kept = keep.to(before.device)
+    keep = Counted.of(model, batch).outputs(before.shape[:-1])
     if not categorical:
+        kept = keep.to(before.device)
         return float((after.double() - before.double()).square().sum(-1)[kept].sum() / 2), int(keep.sum()), 0.0, 0
-    predicts = isinstance(ids, Tensor) and before.dim() == 3 and ids.shape == before.shape[:2]
+    follow = _targets(model, batch, keep)
     kl, growth, targets = 0.0, 0.0, 0
     for index in keep.nonzero().split(_POSITIONS):
         at = tuple(index.T.to(before.device))
         log_p, log_q = (F.log_softmax(logits[at].float(), -1) for logits in (before, after))
         kl += float(divergence(log_p, log_q).sum(dtype=torch.float64))
-        if not predicts:
+        if follow is None:
             continue
-        row, position = index.T
-        follows = (position + 1 < ids.shape[1]) & keep[row, (position + 1).clamp(max=ids.shape[1] - 1)]
-        chosen = ids.cpu()[row[follows], position[follows] + 1][:, None].to(log_p.device)
-        follows = follows.to(log_p.device)
-        growth += float((log_p[follows].gather(-1, chosen) - log_q[follows].gather(-1, chosen)).double().sum())
+        chosen = follow[tuple(index.T)].to(log_p.device)
+        known = chosen >= 0
+        chosen = chosen[known, None]
+        growth += float((log_p[known].gather(-1, chosen) - log_q[known].gather(-1, chosen)).double().sum())
         targets += len(chosen)
     return kl, int(keep.sum()), growth, targets
+
+
+def _targets(model: nn.Module, batch: Any, keep: Tensor) -> Tensor | None:
+    """The token that each output predicts, [batch, tokens], -1 where there is none; None if the model does not predict.
+
+    A decoder with an encoder is told them as its labels, or reads them one place later.
+    """
+    given = batch if isinstance(batch, Mapping) else {}
+    two_sided = is_two_sided(model, given)
+    ids: Any = given.get("decoder_input_ids" if two_sided else "input_ids")
+    labels: Any = given.get("labels") if two_sided else None
+    if isinstance(labels, Tensor) and labels.shape == keep.shape:
+        return labels.cpu().clamp_min(-1)
+    if not isinstance(ids, Tensor) or ids.shape != keep.shape or keep.dim() != 2:
+        return None
+    follow = torch.full(keep.shape, -1, dtype=torch.int64)
+    follow[:, :-1] = torch.where(keep[:, 1:], ids[:, 1:].cpu(), -1)
+    return follow
 
 
 _POSITIONS = 128  # whose log-probabilities are float32 at a time

@@ -19,7 +19,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -254,9 +254,7 @@ class Decoder:
             self.kept = KeptState(
                 model,
                 lambda: model(prompt, use_cache=True),
-                lambda output: model(
-                    prompt[:, :1], use_cache=True, **{argument: copy.deepcopy(cache_of(output))}
-                ),
+                lambda output: model(prompt[:, :1], use_cache=True, **{argument: copy.deepcopy(cache_of(output))}),
             )
             output = self.kept.output
             cache = cache_of(output)

@@ -10,13 +10,14 @@ import contextlib
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deadband.batches import is_two_sided, taken
 from deadband.running import cache_argument, cache_of, evaluating, progress_bar, run
 from deadband.sparsify import counting, dense, sparse_prefill, sparse_sites, sparsity
 
@@ -203,7 +204,15 @@ class GenerationReport:
         return "\n".join(lines)
 
 
-def dense_logits(model: nn.Module, windows: Sequence[Any], *, progress: bool = True) -> list[Tensor]:
+class Reference(list[Tensor]):
+    """The dense model's logits of each window, and which windows these were: `checksums` of their tokens."""
+
+    def __init__(self, logits: Iterable[Tensor], checksums: Iterable[int]) -> None:
+        super().__init__(logits)
+        self.checksums = tuple(checksums)
+
+
+def dense_logits(model: nn.Module, windows: Iterable[Any], *, progress: bool = True) -> Reference:
     """Logits of the dense model for each window, [batch, tokens, vocabulary]: `reference` for several evaluations.
 
     They stay in the model's dtype, all of them at once: tokens × vocabulary × bytes of an entry. A window of 512 tokens
@@ -216,15 +225,17 @@ def dense_logits(model: nn.Module, windows: Sequence[Any], *, progress: bool = T
         progress: show a progress bar on a terminal.
 
     Raises:
-        ValueError: a window's token ids or mask have a bad shape.
+        ValueError: there are no windows, or a window's token ids or mask have a bad shape.
     """
+    given = [_Window.of(model, index, window) for index, window in enumerate(taken(windows, "windows"))]
     with evaluating(model):
-        return [_dense(model, _parts(window), window) for window in progress_bar(windows, "dense", progress)]
+        logits = [_dense(model, window) for window in progress_bar(given, "dense", progress)]
+    return Reference(logits, [window.checksum for window in given])
 
 
 def evaluate(
     model: nn.Module,
-    windows: Sequence[Any],
+    windows: Iterable[Any],
     *,
     reference: Sequence[Tensor] | None = None,
     protocol: str = PROTOCOL,
@@ -237,10 +248,12 @@ def evaluate(
     Of logits, one window's of each form is held at a time.
 
     Args:
-        model: a causal language model whose output has `logits`, sparse or dense (then it is compared with itself).
-        windows: batches with `input_ids` [batch, tokens], as `deadband.text.token_windows` makes. A row that its
-            `attention_mask` [batch, tokens] pads, left or right, is judged by itself, without the padding. Standard
-            errors take windows as independent: give each its own batch.
+        model: a language model whose output has `logits`, sparse or dense (then it is compared with itself).
+        windows: batches with `input_ids` [batch, tokens], as `deadband.text.token_windows` makes; they are taken once,
+            so an iterator or a loader that shuffles is all right. A row that its `attention_mask` [batch, tokens] pads,
+            left or right, is judged by itself, without the padding. Standard errors take windows as independent: give
+            each its own batch. An encoder-decoder is judged on what its decoder reads: `decoder_input_ids` with their
+            `decoder_attention_mask`, or `labels`, -100 where padded.
         reference: what `dense_logits` returned for the same windows, for any protocol; otherwise the dense model runs
             too.
         protocol: which tokens are sparse, by the long name or the short one:
@@ -255,6 +268,7 @@ def evaluate(
         progress: show a progress bar on a terminal.
 
     Raises:
+        TypeError: windows are no batches of token ids.
         ValueError: there are no windows, a window has nothing to judge or a bad shape, `reference` does not fit, the
             protocol is unknown or `prompt_tokens` does not go with it, the model has no key-value cache to keep a
             dense prompt in, or a simulation is of another model or of a sparse one.
@@ -270,20 +284,14 @@ def evaluate(
         ('dense prompt, sparse continuation', 10)
     """
     protocol = protocol_name(protocol)
-    if not windows:
-        raise ValueError("windows is empty; expected at least one batch of token ids")
-    if reference is not None and len(reference) != len(windows):
-        raise ValueError(f"reference has {len(reference)} windows, expected {len(windows)}")
     if prompt_tokens is not None and protocol != PROTOCOLS["dense-prompt"]:
         raise ValueError(f"prompt_tokens goes with the protocol {PROTOCOLS['dense-prompt']!r}, got {protocol!r}")
     if prompt_tokens is not None and prompt_tokens < 1:
         raise ValueError(f"prompt_tokens={prompt_tokens}; expected at least one dense token")
-    parts = [_parts(window) for window in windows]
-    plans = [_plan(index, each, protocol, prompt_tokens) for index, each in enumerate(parts)]
-    for index, logits in enumerate(reference or ()):
-        shape = tuple(windows[index]["input_ids"].shape)
-        if tuple(logits.shape[:2]) != shape:
-            raise ValueError(f"reference[{index}] has shape {tuple(logits.shape)}, expected {shape} and the vocabulary")
+    given = [_Window.of(model, index, window) for index, window in enumerate(taken(windows, "windows"))]
+    plans = [_plan(index, window.parts, protocol, prompt_tokens) for index, window in enumerate(given)]
+    if reference is not None:
+        _check_reference(given, reference)
     is_sparse = bool(sparse_sites(model))
     if simulation is not None:
         if is_sparse:
@@ -291,8 +299,8 @@ def evaluate(
         simulation.reset()
     sums = []
     with evaluating(model), count_anew(model) as achieved:
-        for index, window in enumerate(progress_bar(windows, "evaluate", progress)):
-            before = _dense(model, parts[index], window) if reference is None else reference[index]
+        for index, window in enumerate(progress_bar(given, "evaluate", progress)):
+            before = _dense(model, window) if reference is None else reference[index]
             judged = torch.zeros(5, dtype=torch.float64)
             for part, prompt in plans[index]:
                 own = before[part.rows, part.columns]
@@ -301,11 +309,27 @@ def evaluate(
             sums.append(judged.tolist())
     prompts = {prompt for plan in plans for _, prompt in plan}
     return _evaluation(
-        [_window_figures(window, values) for window, values in zip(windows, sums, strict=True)],
+        [_window_figures(window, values) for window, values in zip(given, sums, strict=True)],
         sparsity=simulation.sparsity.total if simulation is not None else achieved() if is_sparse else 0.0,
         protocol=protocol,
         prompt_tokens=prompts.pop() if len(prompts) == 1 else None,
     )
+
+
+def _check_reference(windows: Sequence[_Window], reference: Sequence[Tensor]) -> None:
+    if len(reference) != len(windows):
+        raise ValueError(f"reference has {len(reference)} windows, expected {len(windows)}")
+    known = reference.checksums if isinstance(reference, Reference) else [window.checksum for window in windows]
+    for index, (window, logits, checksum) in enumerate(zip(windows, reference, known, strict=True)):
+        if tuple(logits.shape[:2]) != window.shape:
+            raise ValueError(
+                f"reference[{index}] has shape {tuple(logits.shape)}, expected {window.shape} and the vocabulary"
+            )
+        if checksum != window.checksum:
+            raise ValueError(
+                f"reference[{index}] was made of other tokens than window {index}; give the same windows in the same "
+                "order, from a list and not from a loader that shuffles"
+            )
 
 
 def compare(first: Evaluation, second: Evaluation) -> Comparison:
@@ -349,7 +373,7 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
 def compare_generation(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str | Tensor],
+    prompts: Iterable[str | Tensor],
     *,
     max_new_tokens: int = 256,
     progress: bool = True,
@@ -370,13 +394,14 @@ def compare_generation(
         ValueError: the model is not sparse or keeps no key-value cache, there are no prompts, one is empty, or one is
             too long for the model's positions.
     """
-    if isinstance(prompts, (str, Tensor)) or not prompts:
+    given = () if isinstance(prompts, (str, Tensor)) else list(prompts)
+    if not given:
         raise ValueError(f"prompts is {type(prompts).__name__} or empty; expected a list of texts or of token ids")
     if not sparse_sites(model):
         raise ValueError(f"no layer of this {type(model).__name__} is sparse; there is nothing to compare")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}; expected at least one")
-    every = [prompt_ids(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
+    every = [prompt_ids(model, tokenizer, prompt, max_new_tokens) for prompt in given]
     stops = end_tokens(model)
     continuations = []
     with evaluating(model), count_anew(model) as achieved:
@@ -450,45 +475,108 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A window, or one row of it, without padding."""
+    """A window, or one row of it, without padding.
+
+    Attributes:
+        inputs: what the model is called with.
+        rows, columns: where its tokens stand in the window.
+        side: before the names of what belongs to the tokens that are judged: "decoder_" of an encoder-decoder model.
+    """
 
     inputs: dict[str, Any]
     rows: slice
-    columns: slice  # where its tokens stand in the window
+    columns: slice
+    side: str = ""
+
+    @property
+    def ids(self) -> Tensor:
+        """The tokens that are judged, [batch, tokens]."""
+        return self.inputs[f"{self.side}input_ids"]
 
     @property
     def length(self) -> int:
-        return self.inputs["input_ids"].shape[1]
+        return self.ids.shape[1]
+
+    def cut(self, rows: slice, columns: slice) -> dict[str, Any]:
+        """The inputs for these rows, and these of the tokens that are judged."""
+        return {name: self._cut(name, value, rows, columns) for name, value in self.inputs.items()}
+
+    def _cut(self, name: str, value: Any, rows: slice, columns: slice) -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        of_tokens = name.startswith(self.side) and value.dim() > 1 and value.shape[1] == self.length
+        if value.shape[0] != len(self.ids):
+            return value[:, columns] if of_tokens else value
+        return value[rows, columns] if of_tokens else value[rows]
 
 
-def _parts(window: Mapping[str, Any]) -> list[_Part]:
-    """The window itself, or each padded row's own tokens: no mask and no position can then be wrong."""
-    ids, mask = window["input_ids"], window.get("attention_mask")
-    if ids.dim() != 2:
-        raise ValueError(f"input_ids has shape {tuple(ids.shape)}, expected [batch, tokens]")
-    if mask is not None and mask.shape != ids.shape:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(ids.shape)} like input_ids")
-    inputs = {name: value for name, value in window.items() if name not in ("attention_mask", "labels")}
-    if mask is None or bool(mask.all()):
-        return [_Part(inputs, slice(None), slice(None))]
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """A window to judge: its rows without padding, the shape of its tokens, and a checksum that tells it from others."""
+
+    parts: list[_Part]
+    shape: tuple[int, ...]
+    checksum: int
+
+    @classmethod
+    def of(cls, model: nn.Module, index: int, window: Any) -> _Window:
+        """Look at a window, which is a batch with `input_ids`."""
+        if not isinstance(window, Mapping) or not isinstance(window.get("input_ids"), Tensor):
+            raise TypeError(
+                f"windows[{index}] is a {type(window).__name__} without a tensor input_ids; expected batches such as "
+                "{'input_ids': [batch, tokens]}"
+            )
+        whole, mask = _whole(model, index, window)
+        if whole.ids.dim() != 2:
+            raise ValueError(f"{whole.side}input_ids has shape {tuple(whole.ids.shape)}, expected [batch, tokens]")
+        if mask is not None and mask.shape != whole.ids.shape:
+            raise ValueError(
+                f"{whole.side}attention_mask has shape {tuple(mask.shape)}, expected {tuple(whole.ids.shape)} like "
+                f"{whole.side}input_ids"
+            )
+        parts = [whole] if mask is None or bool(mask.all()) else _unpadded(whole, mask)
+        ids = [window["input_ids"], whole.ids] if whole.side else [whole.ids]
+        digest = zlib.crc32("".join(repr((tuple(each.shape), each.tolist())) for each in ids).encode())
+        return cls(parts, tuple(whole.ids.shape), digest)
+
+
+def _whole(model: nn.Module, index: int, window: Mapping[str, Any]) -> tuple[_Part, Tensor | None]:
+    """All of a window as one part, and the mask of its tokens: the decoder's, where there is an encoder beside it."""
+    inputs, side = dict(window), ""
+    labels = inputs.pop("labels", None)
+    if is_two_sided(model, window):
+        side = "decoder_"
+        if isinstance(labels, Tensor) and "decoder_attention_mask" not in inputs:
+            inputs["decoder_attention_mask"] = labels != -100
+        if "decoder_input_ids" not in inputs:
+            shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+            if shift is None:
+                raise ValueError(f"windows[{index}] has no decoder_input_ids, which a {type(model).__name__} needs")
+            inputs["decoder_input_ids"] = shift(labels=labels)
+    elif bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
+        raise ValueError(
+            f"windows[{index}] has no decoder_input_ids and no labels; a {type(model).__name__} has a decoder, whose "
+            "tokens are judged"
+        )
+    mask = inputs.pop(f"{side}attention_mask", None)
+    return _Part(inputs, slice(None), slice(None), side), mask
+
+
+def _unpadded(whole: _Part, mask: Tensor) -> list[_Part]:
+    """Each row's own tokens: no mask and no position can then be wrong."""
     parts = []
-    for row in range(len(ids)):
+    for row in range(len(mask)):
         kept = mask[row].nonzero().flatten().tolist()
         if not kept:
             continue
         own = slice(kept[0], kept[-1] + 1)
         if own.stop - own.start != len(kept):
-            raise ValueError(f"attention_mask has zeros between the tokens of row {row}; expected padding at the ends")
+            raise ValueError(
+                f"{whole.side}attention_mask has zeros between the tokens of row {row}; expected padding at the ends"
+            )
         rows = slice(row, row + 1)
-        parts.append(_Part({name: _cut(value, ids, rows, own) for name, value in inputs.items()}, rows, own))
+        parts.append(_Part(whole.cut(rows, own), rows, own, whole.side))
     return parts
-
-
-def _cut(value: Any, ids: Tensor, rows: slice, columns: slice) -> Any:
-    """The rows and tokens of what has as many as the token ids; of other inputs, everything."""
-    if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != ids.shape[1]:
-        return value
-    return value[rows, columns] if value.shape[0] == ids.shape[0] else value[:, columns]
 
 
 def _plan(index: int, parts: list[_Part], protocol: str, prompt_tokens: int | None) -> list[tuple[_Part, int]]:
@@ -511,19 +599,16 @@ def _plan(index: int, parts: list[_Part], protocol: str, prompt_tokens: int | No
     return plan
 
 
-def _dense(model: nn.Module, parts: list[_Part], window: Any) -> Tensor:
+def _dense(model: nn.Module, window: _Window) -> Tensor:
     """Logits of a whole window; zeros where it is padded."""
     made = None
-    for part in parts:
-        if sparse_sites(model):
-            with dense(model):
-                logits = run(model, part.inputs, use_cache=False).logits
-        else:
-            logits = run(model, part.inputs, use_cache=False).logits
+    for part in window.parts:
+        with dense(model) if sparse_sites(model) else contextlib.nullcontext():
+            logits = logits_of(model, run(model, part.inputs, use_cache=False))
         if part.columns == slice(None):
             return logits
         if made is None:
-            made = logits.new_zeros(*window["input_ids"].shape, logits.shape[-1])
+            made = logits.new_zeros(*window.shape, logits.shape[-1])
         made[part.rows, part.columns] = logits
     if made is None:
         raise ValueError("a window holds nothing but padding")
@@ -536,21 +621,36 @@ def _sparse(model: nn.Module, part: _Part, prompt: int, simulation: Simulation |
     off = dense if simulation is None else contextlib.nullcontext
     if prompt == 0:
         with on(model):
-            return run(model, part.inputs, use_cache=False).logits
-    ids = part.inputs["input_ids"]
-    halves = (slice(0, prompt), slice(prompt, None))
-    first, rest = ({name: _cut(value, ids, slice(None), at) for name, value in part.inputs.items()} for at in halves)
+            return logits_of(model, run(model, part.inputs, use_cache=False))
+    first, rest = (part.cut(slice(None), at) for at in (slice(0, prompt), slice(prompt, None)))
     with off(model):
-        cache = _cache(model, run(model, first, use_cache=True, logits_to_keep=1))
+        cache = cached(model, run(model, first, use_cache=True, logits_to_keep=1))
     with on(model):
-        return run(model, {**rest, cache_argument(model): cache}, use_cache=True).logits
+        return logits_of(model, run(model, {**rest, **cache}, use_cache=True))
 
 
-def _cache(model: nn.Module, output: Any) -> Any:
+def logits_of(model: nn.Module, output: Any) -> Tensor:
+    """The logits in what a language model returned, [batch, tokens, vocabulary].
+
+    Raises:
+        ValueError: there are none.
+    """
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"a {type(model).__name__}'s output has no logits; expected a language model of transformers")
+    return logits
+
+
+def cached(model: nn.Module, output: Any) -> dict[str, Any]:
+    """The key-value cache in what a model returned, under the name by which the next call takes it.
+
+    Raises:
+        ValueError: there is none.
+    """
     cache = cache_of(output)
     if cache is None:
-        raise ValueError(f"{type(model).__name__} returns no key-value cache, and one has to hold the prompt")
-    return cache
+        raise ValueError(f"{type(model).__name__} returns no key-value cache, which has to hold what was read before")
+    return {cache_argument(model): cache}
 
 
 def _judge(
@@ -562,7 +662,7 @@ def _judge(
     is_sparse: bool,
     simulation: Simulation | None,
 ) -> Tensor:
-    ids = part.inputs["input_ids"]
+    ids = part.ids
     runs = is_sparse or simulation is not None
     after = _sparse(model, part, prompt, simulation) if runs else before[:, prompt:]
     sums = _compare(before[:, prompt:], after, ids[:, prompt:])
@@ -606,16 +706,15 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 _ENTRIES = 2**22  # of logits that are float32 at a time: 16 MB
 
 
-def _window_figures(window: Any, sums: list[float]) -> dict[str, float]:
+def _window_figures(window: _Window, sums: list[float]) -> dict[str, float]:
     nll, dense_nll, kl, same, tokens = sums
-    ids = window["input_ids"].cpu().contiguous()
     return {
         "tokens": int(tokens),
         "nll": nll / tokens,
         "dense_nll": dense_nll / tokens,
         "kl": kl / tokens,
         "agreement": same / tokens,
-        "checksum": zlib.crc32(repr((tuple(ids.shape), ids.tolist())).encode()),
+        "checksum": window.checksum,
     }
 
 
@@ -697,7 +796,7 @@ def _greedy(model: Any, ids: Tensor, count: int, stops: Collection[int]) -> list
         tokens.append(int(output.logits[0, -1].argmax()))
         if tokens[-1] in stops or len(tokens) == count:
             return tokens
-        inputs = {"input_ids": ids.new_tensor([tokens[-1:]]), cache_argument(model): _cache(model, output)}
+        inputs = {"input_ids": ids.new_tensor([tokens[-1:]]), **cached(model, output)}
 
 
 def _continuation(tokenizer: Any, ids: Tensor, before: list[int], after: list[int]) -> Continuation:

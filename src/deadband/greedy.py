@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from deadband.batches import Counted
 from deadband.criterion import Rule, scale_of
-from deadband.observation import masking
+from deadband.observation import first_tensor, masking
 from deadband.running import evaluating, progress_bar, run
 from deadband.scope import for_here, scope
-from deadband.sensitivity import first_tensor
 from deadband.sites import find_blocks, matrix_of
 
 if TYPE_CHECKING:
@@ -47,30 +47,40 @@ def greedy_shares(
         calls = _block_inputs(model, blocks, batches, tokens)
         for block in progress_bar(blocks, "greedy", progress):
             sites = {name: model.get_submodule(name) for name in members[block]}
-            path = _greedy_path(blocks[block], sites, calls.pop(block), calibration, scales, step, max(budgets))
+            path = _greedy_path(block, blocks[block], sites, calls.pop(block), calibration, scales, step, max(budgets))
             for share, budget in zip(shares, budgets, strict=True):
                 share.update(_along(path, budget))
     return [{name: share[name] for name in calibration.sites} for share in shares]
 
 
+class _Call(NamedTuple):
+    """The arguments of one call of a block, and which tokens of its batch count."""
+
+    args: tuple
+    kwargs: dict
+    counted: Counted
+
+
 def _block_inputs(
     model: nn.Module, blocks: dict[str, nn.Module], batches: list[Any], tokens: int
-) -> dict[str, list[tuple[tuple, dict]]]:
-    """The arguments of every call of every block while the dense model sees the first `tokens` tokens."""
-    calls: dict[str, list[tuple[tuple, dict]]] = {name: [] for name in blocks}
+) -> dict[str, list[_Call]]:
+    """Every call of every block while the dense model sees the first `tokens` tokens, without padding."""
+    calls: dict[str, list[_Call]] = {name: [] for name in blocks}
+    counted = Counted()
     seen = 0
 
     def recorder(name: str) -> Any:
-        return lambda module, args, kwargs: calls[name].append(_cloned(args, kwargs))
+        return lambda module, args, kwargs: calls[name].append(_Call(*_cloned(args, kwargs), counted))
 
     with scope():
         hooks = {name: for_here(recorder(name)) for name in blocks}
         handles = [m.register_forward_pre_hook(hooks[name], with_kwargs=True) for name, m in blocks.items()]
         try:
             for batch in batches:
+                counted = Counted.of(model, batch)
                 run(model, batch, use_cache=False, **({} if "" in blocks else {"logits_to_keep": 1}))
-                first = next(iter(calls.values()))[-1:]
-                seen += sum(_rows(value) for args, kwargs in first for value in (*args, *kwargs.values())[:1])
+                name, made = next(iter(calls.items()))
+                seen += _rows(name, made[-1]) if made else 0
                 if seen >= tokens:
                     break
         finally:
@@ -88,14 +98,16 @@ def _cloned(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return tuple(map(clone, args)), {name: clone(value) for name, value in kwargs.items()}
 
 
-def _rows(value: Any) -> int:
-    return value.numel() // max(value.shape[-1], 1) if isinstance(value, Tensor) and value.dim() else 1
+def _rows(name: str, call: _Call) -> int:
+    value = next(iter((*call.args, *call.kwargs.values())), None)
+    return len(call.counted.rows(name, value)) if isinstance(value, Tensor) and value.dim() else 1
 
 
 def _greedy_path(
+    name_of_block: str,
     block: nn.Module,
     sites: dict[str, nn.Module],
-    calls: list[tuple[tuple, dict]],
+    calls: list[_Call],
     calibration: Calibration,
     scales: dict[str, Tensor | None],
     step: float,
@@ -114,8 +126,8 @@ def _greedy_path(
 
     def outputs() -> Iterator[Tensor]:
         for call in calls:
-            args, kwargs = _cloned(*call)
-            yield first_tensor(block(*args, **kwargs))
+            args, kwargs = _cloned(call.args, call.kwargs)
+            yield call.counted.rows(name_of_block, first_tensor(block(*args, **kwargs)))
 
     dense = list(outputs())
 

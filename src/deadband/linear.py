@@ -101,7 +101,7 @@ class SparseSite(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """Everything that `make_sparse_` sets, for `restore`."""
-        return {name: getattr(self, name) for name in (*_BUFFERS, *_ATTRIBUTES)}
+        return {name: getattr(self, name) for name in (*BUFFERS, *_ATTRIBUTES)}
 
     def restore(self, settings: dict[str, Any]) -> None:
         """Undo a `make_sparse_` on a layer that was sparse before."""
@@ -243,7 +243,8 @@ def tensor_of(module: nn.Module) -> Tensor:
     return cast(Tensor, module.codes if weight is None else weight)
 
 
-_BUFFERS = ("threshold", "scale", "center", "offset", "mask", "counts")
+BUFFERS = ("threshold", "scale", "center", "offset", "mask", "counts")
+"""What `make_sparse_` adds to a layer."""
 _ATTRIBUTES = ("relative", "sparse_rows", "gradient", "expected", "site_range")
 
 
@@ -264,7 +265,7 @@ def make_dense_(module: SparseSite) -> nn.Module:
 
     One with a quantised weight keeps that.
     """
-    for name in _BUFFERS:
+    for name in BUFFERS:
         delattr(module, name)
     for name in _ATTRIBUTES:
         module.__dict__.pop(name, None)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from deadband.allocation import Thresholds, allocate, check_model, check_sparsity
+from deadband.batches import taken
 from deadband.calibration import Calibration, calibrate
 from deadband.criterion import keep_mask, scale_of, score
 from deadband.hooks import apply_mask, forget_compiled, take_input, with_input
@@ -102,9 +103,7 @@ class Setup:
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], *, progress: bool = True) -> None:
-        self.model, self.batches, self.progress = model, list(batches), progress
-        if not self.batches:
-            raise ValueError("batches is empty; expected at least one batch")
+        self.model, self.batches, self.progress = model, taken(batches), progress
         _require_dense(model)
         self.sites = find_sites(model)
         self.weights = {name: weight_bytes(module) for name, module in self.sites.items()}

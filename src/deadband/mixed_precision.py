@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deadband.evaluation import divergence
+from deadband.batches import Counted, taken
+from deadband.evaluation import divergence, logits_of
 from deadband.quantization import WeightFormat, quantize
 from deadband.quantized import QuantizedMatrix
 from deadband.running import evaluating, progress_bar, run
@@ -19,7 +20,7 @@ from deadband.sites import Patterns, find_sites, matrix_of
 
 def choose_formats(
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     max_kl: float,
     format: str | WeightFormat = "int8-g32",
     *,
@@ -48,7 +49,7 @@ def choose_formats(
         The format of each site that is taken, by name; empty if there is none.
 
     Raises:
-        ValueError: `max_kl` is no positive number, there are no batches, a site is quantised already, or the model's
+        ValueError: `max_kl` is no positive number, there are no batches or only padding in them, a site is quantised already, or the model's
             output is not finite.
 
     Example:
@@ -57,8 +58,7 @@ def choose_formats(
     """
     if not 0 < max_kl < math.inf:
         raise ValueError(f"max_kl is {max_kl}; expected a positive number of nats, such as 1e-4")
-    if not batches:
-        raise ValueError("no batches; expected what the model is called with, as for calibrate")
+    batches = taken(batches)
     format = WeightFormat.parse(format)
     sites = find_sites(model, include, exclude)
     quantised = next((name for name, module in sites.items() if isinstance(module, QuantizedMatrix)), None)
@@ -70,11 +70,13 @@ def choose_formats(
         order = sorted(sites, key=lambda name: (alone[name] / matrix_of(sites[name]).numel(), name))
         budget = max_kl
         while True:
-            taken = _within(order, alone, budget)
-            together = _costs(model, batches, {"together": taken}, format, moments, False)["together"] if taken else 0.0
+            chosen = _within(order, alone, budget)
+            together = (
+                _costs(model, batches, {"together": chosen}, format, moments, False)["together"] if chosen else 0.0
+            )
             if together <= max_kl:
-                return {name: str(format) for name in sites if name in taken}
-            budget = min(budget * max_kl / together, sum(alone[name] for name in taken[:-1]))
+                return {name: str(format) for name in sites if name in chosen}
+            budget = min(budget * max_kl / together, sum(alone[name] for name in chosen[:-1]))
 
 
 def _within(order: Sequence[str], costs: Mapping[str, float], budget: float) -> list[str]:
@@ -106,21 +108,23 @@ def _costs(
             expected = _log_probabilities(model, batch)
             if not bool(expected.isfinite().all()):
                 raise ValueError("the model's output holds NaN or infinity")
-            tokens += expected.shape[:-1].numel()
+            tokens += len(expected)
             continue
         assert expected is not None
         with _quantised(model, sets[name], format, moments):
             total[name] += float(divergence(expected, _log_probabilities(model, batch)).double().sum())
         if not math.isfinite(total[name]):
             raise ValueError(f"with {name} in {format} the model's output holds NaN or infinity")
+    if not tokens:
+        raise ValueError("batches hold nothing but padding; expected tokens that attention_mask keeps")
     return {name: each / tokens for name, each in total.items()}
 
 
 def _log_probabilities(model: nn.Module, batch: Any) -> Tensor:
-    logits = getattr(run(model, batch), "logits", None)
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"a {type(model).__name__}'s output has no logits; expected a language model of transformers")
-    return logits.float().log_softmax(-1)
+    """Of the tokens that count, [tokens, vocabulary]."""
+    logits = logits_of(model, run(model, batch, use_cache=False))
+    counted = Counted.of(model, batch).outputs(logits.shape[:-1])
+    return logits[counted.to(logits.device)].float().log_softmax(-1)
 
 
 @contextlib.contextmanager

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import operator
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deadband.batches import Counted, checked
 from deadband.criterion import Rule, fill
 from deadband.hooks import attach, detach, parts_of_rows, rows_of_parts, take_input, with_input
 from deadband.ops.observe import FIRST_NONFINITE, Statistics, observe
@@ -180,7 +182,14 @@ class SiteStatistics:
 
 
 def observe_model(
-    model: nn.Module, batches: Iterable[Any], rules: Mapping[str, Rule], what: str, progress: bool, *, masked: bool
+    model: nn.Module,
+    batches: Iterable[Any],
+    rules: Mapping[str, Rule],
+    what: str,
+    progress: bool,
+    *,
+    masked: bool,
+    unreached: str = "error",
 ) -> dict[str, SiteStatistics]:
     """Statistics of the sites that `rules` names: histograms of the scores that each rule compares with its threshold.
 
@@ -188,12 +197,12 @@ def observe_model(
     they are compared: less the center, divided by the norm of a relative rule.
 
     Raises:
-        ValueError: no batch, or a site that was never reached or saw no number.
+        ValueError: no batch, or a site that saw no number; with `unreached="dense"`, one that was never reached is left
+            out instead.
     """
     sites = {name: SiteStatistics.empty(model.get_submodule(name)) for name in rules}
     _Observer(rules, sites, masked).watch(model, batches, list(rules), what, progress)
-    require_numbers(sites)
-    return sites
+    return require_numbers(sites, unreached)
 
 
 def observe_sparse(
@@ -260,32 +269,69 @@ def skipped_means(
     """Float32 means of the entries of each channel that the rules skip, [in_features] by site, on the sparse model."""
     watcher = _SkippedMeans(rules)
     watcher.watch(model, batches, list(rules), what, progress)
-    for name in rules:
-        if name not in watcher.sums:
-            raise NotReachedError(f"site {name!r} was never reached by these batches")
+    require_reached(rules, watcher.sums)
     return {name: (total / count.clamp(min=1)).float() for name, (total, count) in watcher.sums.items()}
 
 
 class NotReachedError(ValueError):
-    """A site saw nothing of the data, such as an expert that no token was sent to."""
+    """Sites saw nothing of the data, such as experts that no token was sent to.
+
+    Attributes:
+        sites: their names, in the order of the model.
+    """
+
+    def __init__(self, message: str, sites: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.sites = tuple(sites)
 
 
-def require_numbers(sites: Mapping[str, SiteStatistics]) -> None:
-    """A ValueError names the first site that was never reached or saw no number."""
-    for name, site in sites.items():
+UNREACHED = ("error", "dense")
+"""What becomes of sites that no token reached: an error that names them, or they are left dense."""
+
+
+def check_unreached(choice: str) -> str:
+    """Return a choice of `UNREACHED`, or raise a ValueError."""
+    if choice not in UNREACHED:
+        raise ValueError(f"unreached={choice!r}; expected one of {', '.join(map(repr, UNREACHED))}")
+    return choice
+
+
+def require_reached(names: Iterable[str], reached: Container[str], what: str = "{} {} never reached") -> None:
+    """A NotReachedError names all sites that are missing in `reached`; `what` says so of "site 'a'" or "3 sites"."""
+    missing = [name for name in names if name not in reached]
+    if not missing:
+        return
+    alone = len(missing) == 1
+    found = what.format(f"site {missing[0]!r}" if alone else f"{len(missing)} sites", "was" if alone else "were")
+    it, listed = ("it", "") if alone else ("them", ": " + ", ".join(missing))
+    raise NotReachedError(
+        f"{found}; leave {it} out with exclude= or unreached='dense' in calibrate, or give data that reaches "
+        f"{it}{listed}",
+        missing,
+    )
+
+
+def require_numbers(sites: Mapping[str, SiteStatistics], unreached: str = "error") -> dict[str, SiteStatistics]:
+    """The sites that saw a number. An error names all that were never reached, unless they may be left out, or the
+    first that saw nothing but what is not finite."""
+    reached = {name: site for name, site in sites.items() if site.entries or site.nonfinite}
+    if unreached == "error" or not reached:
+        require_reached(sites, reached)
+    for name, site in reached.items():
         if not site.entries:
-            why = (
-                f"saw {site.nonfinite} NaN or infinite entries and no number" if site.nonfinite else "was never reached"
+            raise ValueError(
+                f"site {name!r} saw {site.nonfinite} NaN or infinite entries and no number; leave it out with "
+                "exclude=, or look for broken weights or inputs"
             )
-            raise NotReachedError(f"site {name!r} {why}; leave it out with exclude=, or give data that reaches it")
+    return reached
 
 
 class InputWatcher:
     """One pass of data through a model that gives each site's input to `see`, from forward pre-hooks."""
 
     def __init__(self) -> None:
-        self.keep: Tensor | None = None  # [batch, tokens], False where padded
-        self.decoder_keep: Tensor | None = None  # the same for the decoder of an encoder-decoder model
+        self.counted = Counted()  # of the batch that is run
+        self.encoded: Tensor | None = None  # what the encoder of an encoder-decoder model returned
         # q, k and v (gate and up) get the same tensor: it is looked at once. Holding it keeps its identity from reuse.
         self.last: tuple[Tensor, int | None, Any] | None = None
 
@@ -295,7 +341,8 @@ class InputWatcher:
 
     def rows(self, name: str, x: Tensor) -> Tensor:
         """The unpadded rows [rows, in_features] of what a site sees, or of anything of that shape."""
-        return _unpadded(x, self.decoder_keep if "decoder" in name.split(".") else self.keep)
+        encoded = self.encoded is not None and _same(x, self.encoded)  # keys and values of cross-attention
+        return self.counted.rows(name, x, encoded=encoded)
 
     def step(self, model: nn.Module, batch: Any) -> None:
         """Run one batch, without gradients."""
@@ -320,32 +367,31 @@ class InputWatcher:
             ValueError: no batch.
         """
         modules = {name: model.get_submodule(name) for name in names}
-        count = 0
-        with self._watching(modules), evaluating(model):
-            for batch in progress_bar(batches, what, progress):
-                count += 1
-                self._begin(batch)
+        given = checked(batches)
+        with self._watching(modules, encoders_of(model)), evaluating(model):
+            for batch in progress_bar(given, what, progress, total=operator.length_hint(batches) or None):
+                self.counted, self.encoded, self.last = Counted.of(model, batch), None, None
                 self.step(model, batch)
-        if not count:
-            raise ValueError("batches is empty; expected at least one batch")
-
-    def _begin(self, batch: Any) -> None:
-        self.keep = self.decoder_keep = _padding_mask(batch, "attention_mask")
-        if isinstance(batch, Mapping) and "decoder_input_ids" in batch:
-            self.decoder_keep = _padding_mask(batch, "decoder_attention_mask")
-        self.last = None
+        self.encoded = self.last = None
 
     @contextlib.contextmanager
-    def _watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:
-        handles = []
+    def _watching(self, modules: Mapping[str, nn.Module], encoders: Iterable[nn.Module]) -> Iterator[None]:
+        handles, others = [], []
         with scope():
             try:
                 for name, module in modules.items():
                     handles.append(attach(module, for_here(self._hook(name))))
+                for encoder in encoders:
+                    others.append(encoder.register_forward_hook(for_here(self._remember)))
                 yield
             finally:
                 for handle in handles:
                     detach(handle)
+                for other in others:
+                    other.remove()
+
+    def _remember(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.encoded = first_tensor(output)
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -396,16 +442,26 @@ class _SkippedMeans(InputWatcher):
         return rule.apply(x)
 
 
-def _padding_mask(batch: Any, name: str) -> Tensor | None:
-    mask = batch.get(name) if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None
+def encoders_of(model: nn.Module) -> list[nn.Module]:
+    """The encoders whose output a decoder gets: modules of that name outside of any decoder, or of another encoder."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return []
+    paths = {name: name.split(".") for name, _ in model.named_modules()}
+    found = [
+        name for name, path in paths.items() if path[-1] == "encoder" and not {"encoder", "decoder"} & set(path[:-1])
+    ]
+    return [model.get_submodule(name) for name in found]
 
 
-def _unpadded(x: Tensor, keep: Tensor | None) -> Tensor:  # -> [rows, in_features]
-    rows = x.reshape(-1, x.shape[-1])
-    if keep is not None and (x.shape[:-1] == keep.shape or x.shape[:-1] == (keep.numel(),)):
-        return rows[keep.reshape(-1).to(x.device)]
-    return rows
+def first_tensor(output: Any) -> Tensor:
+    """The first tensor in what a module returned."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    return output
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x is y or (x.data_ptr() == y.data_ptr() and x.shape == y.shape)
 
 
 @contextlib.contextmanager

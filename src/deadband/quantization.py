@@ -13,14 +13,15 @@ Hessian), each input's rounding error is made up for by those that follow: GPTQ,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deadband.observation import InputWatcher, NotReachedError
+from deadband.batches import taken
+from deadband.observation import InputWatcher, require_reached
 from deadband.ops import NIBBLES, dequantize, unpack_nibbles
 from deadband.sites import shape_of
 
@@ -619,7 +620,7 @@ def input_hessians(
         Pairs of name and matrix.
 
     Raises:
-        ValueError: no batch, or a site that was never reached.
+        ValueError: no batch, or sites that were never reached; all of them are named.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 1))
@@ -627,18 +628,19 @@ def input_hessians(
         {'0': tensor([[1., 2.],
                 [2., 4.]])}
     """
-    batches, names = list(batches), list(sites)
+    batches, names = taken(batches), list(sites)
     shared = _SharedInputs()
     shared.watch(model, batches[:1], names, "look", False)
     followers: dict[str, list[str]] = {}
     for name in names:
         followers.setdefault(shared.leaders.get(name, name), []).append(name)
+    asked = names  # the first pass tells of all that are never reached
     for leaders in _passes({name: shape_of(model.get_submodule(name))[1] for name in followers}, memory):
-        watcher = _Hessians()
-        watcher.watch(model, batches, leaders, "hessians", progress)
+        watcher = _Hessians(leaders)
+        watcher.watch(model, batches, asked or leaders, "hessians", progress)
+        require_reached(asked, {name for name, rows in watcher.rows_seen.items() if rows})
+        asked = []
         for leader in leaders:
-            if not watcher.rows_seen.get(leader):
-                raise NotReachedError(f"site {leader!r} was never reached by these batches; leave it out")
             total = watcher.sums.pop(leader).div_(watcher.rows_seen[leader])
             for name in followers[leader]:
                 yield name, total
@@ -673,15 +675,18 @@ class _SharedInputs(InputWatcher):
 class _Hessians(InputWatcher):
     """Sums of the products of every two entries of a row; rows with NaN or infinity are left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Collection[str]) -> None:
         super().__init__()
+        self.wanted = frozenset(wanted)
         self.sums: dict[str, Tensor] = {}
         self.rows_seen: dict[str, int] = {}
 
     def see(self, name: str, x: Tensor) -> None:
         rows = self.rows(name, x).float()
         rows = rows[rows.isfinite().all(-1)]
+        self.rows_seen[name] = self.rows_seen.get(name, 0) + len(rows)
+        if name not in self.wanted:
+            return
         if name not in self.sums:
             self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
         self.sums[name].addmm_(rows.T, rows)
-        self.rows_seen[name] = self.rows_seen.get(name, 0) + len(rows)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deadband.batches import taken
 from deadband.criterion import Rule, norm_of
-from deadband.observation import InputWatcher, NotReachedError
+from deadband.observation import InputWatcher, first_tensor, require_reached
 from deadband.running import run
 
 LEVELS = np.concatenate([np.arange(0.05, 0.951, 0.05), [0.975]])
@@ -72,7 +73,7 @@ class SiteSensitivity:
 
 
 def measure_sensitivity(
-    model: nn.Module, batches: Sequence[Any], names: Sequence[str], *, seed: int = 0, progress: bool = True
+    model: nn.Module, batches: Iterable[Any], names: Sequence[str], *, seed: int = 0, progress: bool = True
 ) -> dict[str, SiteSensitivity]:
     """Curves of expected loss for the named sites, from a forward and a backward pass over every batch.
 
@@ -87,23 +88,17 @@ def measure_sensitivity(
         progress: show progress bars.
 
     Raises:
-        ValueError: no batch.
-        ValueError: gradients that are NaN or infinite.
-        NotReachedError: a site that no gradient reaches.
+        ValueError: no batch, or gradients that are NaN or infinite.
+        NotReachedError: sites that no gradient reaches.
     """
-    batches, names = list(batches), list(names)
+    batches, names = taken(batches), list(names)
     first, rest = batches[::_FIRST_PART], [batch for i, batch in enumerate(batches) if i % _FIRST_PART]
     with _frozen(model):
         scales = _Scales(seed)
         scales.watch(model, first, names, "gradients", progress)
         if rest and not all(map(scales.reached, names)):  # experts that few tokens are sent to
             scales.watch(model, rest, names, "gradients", progress)
-        for name in names:
-            if not scales.reached(name):
-                raise NotReachedError(
-                    f"no gradient reached site {name!r}, so its sensitivity is not known; leave it out of the "
-                    "calibration with exclude=, or give data that reaches it"
-                )
+        require_reached(names, set(filter(scales.reached, names)), "no gradient reached {}")
         measured = {}
         for name in names:
             squares, rows = scales.squares[name]
@@ -240,9 +235,7 @@ class _Gradients(InputWatcher):
 
     def _draw(self, output: Tensor, categorical: bool) -> Tensor:
         """The gradient of the loss for labels drawn from the model's own prediction, zero where padded."""
-        keep = torch.ones(output.shape[:-1], dtype=torch.bool)
-        if self.decoder_keep is not None and self.decoder_keep.shape == keep.shape:  # the same but in encoder-decoders
-            keep = self.decoder_keep.cpu()
+        keep = self.counted.outputs(output.shape[:-1])
         self.tokens += int(keep.sum())
         if categorical:
             gradient = output.float().softmax(-1)
@@ -300,13 +293,6 @@ class _Curves(_Gradients):
             skipped = torch.bincount(level.flatten(), minlength=len(limits) + 1).cumsum(0)[:-1]
             before = totals.get(relative, (torch.zeros_like(harm), torch.zeros_like(skipped), 0))
             totals[relative] = (before[0] + harm, before[1] + skipped, before[2] + x.numel())
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The first tensor in what a module returned."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
-    return output
 
 
 @contextmanager

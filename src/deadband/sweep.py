@@ -12,7 +12,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,24 @@ import torch
 from torch import Tensor, nn
 
 from deadband.allocation import Thresholds, check_sparsity
+from deadband.batches import taken, token_count
 from deadband.bench import bytes_per_token, decode_seconds, machine, median
 from deadband.calibration import Calibration
 from deadband.demo import PROMPT
-from deadband.evaluation import PROTOCOL, columns, dense_logits, end_tokens, evaluate, prompt_ids, protocol_name
+from deadband.evaluation import (
+    PROTOCOL,
+    cached,
+    columns,
+    dense_logits,
+    end_tokens,
+    evaluate,
+    prompt_ids,
+    protocol_name,
+)
 from deadband.files import finite, write_json
 from deadband.observation import EDGES, SiteStatistics
 from deadband.report import VERSION
-from deadband.running import cache_argument, cache_of, evaluating, run
+from deadband.running import evaluating, run
 from deadband.sites import find_blocks, weight_bytes
 from deadband.sparsify import SparsityReport, densify_, sparse_sites, sparsify_, sparsity
 
@@ -65,8 +75,8 @@ def sweep(
     *,
     methods: Sequence[Any],
     budgets: Sequence[float],
-    calibration_windows: Sequence[Any],
-    windows: Sequence[Any],
+    calibration_windows: Iterable[Any],
+    windows: Iterable[Any],
     output: str | os.PathLike,
     name: str = "",
     calibrated_on: str = "",
@@ -120,6 +130,7 @@ def sweep(
 
     chosen = {each.name: each for each in (method_of(one) if isinstance(one, str) else one for one in methods)}
     budgets = list(dict.fromkeys(map(check_sparsity, budgets)))
+    calibration_windows, windows = taken(calibration_windows, "calibration_windows"), taken(windows, "windows")
     if not chosen or not budgets:
         raise ValueError("methods or budgets is empty; expected at least one of each")
     if sparse_sites(model):
@@ -154,7 +165,7 @@ def sweep(
         "model": name,
         "dtype": settings["dtype"],
         "protocol": settings["protocol"],
-        "calibrated_on": {"name": calibrated_on, "tokens": sum(map(_tokens, calibration_windows))},
+        "calibrated_on": {"name": calibrated_on, "tokens": token_count(model, calibration_windows)},
         "judged_on": {
             "name": judged_on,
             "windows": len(windows),
@@ -318,13 +329,13 @@ class _Sweep:
         """The prompt continued greedily as in generate: the prompt dense (if longer than 4 tokens), the rest sparse."""
         if not self.settings["samples"]:
             return None
-        stops, name = end_tokens(self.model), cache_argument(self.model)
+        stops = end_tokens(self.model)
         with evaluating(self.model):
             output = run(self.model, {"input_ids": self.ids}, use_cache=True, logits_to_keep=1)
             tokens = [int(output.logits[0, -1].argmax())]
             with simulation.on(self.model) if simulation is not None else contextlib.nullcontext():
                 while tokens[-1] not in stops and len(tokens) < self.settings["sample_tokens"]:
-                    after = {"input_ids": self.ids.new_tensor([tokens[-1:]]), name: cache_of(output)}
+                    after = {"input_ids": self.ids.new_tensor([tokens[-1:]]), **cached(self.model, output)}
                     output = run(self.model, after, use_cache=True, logits_to_keep=1)
                     tokens.append(int(output.logits[0, -1].argmax()))
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -409,10 +420,6 @@ def _weights(model: nn.Module) -> Iterator[bytes]:
         flat = parameter.detach().reshape(-1)
         index = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), 16), dtype=torch.float64).long()
         yield repr((name, tuple(parameter.shape), flat[index.to(flat.device)].double().tolist())).encode()
-
-
-def _tokens(window: Mapping[str, Any]) -> int:
-    return window["input_ids"].numel()
 
 
 def _token_bytes(window: Mapping[str, Any]) -> bytes:

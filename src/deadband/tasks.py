@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import hashlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -14,7 +15,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from deadband.evaluation import PROTOCOL, columns, count_anew, mean_and_error
+from deadband.linear import BUFFERS
 from deadband.running import evaluating
 from deadband.sparsify import dense, sparse_prefill, sparse_sites
 
@@ -30,6 +34,7 @@ def run_tasks(
     include_path: str | os.PathLike | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 1,
+    use_cache: str | os.PathLike | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Run lm-evaluation-harness tasks on the dense form of a sparse model and on the sparse form, every token sparse.
@@ -47,6 +52,9 @@ def run_tasks(
         include_path: a folder with YAML files of more tasks.
         num_fewshot: solved examples before each question; as the task says by default.
         batch_size: requests run together; with more than one, `sparsity` counts padding too.
+        use_cache: the beginning of the paths where answers are kept for later calls. Each form of each model has files
+            of its own: another threshold or another weight, and nothing is answered from them. What is answered so is
+            not counted in `sparsity`.
         options: of `lm_eval.simple_evaluate`, for example `apply_chat_template=True`.
 
     Returns:
@@ -91,9 +99,9 @@ def run_tasks(
             "log_samples": True,
         }
         with dense(model):
-            before: Any = simple_evaluate(language_model, **settings)
+            before: Any = simple_evaluate(language_model, **settings, **_cache_of(model, "dense", use_cache))
         with sparse_prefill(model), count_anew(model) as achieved:
-            after: Any = simple_evaluate(language_model, **settings)
+            after: Any = simple_evaluate(language_model, **settings, **_cache_of(model, "sparse", use_cache))
     return {
         "protocol": FORCED,
         "sparsity": achieved(),
@@ -102,6 +110,29 @@ def run_tasks(
         "lm_eval": importlib.metadata.version("lm-eval"),
         "tasks": {name: _side_by_side(name, before, after) for name in after["results"]},
     }
+
+
+def _cache_of(model: Any, form: str, use_cache: str | os.PathLike | None) -> dict[str, str]:
+    """Where the harness keeps the answers of one form of a model; it knows them by the questions alone."""
+    return {} if use_cache is None else {"use_cache": f"{os.fspath(use_cache)}-{form}-{_fingerprint(model, form)}"}
+
+
+def _fingerprint(model: Any, form: str) -> str:
+    """A digest of a model's configuration, of its weights, and of what makes it sparse unless the form is dense."""
+    config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    digest = hashlib.blake2b(repr(config).encode(), digest_size=8)
+    sites = sparse_sites(model)
+    ours = {f"{name}.{part}" for name in sites for part in BUFFERS}
+    left_out = ours if form == "dense" else {f"{name}.counts" for name in sites}
+    for name, tensor in sorted((*model.named_parameters(), *model.named_buffers())):
+        if name in left_out:
+            continue
+        digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
+        if not tensor.is_meta:
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    if form != "dense":
+        digest.update(repr([name for name, site in sites.items() if site.relative]).encode())
+    return digest.hexdigest()
 
 
 def tasks_table(figures: Mapping[str, Any]) -> str:
