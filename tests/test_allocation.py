@@ -14,7 +14,7 @@ import deadband
 from deadband.allocation import Thresholds, allocate, fit
 from deadband.auto import Judge, split
 from deadband.criterion import Rule
-from deadband.greedy import _greedy_path
+from deadband.greedy import _Call, _greedy_path
 from deadband.observation import masking
 from deadband.sensitivity import Curve, _lower_hull, measure_sensitivity, water_fill
 from deadband.sites import find_sites, weight_bytes
@@ -94,7 +94,7 @@ def test_greedy_is_algorithm_1(seed):
     calibration = deadband.calibrate(block, [x], progress=False)
     sites = {name: module for name, module in find_sites(block).items()}
     with torch.no_grad():
-        path = _greedy_path(block, sites, [((x,), {})], calibration, dict.fromkeys(sites), 0.02, 0.5)
+        path = _greedy_path(block, sites, [_Call((x,), {}, lambda y: y)], calibration, dict.fromkeys(sites), 0.02, 0.5)
         expected = naive_algorithm_1(block, sites, x, calibration, 0.02, 0.5)
     assert path[-1][0] == pytest.approx(0.5)
     difference = [abs(path[-1][1][name] - expected[name]) for name in sites]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,15 +111,56 @@ class Thresholds(Mapping[str, Rule]):
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
             if about.pop("version") != VERSION:
                 raise ValueError("another version")
-            about["rules"] = {
-                name: Rule(**{part: tensors[f"{name}.{part}"] for part in rule.pop("parts")}, **rule)
-                for name, rule in about["rules"].items()
-            }
+            about["rules"] = {name: _rule(name, each, tensors) for name, each in about["rules"].items()}
             for key in ("shapes", "samples", "site_range"):
                 about[key] = {name: tuple(values) for name, values in about.get(key, {}).items()}
-            return cls(**about)
-        except (ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+            made = cls(**about)
+            made._check()
+            return made
+        except (
+            ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, safetensors.SafetensorError,
+        ) as error:  # fmt: skip
             raise ValueError(f"{os.fspath(path)!r} is not a file of thresholds of version {VERSION}: {error}") from None
+
+    def _check(self) -> None:
+        """Raise a ValueError where the parts do not fit each other."""
+        check_sparsity(self.sparsity)
+        for what in ("method", "reason", "criterion"):
+            if not isinstance(getattr(self, what), str):
+                raise ValueError(f"{what} is {getattr(self, what)!r}, expected text")
+        if self.shapes.keys() != self.rules.keys() or self.site_sparsity.keys() != self.rules.keys():
+            raise ValueError("rules, shapes and site_sparsity are of different sites")
+        for what in ("samples", "harm", "expected", "site_range"):
+            if getattr(self, what).keys() - self.rules.keys():
+                raise ValueError(f"{what} is of other sites than the rules")
+        numbers = {**self.site_sparsity, **self.expected, **self.harm}
+        if not all(map(_is_number, numbers.values())):
+            raise ValueError("a site's sparsity or harm is no number")
+        for values in (*self.shapes.values(), *self.site_range.values(), *self.samples.values()):
+            if not all(map(_is_number, values)):
+                raise ValueError(f"{values!r} holds what is no number")
+        for name, rule in self.rules.items():
+            if len(self.shapes[name]) != 2 or len(self.site_range.get(name, (0, 0))) != 2:
+                raise ValueError(f"the shape or the range of site {name!r} is not of two numbers")
+            for part in _parts(rule):
+                if getattr(rule, part).shape != self.shapes[name][1:]:
+                    raise ValueError(f"the {part} of site {name!r} is not of {self.shapes[name][1]} channels")
+
+
+def _rule(name: str, about: Any, tensors: Mapping[str, torch.Tensor]) -> Rule:
+    """A rule of a file, looked at before it is believed."""
+    parts = {part: tensors[f"{name}.{part}"] for part in about["parts"]}
+    rule = Rule(**parts, threshold=about["threshold"], relative=about["relative"])
+    if not _is_number(rule.threshold) or rule.threshold < 0 or type(rule.relative) is not bool:
+        raise ValueError(f"site {name!r} has threshold {rule.threshold!r} and relative={rule.relative!r}")
+    for part, tensor in parts.items():
+        if tensor.dtype != torch.float32 or tensor.dim() != 1 or not bool(tensor.isfinite().all()):
+            raise ValueError(f"the {part} of site {name!r} is no vector of finite float32")
+    return rule
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _parts(rule: Rule) -> list[str]:

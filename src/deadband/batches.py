@@ -169,3 +169,47 @@ def token_count(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> int:
         counted = Counted.of(model, batch).encoder
         total += int(counted.sum()) if counted is not None else batch["input_ids"].numel()
     return total
+
+
+def misfit(model: nn.Module, batch: Any) -> str | None:
+    """Why a model cannot read the tokens of a batch: too many for its positions, or unknown ones; None if it can.
+
+    For a model that failed: many read more tokens than their configuration says.
+    """
+    config = getattr(model, "config", None)
+    for side in ("", "decoder_"):
+        ids = batch.get(f"{side}input_ids") if isinstance(batch, Mapping) else None
+        if config is None or not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+            continue
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        names = [name for name in ("max_target_positions", "max_position_embeddings") if hasattr(text, name)]
+        positions = getattr(text, names[0]) if names else None
+        read, before = ids.shape[1], _tokens_before(batch)
+        unused = _unused_positions(model)
+        if isinstance(positions, int) and read + before > positions - unused:
+            held = f" behind {before} others" if before else ""
+            return (
+                f"{read} tokens{held} are more than the {positions - unused} positions of this {type(model).__name__}; "
+                f"give windows of at most {positions - unused} tokens"
+            )
+        vocabulary, low, high = getattr(text, "vocab_size", None), int(ids.min()), int(ids.max())
+        if isinstance(vocabulary, int) and (low < 0 or high >= vocabulary):
+            return (
+                f"{side}input_ids holds token {low if low < 0 else high}, and this {type(model).__name__} knows 0 to "
+                f"{vocabulary - 1}; take the model's own tokenizer"
+            )
+    return None
+
+
+def _tokens_before(batch: Mapping[str, Any]) -> int:
+    """Tokens that a key-value cache in the batch holds."""
+    caches = (batch.get(name) for name in ("cache", "past_key_values"))
+    length = next((getattr(cache, "get_seq_length", None) for cache in caches if cache is not None), None)
+    return int(length()) if length is not None else 0
+
+
+def _unused_positions(model: nn.Module) -> int:
+    """Entries of a table of positions that stand before the first one: RoBERTa's begins behind its padding token."""
+    tables = (each for name, each in model.named_modules() if "position" in name and isinstance(each, nn.Embedding))
+    padding = next((table.padding_idx for table in tables), None)
+    return 0 if padding is None else padding + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from deadband.criterion import Rule, check_criterion, scale_of
 from deadband.files import replacing
-from deadband.observation import SiteStatistics, observe_model
+from deadband.observation import SiteStatistics, check_unreached, observe_model
 from deadband.ops.observe import FIRST_NONFINITE
 from deadband.sites import Patterns, find_sites, matrix_of
 
@@ -30,6 +30,11 @@ VERSION = 1
 class Calibration:
     """Statistics of every site of a model under one criterion. Save, load, merge with `+`, print, plot, allocate.
 
+    Attributes:
+        sites: by name.
+        criterion: how entries are scored.
+        unreached: names of sites that saw nothing of the data and are left dense.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> calibration = calibrate(model, [torch.randn(256, 4)], progress=False)
@@ -39,6 +44,7 @@ class Calibration:
 
     sites: dict[str, SiteStatistics]
     criterion: str = "magnitude"
+    unreached: tuple[str, ...] = ()
 
     def allocate(
         self,
@@ -123,7 +129,7 @@ class Calibration:
                 "out_features": site.out_features,
                 "sample": list(site.sample),
             }
-        about = {"version": VERSION, "criterion": self.criterion, "sites": facts}
+        about = {"version": VERSION, "criterion": self.criterion, "sites": facts, "unreached": list(self.unreached)}
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"deadband.calibration": json.dumps(about)})
 
@@ -141,31 +147,29 @@ class Calibration:
             with safetensors.safe_open(path, "numpy") as file:
                 about = json.loads((file.metadata() or {}).get("deadband.calibration", "null"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)!r} is not a calibration file: {error}") from None
         if not isinstance(about, dict) or about.get("version") != VERSION:
             found = about.get("version") if isinstance(about, dict) else "something else"
             raise ValueError(f"{os.fspath(path)!r} is not a calibration of version {VERSION} (found: {found})")
-        sites = {}
         try:
-            for name, facts in about["sites"].items():
-                histogram = np.zeros(FIRST_NONFINITE, np.int64)
-                part, first = tensors[f"{name}.histogram"], facts.pop("first_bin")
-                histogram[first : first + len(part)] = part
-                moments = {key: tensors[f"{name}.{key}"] for key in ("rows", "sum", "sum_of_squares")}
-                facts["sample"] = tuple(facts["sample"])
-                sites[name] = SiteStatistics(histogram=histogram, **moments, **facts)
-            return cls(sites, check_criterion(about["criterion"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            sites = {name: _loaded(name, facts, tensors) for name, facts in about["sites"].items()}
+            unreached = tuple(about.get("unreached", ()))
+            if not sites or not all(isinstance(name, str) and name not in sites for name in unreached):
+                raise ValueError("no sites, or unreached ones among them")
+            return cls(sites, check_criterion(about["criterion"]), unreached)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"{os.fspath(path)!r} is a damaged calibration: {error!r}") from None
 
     def __add__(self, other: Calibration) -> Calibration:
         if self.criterion != other.criterion:
             raise ValueError(f"cannot add calibrations of criteria {self.criterion!r} and {other.criterion!r}")
-        if self.sites.keys() != other.sites.keys():
-            different = sorted(self.sites.keys() ^ other.sites.keys())
-            raise ValueError(f"cannot add calibrations of different sites; only one has {different[:3]}")
-        return Calibration({name: self.sites[name] + other.sites[name] for name in self.sites}, self.criterion)
+        mine, others = {*self.sites, *self.unreached}, {*other.sites, *other.unreached}
+        if mine != others:
+            raise ValueError(f"cannot add calibrations of different sites; only one has {sorted(mine ^ others)[:3]}")
+        both = {name: each for name, each in {**self.sites, **other.sites}.items()}
+        both |= {name: self.sites[name] + other.sites[name] for name in self.sites.keys() & other.sites.keys()}
+        return Calibration(both, self.criterion, tuple(name for name in self.unreached if name not in both))
 
     def __str__(self) -> str:
         head = f"Calibration of {len(self.sites)} sites, criterion {self.criterion}"
@@ -173,6 +177,8 @@ class Calibration:
         for name, site in self.sites.items():
             low, high = site.threshold(0.25), site.threshold(0.5)
             lines.append(f"{site.sparsity(0.0):7.1%} {low:9.3g} {high:9.3g} {site.nonfinite:9}  {name}")
+        if self.unreached:
+            lines.append(f"never reached, and left dense: {', '.join(self.unreached)}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -196,6 +202,32 @@ class Calibration:
         return figure
 
 
+def _loaded(name: str, facts: Any, tensors: Mapping[str, np.ndarray]) -> SiteStatistics:
+    """A site of a file, looked at before it is believed."""
+    parts = {key: tensors[f"{name}.{key}"] for key in ("histogram", "rows", "sum", "sum_of_squares")}
+    for key, part in parts.items():
+        kind = np.int64 if key in ("histogram", "rows") else np.float64
+        if part.dtype != kind or part.ndim != 1:
+            raise ValueError(
+                f"{name}.{key} is {part.dtype} of shape {part.shape}, expected {np.dtype(kind)} of one dimension"
+            )
+        if not np.isfinite(part).all() or (key != "sum" and (part < 0).any()):
+            raise ValueError(f"{name}.{key} has negative counts or squares, or no numbers")
+    features = {len(parts[key]) for key in ("rows", "sum", "sum_of_squares")}
+    if len(features) != 1 or 0 in features:
+        raise ValueError(f"the moments of {name} are of {sorted(features)} channels")
+    part, first = parts.pop("histogram"), facts["first_bin"]
+    counts = {key: facts[key] for key in ("first_bin", "nonfinite", "weight_bytes", "out_features")}
+    if any(type(value) is not int or value < 0 for value in counts.values()) or type(facts["discrete"]) is not bool:
+        raise ValueError(f"{name} has {counts} and discrete={facts['discrete']!r}, expected counts and a bool")
+    if first + len(part) > FIRST_NONFINITE:
+        raise ValueError(f"{name}.histogram has {len(part)} bins from {first} on, expected {FIRST_NONFINITE} in all")
+    histogram = np.zeros(FIRST_NONFINITE, np.int64)
+    histogram[first : first + len(part)] = part
+    about = {key: facts[key] for key in ("nonfinite", "weight_bytes", "out_features", "discrete")}
+    return SiteStatistics(histogram=histogram, **parts, **about, sample=tuple(map(float, facts["sample"])))
+
+
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -203,6 +235,7 @@ def calibrate(
     criterion: str = "magnitude",
     include: Patterns | None = None,
     exclude: Patterns | None = None,
+    unreached: str = "error",
     progress: bool = True,
 ) -> Calibration:
     """Run data through a model and record what the input of each site looks like.
@@ -216,13 +249,18 @@ def calibrate(
         batches: each is a tensor, a mapping (keyword arguments, as tokenizers return) or a tuple (positional ones).
         criterion: how entries are scored: `magnitude` or `weighted_magnitude`.
         include, exclude: choose sites; see `deadband.sites.find_sites`.
+        unreached: what becomes of sites that these batches never reach (experts that get no token, the cross-attention
+            of a decoder alone, a vision tower beside text): "error" names them all; "dense" leaves them out, so that
+            they stay dense, and notes them in `Calibration.unreached`.
         progress: show a progress bar on a terminal.
 
     Returns:
         A `Calibration`.
 
     Raises:
-        ValueError: no batch, no site, a pattern without a match, or a site that was never reached or saw no number.
+        TypeError: batches that hold no tensor, such as text: tokenise it first.
+        ValueError: no batch, no site, a pattern without a match, or a site that saw no number.
+        NotReachedError: a ValueError: sites that were never reached, in its attribute `sites`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -230,7 +268,8 @@ def calibrate(
         ['0', '2']
     """
     check_criterion(criterion)
+    check_unreached(unreached)
     names = list(find_sites(model, include, exclude))
     rules = {name: Rule(0.0, scale_of(criterion, matrix_of(model.get_submodule(name)))) for name in names}
-    sites = observe_model(model, batches, rules, "calibrate", progress, masked=False)
-    return Calibration(sites, criterion)
+    sites = observe_model(model, batches, rules, "calibrate", progress, masked=False, unreached=unreached)
+    return Calibration(sites, criterion, tuple(name for name in names if name not in sites))

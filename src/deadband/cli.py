@@ -30,6 +30,10 @@ Window = Annotated[int, typer.Option(min=2, help="Tokens in one window.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Number of threads; torch's choice by default.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace the output if it exists.")]
+Unreached = Annotated[
+    str,
+    typer.Option(help="error, or dense: leave out the sites that the text never reaches, such as a vision tower's."),
+]
 Sites = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Names, ends of names, globs, or re:...")]
 
 
@@ -43,6 +47,7 @@ def inspect(
     data: Data,
     include: Sites = None,
     exclude: Sites = None,
+    unreached: Unreached = "error",
     tokens: Tokens = 8192,
     window: Window = 512,
     dtype: Dtype = "auto",
@@ -56,7 +61,7 @@ def inspect(
     from deadband.text import token_windows
 
     batches = token_windows(tokenizer, text, tokens=tokens, window=window)
-    result = inspection.inspect(network, batches, include=include, exclude=exclude)
+    result = inspection.inspect(network, batches, include=include, exclude=exclude, unreached=unreached)
     show({"tokens": len(batches) * window, **result.to_dict()}, str(result), as_json)
 
 
@@ -68,6 +73,7 @@ def calibrate(
     criterion: Annotated[str, typer.Option(help="magnitude or weighted_magnitude.")] = "magnitude",
     include: Sites = None,
     exclude: Sites = None,
+    unreached: Unreached = "error",
     tokens: Tokens = 8192,
     window: Window = 512,
     dtype: Dtype = "auto",
@@ -83,13 +89,21 @@ def calibrate(
     from deadband.text import token_windows
 
     batches = token_windows(tokenizer, text, tokens=tokens, window=window)
-    result = calibration.calibrate(network, batches, criterion=criterion, include=include, exclude=exclude)
+    result = calibration.calibrate(
+        network, batches, criterion=criterion, include=include, exclude=exclude, unreached=unreached
+    )
     result.save(output)
     sites = {
         name: {"zeros": site.sparsity(0.0), "threshold_25": site.threshold(0.25), "threshold_50": site.threshold(0.5)}
         for name, site in result.sites.items()
     }
-    figures = {"calibration": str(output), "criterion": criterion, "tokens": len(batches) * window, "sites": sites}
+    figures = {
+        "calibration": str(output),
+        "criterion": criterion,
+        "tokens": len(batches) * window,
+        "sites": sites,
+        "unreached": list(result.unreached),
+    }
     show(figures, f"{result}\n\nwritten to {output}", as_json)
 
 

@@ -512,7 +512,7 @@ class _Part:
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """A window to judge: its rows without padding, the shape of its tokens, and a checksum that tells it from others."""
+    """A window to judge: its rows without padding, the shape of its tokens, and a checksum of them."""
 
     parts: list[_Part]
     shape: tuple[int, ...]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -47,18 +48,18 @@ def greedy_shares(
         calls = _block_inputs(model, blocks, batches, tokens)
         for block in progress_bar(blocks, "greedy", progress):
             sites = {name: model.get_submodule(name) for name in members[block]}
-            path = _greedy_path(block, blocks[block], sites, calls.pop(block), calibration, scales, step, max(budgets))
+            path = _greedy_path(blocks[block], sites, calls.pop(block), calibration, scales, step, max(budgets))
             for share, budget in zip(shares, budgets, strict=True):
                 share.update(_along(path, budget))
     return [{name: share[name] for name in calibration.sites} for share in shares]
 
 
 class _Call(NamedTuple):
-    """The arguments of one call of a block, and which tokens of its batch count."""
+    """The arguments of one call of a block, and what takes the rows that count out of its input or output."""
 
     args: tuple
     kwargs: dict
-    counted: Counted
+    rows: Callable[[Tensor], Tensor]
 
 
 def _block_inputs(
@@ -70,7 +71,9 @@ def _block_inputs(
     seen = 0
 
     def recorder(name: str) -> Any:
-        return lambda module, args, kwargs: calls[name].append(_Call(*_cloned(args, kwargs), counted))
+        return lambda module, args, kwargs: calls[name].append(
+            _Call(*_cloned(args, kwargs), functools.partial(counted.rows, name))
+        )
 
     with scope():
         hooks = {name: for_here(recorder(name)) for name in blocks}
@@ -79,8 +82,7 @@ def _block_inputs(
             for batch in batches:
                 counted = Counted.of(model, batch)
                 run(model, batch, use_cache=False, **({} if "" in blocks else {"logits_to_keep": 1}))
-                name, made = next(iter(calls.items()))
-                seen += _rows(name, made[-1]) if made else 0
+                seen += sum(map(_rows, next(iter(calls.values()))[-1:]))
                 if seen >= tokens:
                     break
         finally:
@@ -98,13 +100,12 @@ def _cloned(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return tuple(map(clone, args)), {name: clone(value) for name, value in kwargs.items()}
 
 
-def _rows(name: str, call: _Call) -> int:
+def _rows(call: _Call) -> int:
     value = next(iter((*call.args, *call.kwargs.values())), None)
-    return len(call.counted.rows(name, value)) if isinstance(value, Tensor) and value.dim() else 1
+    return len(call.rows(value)) if isinstance(value, Tensor) and value.dim() else 1
 
 
 def _greedy_path(
-    name_of_block: str,
     block: nn.Module,
     sites: dict[str, nn.Module],
     calls: list[_Call],
@@ -127,7 +128,7 @@ def _greedy_path(
     def outputs() -> Iterator[Tensor]:
         for call in calls:
             args, kwargs = _cloned(call.args, call.kwargs)
-            yield call.counted.rows(name_of_block, first_tensor(block(*args, **kwargs)))
+            yield call.rows(first_tensor(block(*args, **kwargs)))
 
     dense = list(outputs())
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deadband.files import finite
-from deadband.observation import InputWatcher, SiteStatistics, require_numbers
+from deadband.observation import InputWatcher, SiteStatistics, check_unreached, require_numbers
 from deadband.ops.observe import Statistics, observe
 from deadband.sites import Patterns, find_sites
 
@@ -138,6 +138,7 @@ def inspect(
     *,
     include: Patterns | None = None,
     exclude: Patterns | None = None,
+    unreached: str = "error",
     progress: bool = True,
 ) -> Inspection:
     """Run data through a model and report how sparse the input of each site is by nature.
@@ -150,6 +151,7 @@ def inspect(
         model: any module, on any device.
         batches: each is a tensor, a mapping (keyword arguments, as tokenizers return) or a tuple (positional ones).
         include, exclude: choose sites; see `deadband.sites.find_sites`.
+        unreached: "error" names the sites that these batches never reach, "dense" leaves them out.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -165,11 +167,12 @@ def inspect(
         >>> inspect(model, [torch.tensor([[1.0, -1.0], [2.0, -3.0]])], progress=False).exact_sparsity
         0.25
     """
+    check_unreached(unreached)
     names = list(find_sites(model, include, exclude))
     inspector = _Inspector({name: _Totals(model.get_submodule(name)) for name in names})
     inspector.watch(model, batches, names, "inspect", progress)
-    require_numbers({name: totals.statistics for name, totals in inspector.totals.items()})
-    return Inspection({name: totals.result() for name, totals in inspector.totals.items()})
+    reached = require_numbers({name: totals.statistics for name, totals in inspector.totals.items()}, unreached)
+    return Inspection({name: inspector.totals[name].result() for name in reached})
 
 
 class _Inspector(InputWatcher):

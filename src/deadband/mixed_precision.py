@@ -49,8 +49,8 @@ def choose_formats(
         The format of each site that is taken, by name; empty if there is none.
 
     Raises:
-        ValueError: `max_kl` is no positive number, there are no batches or only padding in them, a site is quantised already, or the model's
-            output is not finite.
+        ValueError: `max_kl` is no positive number, there are no batches or only padding in them, a site is quantised
+            already, or the model's output is not finite.
 
     Example:
         >>> weights = choose_formats(model, batches, max_kl=1e-4)  # doctest: +SKIP

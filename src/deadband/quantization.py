@@ -13,7 +13,7 @@ Hessian), each input's rounding error is made up for by those that follow: GPTQ,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -675,7 +675,7 @@ class _SharedInputs(InputWatcher):
 class _Hessians(InputWatcher):
     """Sums of the products of every two entries of a row; rows with NaN or infinity are left out."""
 
-    def __init__(self, wanted: Collection[str]) -> None:
+    def __init__(self, wanted: Sequence[str]) -> None:
         super().__init__()
         self.wanted = frozenset(wanted)
         self.sums: dict[str, Tensor] = {}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from deadband.batches import misfit
+
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -48,6 +50,9 @@ def run(model: nn.Module, batch: Any, **extra: Any) -> Any:
     """Call a model on a batch: a mapping by keyword, a tuple or list by position, anything else as the one argument.
 
     Tensors move to the model's device. `extra` is passed where the model's forward takes it, unless the batch has it.
+
+    Raises:
+        ValueError: the model failed, as it has fewer positions or fewer tokens than the batch.
     """
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
 
@@ -57,11 +62,16 @@ def run(model: nn.Module, batch: Any, **extra: Any) -> Any:
     if isinstance(batch, Mapping) and batch.get("labels") is not None:
         extra.pop("logits_to_keep", None)  # the loss needs them all
     extra = {name: value for name, value in extra.items() if name in _forward_parameters(cast(Hashable, type(model)))}
-    if isinstance(batch, Mapping):
-        return model(**{**extra, **{name: moved(value) for name, value in batch.items()}})
-    if isinstance(batch, (tuple, list)):
-        return model(*map(moved, batch), **extra)
-    return model(moved(batch), **extra)
+    try:
+        if isinstance(batch, Mapping):
+            return model(**{**extra, **{name: moved(value) for name, value in batch.items()}})
+        if isinstance(batch, (tuple, list)):
+            return model(*map(moved, batch), **extra)
+        return model(moved(batch), **extra)
+    except (IndexError, RuntimeError) as error:
+        if (reason := misfit(model, batch)) is None:
+            raise
+        raise ValueError(f"{reason} ({error})") from error
 
 
 @functools.cache

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import TypeAlias, cast
 
 import torch
@@ -16,10 +17,10 @@ from deadband.quantized import QuantizedMatrix
 
 Patterns: TypeAlias = str | re.Pattern | Iterable[str | re.Pattern]
 
-# Linear layers that choose a path instead of carrying a signal: skipping entries of their input saves nothing
-# (a handful of outputs) and changes which expert runs.
-_ROUTER = re.compile(r"(.*_)?(gate|router|switch)(_layer)?", re.IGNORECASE)
+_ROUTER = re.compile(r"(.*_)?(router|switch)(_layer)?", re.IGNORECASE)
+_GATE = re.compile(r"(.*_)?gate(_layer)?", re.IGNORECASE)  # a router, or a layer like others that gates a signal
 _ADAPTER = re.compile(r"lora_.*")  # a few columns beside the layer that they adapt
+_FEW = 64  # outputs of a layer whose input is not worth skipping, if it has eight times as many inputs
 
 
 def matrix_of(module: nn.Module) -> Tensor:
@@ -70,10 +71,15 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
         >>> list(find_blocks(model))                                    # doctest: +SKIP
         ['model.layers.0', 'model.layers.1']
     """
+    return _blocks(model, is_site)
+
+
+def _blocks(model: nn.Module, counts: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """The repeated blocks that hold a module which counts."""
     blocks: dict[str, nn.Module] = {}
 
     def visit(name: str, module: nn.Module) -> None:
-        children = [child for child in module.children() if not is_site(child) and any(map(is_site, child.modules()))]
+        children = [child for child in module.children() if not is_site(child) and any(map(counts, child.modules()))]
         alike = len(children) > 1 and len({type(child) for child in children}) == 1
         repeated = isinstance(module, nn.ModuleList) or (isinstance(module, (nn.Sequential, nn.ModuleDict)) and alike)
         for child_name, child in module.named_children():
@@ -103,7 +109,8 @@ def find_sites(
         exclude: patterns of sites to leave dense.
 
     Raises:
-        ValueError: a pattern matches nothing, or no site is left.
+        ValueError: a pattern matches nothing, no site is left, or the blocks hold only linear layers of other classes,
+            which are named.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -112,17 +119,16 @@ def find_sites(
     """
     every = sites_of(model)
     if not every:
-        raise ValueError(
-            f"{type(model).__name__} has no layer that can be made sparse; expected nn.Linear "
-            "(or transformers' Conv1D) layers"
-        )
+        raise _no_sites(model, every)
     if include is not None:
         chosen = _matching(every, include, "include")
     else:
-        blocks = find_blocks(model)
+        blocks = _blocks(model, lambda module: is_site(module) or _is_other(module))
         inside = tuple(f"{name}." for name in blocks)
         chosen = {name for name in every if not blocks or name.startswith(inside)}
-        chosen = {name for name in chosen if not any(_left_out(part) for part in name.split("."))}
+        chosen = {name for name in chosen if not _left_out(model, name, every[name])}
+        if not chosen:
+            raise _no_sites(model, every)
     if exclude is not None:
         chosen -= _matching(every, exclude, "exclude")
     if not chosen:
@@ -130,8 +136,52 @@ def find_sites(
     return {name: module for name, module in every.items() if name in chosen}
 
 
-def _left_out(part: str) -> bool:
-    return _ROUTER.fullmatch(part) is not None or _ADAPTER.fullmatch(part) is not None
+def _is_other(module: nn.Module) -> bool:
+    """Whether a module does what a linear layer does, in a class of its own or in torch's fused encoder layer."""
+    if is_site(module) or any(map(is_site, module.children())):
+        return isinstance(module, nn.TransformerEncoderLayer)
+    sized = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+    return sized or "Linear" in type(module).__name__
+
+
+def _no_sites(model: nn.Module, every: Iterable[str]) -> ValueError:
+    """The error that says why a model has no sites, or none in its blocks, and of which classes its layers are."""
+    where = " in its blocks" if every else ""
+    message = (
+        f"{type(model).__name__} has no layer that can be made sparse{where}; expected nn.Linear (or transformers' "
+        "Conv1D) layers with plain weights"
+    )
+    others = Counter(
+        f"{type(each).__module__}.{type(each).__qualname__}" for each in model.modules() if _is_other(each)
+    )
+    if others:
+        classes = ", ".join(f"{name} ({count})" for name, count in others.most_common())
+        message += f", not {classes}: load it without another library's quantisation, or put nn.Linear in their place"
+    if every:
+        message += f"; include= chooses other layers, such as {next(reversed(list(every)))!r}"
+    return ValueError(message)
+
+
+def _left_out(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether a layer is no site unless asked for: of an adapter, read and never called, or a router.
+
+    A router chooses a path instead of carrying a signal: skipping entries of its input saves nothing (a handful of
+    outputs) and changes which expert runs. If it is called a gate, it has few outputs or stands beside experts.
+    """
+    parts = name.split(".")
+    if parts[-1] == "dt_proj" and "A_log" in model.get_submodule(".".join(parts[:-1]))._parameters:
+        return True  # Mamba's scan reads its weight and never calls it
+    if any(_ADAPTER.fullmatch(part) or _ROUTER.fullmatch(part) for part in parts):
+        return True
+    out_features, in_features = shape_of(module)
+    few = out_features <= min(_FEW, in_features // 8)
+    owners = (model.get_submodule(".".join(parts[:depth])) for depth, part in enumerate(parts) if _GATE.fullmatch(part))
+    return any(few or _has_experts(owner) for owner in owners)
+
+
+def _has_experts(module: nn.Module) -> bool:
+    names = (*vars(module), *module._modules, *module._parameters)
+    return any("expert" in name.lower() for name in names)
 
 
 def sites_of(model: nn.Module, *, every_name: bool = False) -> dict[str, nn.Module]:

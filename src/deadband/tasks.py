@@ -124,7 +124,7 @@ def _fingerprint(model: Any, form: str) -> str:
     sites = sparse_sites(model)
     ours = {f"{name}.{part}" for name in sites for part in BUFFERS}
     left_out = ours if form == "dense" else {f"{name}.counts" for name in sites}
-    for name, tensor in sorted((*model.named_parameters(), *model.named_buffers())):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in left_out:
             continue
         digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
