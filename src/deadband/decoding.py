@@ -11,6 +11,7 @@ and a second forward by hand all work, and nothing has a maximal length. The gra
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import dataclasses
@@ -32,6 +33,7 @@ from deadband.decode_check import check_step, compare
 from deadband.decode_graph import PASSES, GraphPass, NotCapturedError, capture, compile_graph
 from deadband.decode_state import KeptState, changed, hooked, state_of
 from deadband.running import cache_argument, cache_of, evaluating
+from deadband.scope import in_scope
 from deadband.sparsify import sparse_sites
 
 
@@ -238,7 +240,7 @@ class Decoder:
             warnings.warn(f"{what}: {reason}", DecodeWarning, stacklevel=4)
 
     def _compile(self, model: Any, passes: Sequence[GraphPass]) -> Callable[..., Any]:
-        from transformers import DynamicCache
+        from transformers import DynamicCache, GenerationConfig
 
         devices = {parameter.device.type for parameter in model.parameters()}
         if devices != {"cpu"}:
@@ -251,6 +253,8 @@ class Decoder:
         prompt = torch.arange(BLOCK // 2).view(1, -1) % config.vocab_size
         argument = cache_argument(model)
         with evaluating(model):
+            with contextlib.suppress(Exception):  # it may leave state behind that a forward by hand does not
+                model.generate(prompt, GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0))
             self.kept = KeptState(
                 model,
                 lambda: model(prompt, use_cache=True),
@@ -262,9 +266,7 @@ class Decoder:
                 kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})
                 raise NotCapturedError(f"its cache is a {type(cache).__name__} of {', '.join(kinds)}, not known here")
             if self.kept.advanced:
-                raise NotCapturedError(
-                    f"it keeps state outside of its cache, in {'.'.join(self.kept.advanced[0]).lstrip('.')}"
-                )
+                raise NotCapturedError(f"it keeps state outside of its cache, in {self.kept.advanced[0]}")
             self.output_class = type(output)
             self.output_field = next(name for name, value in output.items() if value is cache)
             self.layers = [type(layer) for layer in cache.layers]
@@ -280,7 +282,7 @@ class Decoder:
                     weights.append(program.constants[str(spec.target)] if known is None else known)
             self.weights = weights
             self.state = state_of(model)
-            self.sites = [site.__dict__ for site in sparse_sites(model).values()]
+            self.sites = list(sparse_sites(model).values())
             self.rows = self.current_rows()
             run = compile_graph(program, passes)
             dtype, token = model.dtype, torch.ones(1, 1, dtype=torch.int64)
@@ -299,7 +301,7 @@ class Decoder:
 
     def current_rows(self) -> list[int]:
         """Up to how many rows each sparse layer skips now."""
-        return [site.get("sparse_rows", -1) for site in self.sites]
+        return [site.__dict__.get("sparse_rows", -1) for site in self.sites]
 
     def fits(self, model: Any) -> bool:
         """Whether the model is still what was compiled."""
@@ -363,7 +365,7 @@ class Decoder:
             return "it is given more than the token ids by position"
         if token.shape != (1, 1) or token.dtype is not torch.int64:
             return "there is more than one sequence" if token.shape[0] > 1 else f"token ids are {token.dtype}"
-        if self.current_rows() != self.rows:
+        if in_scope(self.sites) or self.current_rows() != self.rows:
             return _WITHIN
         if RemovableHandle.next_id != self.hooks:  # since the last look, hooks were put somewhere
             if (name := hooked(model)) is not None:
