@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench docs clean
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+
+.PHONY: demo test test-oldest sanitize check bench docs clean
 
 demo: .venv/ready
 	$(BIN)/deadband demo
@@ -10,6 +12,23 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest tools/codeindex
+
+# What depends on transformers, with the oldest version that pyproject.toml allows.
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest $(patsubst %,tests/test_%.py,$(ON_TRANSFORMERS))
+ON_TRANSFORMERS := bench calibration callbacks decoding evaluation gguf_weights hf quantized running sites sweep
+
+# The tests of the operators on kernels that stop at whatever AddressSanitizer and UBSan find. Sanitizers of g++; torch
+# throws exceptions, which ASan sees only if the C++ library is there before it.
+sanitize: .venv/ready build/sanitize/libdeadband_kernels.so
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" PYTHONMALLOC=malloc \
+	ASAN_OPTIONS=detect_leaks=0 DEADBAND_KERNELS="$(CURDIR)/build/sanitize/libdeadband_kernels.so" \
+	$(BIN)/python -m pytest $(patsubst %,tests/test_%.py,ops quantized_ops attention fusion) -m "not slow"
+
+build/sanitize/libdeadband_kernels.so: CMakeLists.txt $(wildcard csrc/*)
+	cmake -S . -B build/sanitize -DCMAKE_CXX_COMPILER=g++ -DDEADBAND_SANITIZE=ON
+	cmake --build build/sanitize --parallel 2
+	touch $@
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -33,5 +52,13 @@ docs: .venv/ready
 	$(BIN)/python -m pip install --quiet -e ".[dev]" -e "tools/codeindex[mkdocs,test]"
 	touch $@
 
+# The packages of .venv with another transformers, and what that one needs in versions of its own.
+.venv-oldest/ready: .venv/ready
+	$(PYTHON) -m venv --without-pip .venv-oldest
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%a)" % sysconfig.get_path("purelib"))' \
+		> "$$(.venv-oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
+	.venv-oldest/bin/python -m pip install --quiet "transformers==$(OLDEST)"
+	touch $@
+
 clean:
-	rm -rf .venv build docs/code deadband-demo
+	rm -rf .venv .venv-oldest build docs/code deadband-demo

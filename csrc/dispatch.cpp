@@ -111,12 +111,15 @@ Choice choice;
 
 const KernelTable* kernels() { return __atomic_load_n(&choice.table, __ATOMIC_RELAXED); }
 
-// Both linear functions. Sizes whose products overflow are refused with the rest.
+// Sizes whose products overflow are refused with those that are negative.
+constexpr int64_t kLargest = INT32_MAX;
+bool is_size(int64_t size) { return size >= 0 && size <= kLargest; }
+
+// Both linear functions.
 int check_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
                  int64_t weight_stride, int64_t runs, int64_t run, const void* y, int64_t out) {
-  constexpr int64_t kLargest = INT32_MAX;
   if (dtype != DEADBAND_FLOAT32 && dtype != DEADBAND_BFLOAT16) return DEADBAND_BAD_DTYPE;
-  if (rows < 0 || in < 0 || out < 0 || rows > kLargest || in > kLargest || out > kLargest) return DEADBAND_BAD_SIZE;
+  if (!is_size(rows) || !is_size(in) || !is_size(out)) return DEADBAND_BAD_SIZE;
   if ((rows > 1 && x_stride < in) || (runs > 1 && weight_stride < run)) return DEADBAND_BAD_SIZE;
   if (rows && out && (!y || (in && (!x || !weight)))) return DEADBAND_BAD_POINTER;
   return 0;
@@ -127,6 +130,7 @@ int64_t row_bytes_of(const deadband_layer& layer) { return layer.bits == 8 ? lay
 int check_layer(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer& layer,
                 const void* y) {
   if (layer.bits != 0 && layer.bits != 8 && layer.bits != 4) return DEADBAND_BAD_DTYPE;
+  if (!is_size(layer.out)) return DEADBAND_BAD_SIZE;
   int64_t run = layer.bits ? row_bytes_of(layer) : layer.out;
   if (int error = check_linear(dtype, x, rows, x_stride, in, layer.weight, layer.bits ? run : layer.weight_stride, in,
                                run, y, layer.out))
@@ -232,12 +236,14 @@ int deadband_attend(int dtype, const void* query, const void* keys, const void* 
                     int64_t value_group, int64_t value_stride, const float* mask, float scaling, float softcap, void* y,
                     int threads) {
   if (dtype != DEADBAND_FLOAT32 && dtype != DEADBAND_BFLOAT16) return DEADBAND_BAD_DTYPE;
-  if (groups < 0 || heads < 0 || size < 0 || value_size < 0 || tokens < 0) return DEADBAND_BAD_SIZE;
+  if (!is_size(groups) || !is_size(heads) || !is_size(size) || !is_size(value_size) || !is_size(tokens) ||
+      !is_size(groups * heads))
+    return DEADBAND_BAD_SIZE;
   if ((size > 1 && key_stride < tokens) || (tokens > 1 && value_stride < value_size)) return DEADBAND_BAD_SIZE;
   if (!groups || !heads || !value_size) return 0;
   if (!y || (tokens && (!values || !mask || (size && (!query || !keys))))) return DEADBAND_BAD_POINTER;
   if (!tokens) {
-    memset(y, 0, groups * heads * value_size * (dtype == DEADBAND_FLOAT32 ? 4 : 2));
+    memset(y, 0, (size_t)(groups * heads * value_size) * (dtype == DEADBAND_FLOAT32 ? 4 : 2));
     return 0;
   }
   return kernels()->attend(dtype, query, keys, values, groups, heads, size, value_size, tokens, key_group, key_stride,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -365,11 +367,22 @@ def test_environment_chooses_what_runs(variable):
         "y = sparse_linear(torch.ones(1, 2), torch.ones(3, 2), *rest);"
         "print(kernels.isa(), y.sum().item())"
     )
-    import os
-
     environment = {**os.environ, variable: value}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.split() == [expected, "6.0"]
+
+
+def test_another_library_is_loaded_by_its_path(tmp_path):
+    if kernels.library is None:
+        pytest.skip("no kernels are built")
+    copy = tmp_path / "the copy.so"
+    shutil.copy(kernels.library._name, copy)
+    code = "from deadband.ops import kernels; print(kernels.library and kernels.library._name)"
+    for path, expected in ((copy, str(copy)), (tmp_path / "missing.so", "None")):
+        environment = {**os.environ, "DEADBAND_KERNELS": str(path)}
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert result.stdout.strip() == expected
+        assert ("could not be loaded" in result.stderr) == (expected == "None")
 
 
 def test_an_unknown_instruction_set_is_refused_and_nothing_changes():

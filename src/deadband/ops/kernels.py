@@ -55,14 +55,23 @@ MISSING = (
 )
 
 
-def _load() -> ctypes.CDLL | None:
+def _path() -> Path | None:
+    """DEADBAND_KERNELS, where it is the path of a library (0: none at all); otherwise what was installed."""
+    chosen = os.environ.get("DEADBAND_KERNELS", "1")
+    if chosen not in ("", "0", "1"):
+        return Path(chosen)
     folder = Path(str(importlib.resources.files("deadband") / "lib"))
-    found = sorted(folder.glob("libdeadband_kernels.*")) if folder.is_dir() else []
-    if not found or os.environ.get("DEADBAND_KERNELS") == "0":
+    found = sorted(folder.glob("libdeadband_kernels.*")) if folder.is_dir() and chosen != "0" else []
+    return found[0] if found else None
+
+
+def _load() -> ctypes.CDLL | None:
+    path = _path()
+    if path is None:
         return None
     try:
         # With the GIL held: a call takes microseconds, and giving the GIL up costs a good part of that
-        kernels = ctypes.PyDLL(str(found[0]))
+        kernels = ctypes.PyDLL(str(path))
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(kernels, name)
             function.restype, function.argtypes = result, arguments
