@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter
 from pathlib import Path
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
@@ -349,6 +351,31 @@ def test_odd_file_names(repo):
     assert dead(repo.output) == []
     assert not repo.build()
     assert "`what?.py`" in repo.page("index.md")
+
+
+CASES = ["A.py", "a.py", "Lib/x.py", "lib/X.py", "lib/x.py", "lib/Sub/y.py", "x", "x.MD/y.py", "Index", "INDEX",
+         "Imports.svg/z.py", "Straße.py", "STRASSE.py", "\u00e9.py", "e\u0301.py", "a.py~2", "use.py"]  # fmt: skip
+
+
+def test_pages_are_apart_where_case_does_not_count(repo):
+    repo.write({name: f"import lib.Sub.y\ndef f{number}(): ...\n" for number, name in enumerate(CASES)})
+    assert repo.build().files == len(CASES)
+    pages = [path for path in repo.tree() if not path.startswith(".codeindex/")]
+    assert len({unicodedata.normalize("NFD", path.casefold()) for path in pages}) == len(pages)
+    folders = {path.rpartition("/")[0] for path in pages}
+    assert len({folder.casefold() for folder in folders}) == len(folders)
+    assert dead(repo.output) == []
+    for number, name in enumerate(CASES):
+        assert sum(f"# `{name}`\n" in text.decode() for text in map(repo.tree().get, pages)) == 1
+        if not name.endswith(".py"):
+            continue
+        entry = next(line for line in repo.page("keywords.md").splitlines() if f"[`f{number}`]" in line)
+        assert f"# `{name}`\n" in repo.page(unquote(re.search(r"\]\(([^)#]+)#", entry)[1]))
+    assert not repo.build()
+    (repo.folder / "A.py").unlink()
+    repo.git("add", "-A")
+    repo.build()
+    assert "`f1`" in repo.page("a.py.md")
 
 
 @given(

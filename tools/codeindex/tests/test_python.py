@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from codeindex.facts import Facts
 from codeindex.languages import parse
+from codeindex.python import parse_python
+from codeindex.python_tree import parse_tree
 
 SOURCE = '''"""The first sentence of it. More.
 
@@ -169,3 +172,80 @@ def test_the_standard_library_is_read_whole(package):
             sorted((each.name.rpartition(".")[2], each.start, each.end) for each in found if each.kind != "variable")
             == expected
         )
+
+
+NEWER = '''"""Of newer syntax. More."""
+from .part import (
+    one as two,
+)
+__all__ = ["first", "Pair", "Box"]
+def first[T](items: list[T]) -> T:
+    """The first one."""
+    def inner(): ...
+class Box[T: int = str, *Ts = *tuple[int], **P = [int]](Base):
+    """A box."""
+    @property
+    async def value[U](self): ...
+    class Inner[T]:
+        def deep(self): ...
+type Pair[T = int] = tuple[T, T]
+type _Own = int
+if other:
+    LIMIT: int = 3
+try: ...
+except KeyError, ValueError:
+    def caught(): ...
+text = f"{names["key"]} {"\\n".join(f"{deep!r}")}"
+made = t"{names}"
+'''
+
+
+def test_syntax_newer_than_this_python_hides_no_name():
+    facts = parse("a.py", NEWER.encode())
+    assert facts.doc == "Of newer syntax."
+    assert [(each.name, each.kind, each.start, each.end) for each in facts.definitions] == [
+        ("__all__", "variable", 5, 5), ("first", "function", 6, 8), ("first.inner", "local function", 8, 8),
+        ("Box", "class", 9, 14), ("Box.value", "method", 12, 12), ("Box.Inner", "class", 13, 14),
+        ("Box.Inner.deep", "method", 14, 14), ("Pair", "type", 15, 15), ("_Own", "type", 16, 16),
+        ("LIMIT", "variable", 18, 18), ("caught", "function", 21, 21), ("text", "variable", 22, 22),
+        ("made", "variable", 23, 23),
+    ]  # fmt: skip
+    assert {each.name for each in facts.definitions if each.public} == {
+        *("first", "Pair", "Box", "Box.value", "Box.Inner", "Box.Inner.deep"),
+    }
+    found = by_name(facts)
+    assert found["first"].doc == "The first one."
+    assert found["Box"].signature.startswith("class Box[T: int = str, ")
+    assert found["Pair"].signature == "type Pair[T = int] = tuple[T, T]"
+    assert [(each.target, each.names, each.line, each.level) for each in facts.imports] == [("part", ("one",), 2, 1)]
+    assert {"Base", "names", "deep", "one", "join", "KeyError"} <= set(facts.mentions)
+    assert not {"items", "text", "key", "self"} & set(facts.mentions)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def a(:\n    pass\nclass B:\n    def c(self): ...\n", ["a", "B", "B.c"]),
+        ("class A[T](:\n    def b(self: pass\n\ndef c(): ...\n", ["A", "A.b", "c"]),
+        ("x = (\n\ndef a(): ...\n\nclass B:\n    def c(self): ...\n", ["a", "B", "B.c"]),
+        ("<<<<<<< ours\ndef a(): ...\n=======\ndef b(): ...\n>>>>>>> theirs\nclass C: ...\n", ["a", "b", "C"]),
+        ("print 'two'\ndef a((b, c)): ...\nclass D:\n    def e(self): print self\n", ["a", "D", "D.e"]),
+        ("class A:\n\tdef b(self):\n        pass\ndef c(): ...\n", ["A", "A.b", "c"]),
+        ("\ndef (x): ...\n  class\nasync def a(): ...\n", ["a"]),
+    ],
+)
+def test_errors_are_local(source: str, expected: list[str]):
+    facts = parse("a.py", source.encode())
+    assert facts.error.startswith("does not parse: line ")
+    assert [each.name for each in facts.definitions if each.kind != "variable"] == expected
+    lines = [source[: source.index(f" {name.rpartition('.')[2]}")].count("\n") + 1 for name in expected]
+    assert [each.start for each in facts.definitions if each.kind != "variable"] == lines
+
+
+@pytest.mark.parametrize("package", [json, asyncio], ids=["json", "asyncio"])
+def test_both_parsers_of_python_find_the_same(package):
+    for text in [SOURCE, *(file.read_text("utf-8") for file in sorted(Path(package.__file__).parent.glob("*.py")))]:
+        expected, found = parse_python(text), parse_tree(text)
+        for one, other in zip(expected.definitions, found.definitions, strict=True):
+            assert dataclasses.replace(one, signature="") == dataclasses.replace(other, signature="")
+        assert (expected.doc, expected.imports) == (found.doc, found.imports)

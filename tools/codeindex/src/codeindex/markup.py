@@ -88,6 +88,7 @@ def _sections(headings: list[tuple[int, int, str]], lines: int) -> list[Definiti
 
 _DIRECTIVE = re.compile(r"\s*\.\.\s+(?:[\w-]+:)*[\w-]+::")
 _ADORNMENT = re.compile(r"([!-/:-@\[-`{-~])\1{2,}\s*$")
+_NO_TITLE = re.compile(rf"\s|$|\.\. |{_ADORNMENT.pattern}")
 _EXTERNAL = re.compile(r"`[^`<]*<([^`>]+)>`__?")
 _TARGET = re.compile(r"\s*\.\.\s+_[^:]+:\s*(\S+)")
 _INCLUDED = re.compile(r"\s*\.\.\s+(?:include|literalinclude|image|figure)::\s*(\S+)")
@@ -103,8 +104,7 @@ def parse_rst(text: str) -> Facts:
     for number, line in enumerate(lines, 1):
         title = lines[number - 2] if number > 1 else ""
         adorned = _ADORNMENT.match(line)
-        if adorned and title.strip() and not title[:1].isspace() and len(line.rstrip()) >= len(title.rstrip()) \
-                and not _ADORNMENT.match(title):  # fmt: skip
+        if adorned and _NO_TITLE.match(title) is None and len(line.rstrip()) >= len(title.rstrip()):
             over = number > 2 and _ADORNMENT.match(lines[number - 3]) is not None
             style = adorned[1] * (2 if over else 1)
             if style not in styles:
