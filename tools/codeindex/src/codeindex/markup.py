@@ -64,8 +64,11 @@ def _inline(text: str, mentions: set[str]) -> Iterator[tuple[int, str]]:
     for found in CODE_SPAN.finditer(text):
         mentions.update(IDENTIFIER.findall(found[2]))
     prose = CODE_SPAN.sub("", text)
+    row = at = 0
     for found in _LINK.finditer(prose):
-        yield prose.count("\n", 0, found.start()), found[1]
+        row += prose.count("\n", at, found.start())
+        at = found.start()
+        yield row, found[1]
 
 
 def _plain(text: str) -> str:
