@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _HASHES, _SLASHES, _ANGLES = rb"\#[^\n]*", rb"//[^\n]*|/\*.*?\*/", rb"<!--.*?-->|\[//\]:[^\n]*"
-_DIRECTIVES = rb"\#[ \t]*(?:pragma[ \t]+once|(?:ifndef|define)[ \t]+\w+)[ \t]*(?=[\n/])"
+_DIRECTIVES = rb"\#(?:\\\n|[^\n])*"
 _DOCSTRING = (
     rb"""[rRuU]?(?:\"{3}(?:\\.|[^\\])*?\"{3}|'{3}(?:\\.|[^\\])*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')"""
 )
