@@ -187,6 +187,7 @@ type Reader interface {
 type Adder[T any] interface {
 	Add(T) T
 }
+type Same = interface{ Do() }
 
 var (
 	first    = 1
@@ -205,15 +206,17 @@ var fn = func() { type inner interface{ M() } }
             ("Reader.Read", "method", 5),
             ("Adder", "type", 9),
             ("Adder.Add", "method", 10),
-            ("first", "variable", 14),
-            ("Two", "variable", 15),
-            ("Tri", "variable", 15),
-            ("A", "constant", 19),
-            ("B", "constant", 19),
-            ("C", "constant", 20),
-            ("fn", "variable", 23),
-            ("inner", "local type", 23),
-            ("inner.M", "local method", 23),
+            ("Same", "type", 12),
+            ("Same.Do", "method", 12),
+            ("first", "variable", 15),
+            ("Two", "variable", 16),
+            ("Tri", "variable", 16),
+            ("A", "constant", 20),
+            ("B", "constant", 20),
+            ("C", "constant", 21),
+            ("fn", "variable", 24),
+            ("inner", "local type", 24),
+            ("inner.M", "local method", 24),
         ],
         [],
     ),
@@ -238,6 +241,8 @@ later = () => 1;
 find(x).last = function () {};
 $.fn.menu = class { m() {} };
 (function () { root.lib = function () {}; const helper = () => 1; })();
+a.x = a.y = a.z = () => 1; Foo.prototype['w'] = function () {};
+Object.defineProperty(exports, "query", { get() {} }); Object.defineProperty(exports, "__esModule", { value: true });
 module.exports = { seven() {}, eight: () => 8, create, NINE: 9 };
 """,
         [
@@ -273,9 +278,15 @@ module.exports = { seven() {}, eight: () => 8, create, NINE: 9 };
             ("$.fn.menu.m", "method", 17),
             ("root.lib", "function", 18),
             ("helper", "function", 18),
-            ("seven", "function", 19),
-            ("eight", "function", 19),
-            ("NINE", "variable", 19),
+            ("a.x", "function", 19),
+            ("a.y", "function", 19),
+            ("a.z", "function", 19),
+            ("Foo.w", "method", 19),
+            ("query", "variable", 20),
+            ("query.get", "method", 20),
+            ("seven", "function", 21),
+            ("eight", "function", 21),
+            ("NINE", "variable", 21),
         ],
         [],
     ),
@@ -317,6 +328,8 @@ declare type Text = string;
 type Shape = { area(): number; side: number };
 export namespace N { export const limit = 1; export const call = () => 1; const hidden = 2; export class K {} }
 namespace A.B { export const c = { m() {} } as const }
+declare const api: { get(): void; inner: { deep(): void } };
+export import alias = A.B;
 export default interface Options { deep?: boolean; each(node: Node): void }
 """,
         [
@@ -355,8 +368,12 @@ export default interface Options { deep?: boolean; each(node: Node): void }
             ("A.B", "namespace", 14),
             ("A.B.c", "variable", 14),
             ("A.B.c.m", "method", 14),
-            ("Options", "interface", 15),
-            ("Options.each", "method", 15),
+            ("api", "variable", 15),
+            ("api.get", "method", 15),
+            ("api.inner.deep", "method", 15),
+            ("alias", "variable", 16),
+            ("Options", "interface", 17),
+            ("Options.each", "method", 17),
         ],
         [],
     ),
@@ -681,9 +698,21 @@ def test_signatures_of_values_end_before_their_bodies():
     assert one("a.go", "package a\ntype R interface {\n\t// Reads.\n\tRead() error\n}\n", "R.Read").doc == "Reads."
 
 
-def test_java_records_and_annotations():
-    source = "@interface A {\n String value();\n}\nrecord P(int x) {\n P { }\n}\n"
+def test_java_records_annotations_and_constants():
+    source = """\
+@interface A {
+ String value();
+}
+record P(int x) {
+ P { }
+}
+interface I { int MOST = 1, LEAST = 2; }
+class C { public static final int ONE = 1; final static int TWO = 2; private static final int OWN = 3; int field; }
+"""
     assert named("A.java", source) == [
         *(("A", "annotation", 1, 3), ("A.value", "method", 2, 2)),
         *(("P", "record", 4, 6), ("P.P", "constructor", 5, 5)),
+        *(("I", "interface", 7, 7), ("I.MOST", "constant", 7, 7), ("I.LEAST", "constant", 7, 7)),
+        *(("C", "class", 8, 8), ("C.ONE", "constant", 8, 8), ("C.TWO", "constant", 8, 8), ("C.OWN", "constant", 8, 8)),
     ]
+    assert not one("A.java", source, "C.OWN").public

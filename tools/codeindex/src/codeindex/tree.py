@@ -105,6 +105,10 @@ _JS = f"""
 (assignment_expression left: {_TARGET} @name right: (binary_expression right: {_FUNCTION})) @function
 (assignment_expression left: {_TARGET} @name right: (assignment_expression right: {_FUNCTION})
   (#not-eq? @name "exports")) @function
+(assignment_expression left: {_TARGET} @name right: (assignment_expression right: (assignment_expression
+  right: {_FUNCTION})) (#not-eq? @name "exports")) @function
+(call_expression function: (member_expression) @_define arguments: (arguments . (_) @_of . (string) @name)
+  (#eq? @_define "Object.defineProperty") (#not-match? @name "__esModule")) @object
 (assignment_expression left: (member_expression object: (_) @_exports property: (_) @_name) @name right: (_) @_value
   (#any-of? @_exports "exports" "module.exports") (#not-eq? @_name @_value)
   (#not-match? @_value "^(void|exports|module)[^A-Za-z0-9_$]")) @variable
@@ -139,6 +143,9 @@ _TS = f"""
 (interface_declaration name: (_) @name) @interface
 (type_alias_declaration name: (_) @name) @type
 (type_alias_declaration name: (_) @name value: (object_type)) @scope
+(variable_declarator name: (identifier) @name type: (type_annotation (object_type))) @scope
+(property_signature name: (_) @name type: (type_annotation (object_type))) @scope
+(export_statement (import_alias . (identifier) @name)) @variable
 (enum_declaration name: (_) @name) @enum
 (function_signature name: (_) @name) @function
 (method_signature name: (_) @name) @method
@@ -158,6 +165,7 @@ _GO = """
 (method_declaration receiver: (_) @receiver name: (_) @name) @method
 (type_spec name: (_) @name) @type
 (type_spec name: (_) @receiver type: (interface_type (method_elem name: (_) @name) @method))
+(type_alias name: (_) @receiver type: (interface_type (method_elem name: (_) @name) @method))
 (type_alias name: (_) @name) @type
 (source_file (const_declaration (const_spec (identifier) @name) @constant))
 (source_file (var_declaration (var_spec name: (identifier) @name) @variable))
@@ -193,6 +201,9 @@ _JAVA = """
 (constructor_declaration name: (_) @name) @constructor
 (compact_constructor_declaration name: (_) @name) @constructor
 (annotation_type_element_declaration name: (_) @name) @method
+(constant_declaration declarator: (variable_declarator name: (_) @name)) @constant
+(field_declaration (modifiers "static" "final") declarator: (variable_declarator name: (_) @name)) @constant
+(field_declaration (modifiers "final" "static") declarator: (variable_declarator name: (_) @name)) @constant
 """
 _SHELL = """
 (comment) @quiet (raw_string) @quiet
@@ -432,6 +443,8 @@ def _full(at: Node, captures: dict[str, list[Node]]) -> str:
     if "receiver" in captures:
         words = re.findall(r"[A-Za-z_]\w*", _text(captures["receiver"][0]).split("[")[0])
         return f"{words[-1]}.{name}" if words else name
+    if "_of" in captures:
+        return _from_outside(f"{_text(captures['_of'][0])}.{name[1:-1]}")
     if at.type == "string":  # a key
         return name.strip("\"'")
     if at.parent is not None and at.parent.type in ("assignment_expression", "augmented_assignment_expression"):
@@ -448,12 +461,17 @@ _CHAIN = re.compile(r"[\w$#.-]+")
 
 
 def _assigned(node: Node, target: str) -> str:
-    """The name that JavaScript gives a value to, as others use it: `exports.a` -> `a`, `A.prototype.b` -> `A.b`."""
-    name = _SUBSCRIPT.sub(r".\2", target.replace(" ", ""))
+    """The name that a JavaScript assignment gives a value."""
     value = node.child_by_field_name("right")
-    if name in ("exports", "module.exports") and value is not None:
+    if target in ("exports", "module.exports") and value is not None:
         named = value.child_by_field_name("name")
-        return "" if value.type == "object" else _text(named) if named is not None else name
+        return "" if value.type == "object" else _text(named) if named is not None else target
+    return _from_outside(target)
+
+
+def _from_outside(target: str) -> str:
+    """What is assigned to, as others name it: `exports.a` -> `a`, `A.prototype["b"]` -> `A.b`."""
+    name = _SUBSCRIPT.sub(r".\2", target.replace(" ", ""))
     name = re.sub(r"^(?:(?:module\.)?exports|this)\.|\.prototype\b", "", name)
     return name if _CHAIN.fullmatch(name) else _last(name)
 
@@ -536,7 +554,12 @@ def _definitions(found: list[_Found], source: _Source) -> list[Definition]:
 
 def _is_around(other: _Found, each: _Found) -> bool:
     """Whether a definition holds another; in JavaScript's `a.b = a.c = function` none does."""
-    return other.node.end_byte >= each.node.end_byte and other.at is not each.at and other.node != each.node.parent
+    if other.node.end_byte < each.node.end_byte or other.at is each.at:
+        return False
+    node = each.node.parent
+    while node is not None and node.type == "assignment_expression" and node != other.node:
+        node = node.parent
+    return node != other.node or node.type != "assignment_expression"
 
 
 def _kind(found: _Found, inside: _Found | None) -> str:
@@ -697,7 +720,7 @@ def _body(node: Node) -> Node | None:
     return None
 
 
-_VALUES = {"type_spec": ("type",)}
+_VALUES = {"type_spec": ("type",), "type_alias": ("type",)}
 """The field where a definition has its value, if it is another than usual."""
 
 
