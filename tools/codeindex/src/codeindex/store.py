@@ -169,14 +169,14 @@ class Staging:
 
     def _place(self, journal: Mapping[str, Any]) -> None:
         (self._folder / _MANIFEST).unlink(missing_ok=True)  # so that half of it is not taken for whole
+        for page in journal["deleted"]:  # first: it can be the old name of one that is written, but for its case
+            (self._folder / page).unlink(missing_ok=True)
+            self._remove_empty((self._folder / page).parent)
         moves = [(page, page) for page in journal["written"]]
         for name, place in (*moves, ("facts.gz", _FACTS), ("names.txt", NAMES)):
             (self._folder / place).parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # moved before a kill
                 os.replace(self._staged / name, self._folder / place)
-        for page in journal["deleted"]:
-            (self._folder / page).unlink(missing_ok=True)
-            self._remove_empty((self._folder / page).parent)
         (self._staged / "manifest.json").write_text(json.dumps(journal["manifest"], indent=0))
         os.replace(self._staged / "manifest.json", self._folder / _MANIFEST)
         (self._folder / _JOURNAL).unlink()
