@@ -378,6 +378,15 @@ def test_pages_are_apart_where_case_does_not_count(repo):
     assert "`f1`" in repo.page("a.py.md")
 
 
+def test_the_same_content_is_read_by_each_name(repo):
+    text = "export declare let a: 1;\ndeclare const b: 2;\n"
+    repo.write({"a.ts": text, "a.d.ts": text, "go.mod": "module m\n", "x.mod": "module m\n"}).build()
+    assert "`b: 2`" in repo.page("a.d.ts.md")
+    assert "`b: 2`" not in repo.page("a.ts.md")
+    assert "`m`" in repo.page("go.mod.md")
+    assert "`m`" not in repo.page("x.mod.md")
+
+
 @given(
     st.lists(
         st.text(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1, max_size=60),

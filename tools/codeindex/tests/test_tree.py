@@ -669,6 +669,10 @@ declare global { function k(): void }
 declare function l(): void;
 """
     assert public("a.ts", namespaces) == ["N", "N.a", "Q", "Q.f", "Q.g", "R", "R.h", "m", "m.i", "m.j", "k"]
+    declared = "export declare let a: 1;\ndeclare const b: 2;\nexport namespace N { export const c: 3; const d: 4 }\n"
+    assert public("a.ts", declared) == ["a", "N", "N.c"]
+    assert public("a.d.ts", declared) == ["a", "b", "N", "N.c", "N.d"]
+    assert public("a.d.ts", declared + "export {};\n") == ["a", "N", "N.c", "N.d"]
     parts = """\
 export class A {}
 class B {}

@@ -18,7 +18,10 @@ _TOPS = {
     **dict.fromkeys(("Shell", "TOML"), (_HASHES, _NOTHING)),
     "YAML": (_HASHES, rb"---|%[^\n]*"),
     **dict.fromkeys(("C", "C++", "CUDA"), (_SLASHES, _DIRECTIVES)),
-    **dict.fromkeys(("JavaScript", "TypeScript", "TSX"), (_SLASHES, rb"\#![^\n]*|(?:'use strict'|\"use strict\");?")),
+    **dict.fromkeys(
+        ("JavaScript", "TypeScript", "TypeScript declarations", "TSX"),
+        (_SLASHES, rb"\#![^\n]*|(?:'use strict'|\"use strict\");?"),
+    ),
     **dict.fromkeys(("Go", "Go module", "Java", "JSON"), (_SLASHES, _NOTHING)),
     "Rust": (_SLASHES, rb"\#!?\[[^\]]*\]"),
     "Markdown": (_ANGLES, _FRONT_MATTER),

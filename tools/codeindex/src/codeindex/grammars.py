@@ -23,6 +23,7 @@ class Grammar:
             follows. Captures that begin with an underscore are for conditions.
         separator: between a scope and a name.
         public: whether a definition is meant for other files, by its name, its kind and the text before its name.
+        declares: whether all in a file is only declared.
     """
 
     language: str
@@ -33,6 +34,7 @@ class Grammar:
     public: Callable[[str, str, str], bool] = lambda name, kind, before: (
         not _last(name).startswith(("_", "#")) and "private" not in before.split()
     )
+    declares: bool = False
 
 
 _C = """
@@ -224,6 +226,9 @@ GRAMMARS = {
     "CUDA": Grammar("CUDA", "tree_sitter_cuda", "language", _CPP, "::", _not_static),
     "JavaScript": Grammar("JavaScript", "tree_sitter_javascript", "language", _JS + _JS_ONLY),
     "TypeScript": Grammar("TypeScript", "tree_sitter_typescript", "language_typescript", _TS),
+    "TypeScript declarations": Grammar(
+        "TypeScript", "tree_sitter_typescript", "language_typescript", _TS, declares=True
+    ),
     "TSX": Grammar("TypeScript", "tree_sitter_typescript", "language_tsx", _TS),
     "Go": Grammar("Go", "tree_sitter_go", "language", _GO, public=_capital),
     "Rust": Grammar("Rust", "tree_sitter_rust", "language", _RUST, "::", _pub),

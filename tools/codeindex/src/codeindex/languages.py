@@ -26,7 +26,8 @@ ENDINGS = {
     ".cu": "CUDA", ".cuh": "CUDA",
     ".js": "JavaScript", ".jsx": "JavaScript", ".mjs": "JavaScript", ".cjs": "JavaScript",
     ".ts": "TypeScript", ".mts": "TypeScript", ".cts": "TypeScript", ".tsx": "TSX",
-    ".go": "Go", ".rs": "Rust", ".java": "Java",
+    ".d.ts": "TypeScript declarations", ".d.mts": "TypeScript declarations", ".d.cts": "TypeScript declarations",
+    "go.mod": "Go module", ".go": "Go", ".rs": "Rust", ".java": "Java",
     ".sh": "Shell", ".bash": "Shell", ".bats": "Shell",
     ".md": "Markdown", ".markdown": "Markdown", ".rst": "reStructuredText",
     ".toml": "TOML", ".yaml": "YAML", ".yml": "YAML", ".json": "JSON",
@@ -43,9 +44,17 @@ _SHEBANG = re.compile(rb"#!\s*(?:\S*/env\s+(?:-\S+\s+)*)?(?:\S*/)?([a-z]+)")
 LARGEST = 4_000_000  # bytes; what is larger is data
 
 
+def ending_of(path: str) -> str:
+    """The part of a path that tells the language: `.py`, `.d.ts`, `go.mod`."""
+    name = posixpath.basename(path)
+    stem, last = posixpath.splitext(name.lower())
+    double = posixpath.splitext(stem)[1] + last
+    return next((each for each in (name, double) if each in ENDINGS), last)
+
+
 def language_of(path: str, content: bytes) -> str:
     """The name of a parser, or nothing."""
-    found = "Go module" if posixpath.basename(path) == "go.mod" else ENDINGS.get(posixpath.splitext(path)[1].lower())
+    found = ENDINGS.get(ending_of(path))
     if found is None and (interpreter := _SHEBANG.match(content[:200])) is not None:
         found = _INTERPRETERS.get(interpreter[1].decode())
     return found or ""

@@ -7,14 +7,13 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from codeindex import __version__
 from codeindex.facts import Facts
-from codeindex.languages import facts_of, link_facts, read_facts
+from codeindex.languages import ending_of, facts_of, link_facts, read_facts
 from codeindex.processes import spread
 from codeindex.repository import LINK, SUBMODULE, Entry, RepositoryError, stored_content
 
@@ -36,7 +35,7 @@ def tools() -> str:
 
 def facts_key(entry: Entry) -> str:
     """What a file's facts depend on: the same content can be of two languages."""
-    ending = hashlib.sha256(os.fsencode(posixpath.splitext(entry.path)[1].lower())).hexdigest()[:8]
+    ending = hashlib.sha256(os.fsencode(ending_of(entry.path))).hexdigest()[:8]
     return f"{entry.blob} {entry.mode} {ending} {tools()}"
 
 

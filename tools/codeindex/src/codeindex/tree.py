@@ -83,9 +83,12 @@ class _Source:
         return self.grammar.public(found.name, kind, before)
 
     def export(self, found: Iterable[_Found]) -> None:
-        """Learn what a JavaScript module exports; of a file without exports, all is for others."""
+        """Learn what a JavaScript module exports; of a file without exports, all is for others, and of one that only
+        declares, where no list says what is."""
         if self.grammar.language in ("JavaScript", "TypeScript") and _EXPORT.search(self.text):
             clauses = _EXPORTED.findall(self.text)
+            if self.grammar.declares and not clauses:
+                return
             self.exported = {word.decode() for clause in clauses for word in _IDENTIFIER.findall(clause)}
             self.exported |= {each.name for each in found if _is_exported(each.node)}
 
@@ -97,7 +100,7 @@ class _Source:
         if block is None or block.type != "statement_block":
             return True
         if block.id not in self.exporting:
-            self.exporting[block.id] = _exports_some(block)
+            self.exporting[block.id] = not self.grammar.declares and _exports_some(block)
         return not self.exporting[block.id] or _is_exported(found.node)
 
 
