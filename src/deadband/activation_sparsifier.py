@@ -23,11 +23,14 @@ from deadband.portable_state import load, portable_state, save
 from deadband.schedule import Schedule
 from deadband.sparsifier_state import load_state, restore_copy, state_for_copy, torch_state
 from deadband.watching import (
+    FUNCTIONS,
     LayerError,
     RememberCall,
     WatchInput,
+    check_config,
     feature_dimension,
     input_features,
+    keeps_statistics,
     ones_like,
     same_layer,
     some,
@@ -41,7 +44,6 @@ if TYPE_CHECKING:
 
 _NO_INPUT = "Error: shape unknown, call layer() routine at least once to infer mask (no input has reached {})"
 _OPTIONS = {"zero_start", "widen", "synchronise", "training_only"}
-_FUNCTIONS = ("aggregate_fn", "reduce_fn", "mask_fn")
 
 
 class ActivationSparsifier:
@@ -177,7 +179,7 @@ class ActivationSparsifier:
         config["features"] = copy.deepcopy(config["features"])
         config["sparse_config"] = {**copy.deepcopy(self.defaults["sparse_config"]), **sparse_config}
         config.update((key, value) for key, value in given.items() if value is not None)
-        _check_config(name, config)
+        check_config(name, config)
         if name in self.data_groups:
             warnings.warn(
                 "layer already attached to the sparsifier, deregistering the layer and registering with new config",
@@ -640,7 +642,7 @@ class ActivationSparsifier:
         from deadband.calibration import Calibration
         from deadband.observation import SiteStatistics
 
-        groups = {name: config for name, config in self.data_groups.items() if _keeps_statistics(config)}
+        groups = {name: config for name, config in self.data_groups.items() if keeps_statistics(config)}
         if not groups:
             raise LayerError("no layer is registered with aggregate_fn=deadband.aggregate.statistics")
         if missing := [name for name, config in groups.items() if "data" not in config]:
@@ -715,36 +717,10 @@ class ActivationSparsifier:
     def __repr__(self) -> str:
         text = self.__class__.__name__ + " ("
         for name, config in self.data_groups.items():
-            shown = sorted(key for key in config if key not in ("data", "rows", "hook", *_FUNCTIONS))
+            shown = sorted(key for key in config if key not in ("data", "rows", "hook", *FUNCTIONS))
             lines = ["\tData Group", f"\t    name: {name}", *(f"\t    {key}: {config[key]}" for key in shown)]
             text += "\n" + "\n".join(lines) + "\n"
         return text + ")"
-
-
-def _check_config(name: str, config: dict[str, Any]) -> None:
-    if isinstance(config["features"], str):
-        if config["features"] != "all":
-            raise TypeError(f"layer {name!r}: features={config['features']!r}; expected whole numbers, or 'all'")
-        config["features"] = None
-    for role in _FUNCTIONS:
-        if not callable(config[role]):
-            if role in ("reduce_fn", "mask_fn") and _keeps_statistics(config):
-                continue
-            raise AssertionError(f"{config[role]} must be callable: {role} of layer {name!r}")
-    if config["features"] is None:
-        return
-    if config["feature_dim"] is None and not isinstance(config["aggregate_fn"], Aggregate):
-        raise AssertionError(f"need feature dim to select features: layer {name!r} has features but no feature_dim")
-    try:
-        features = as_features(config["features"])
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"layer {name!r}: {error}") from None
-    if not isinstance(config["features"], (list, tuple, range, Tensor)):
-        config["features"] = features
-
-
-def _keeps_statistics(config: dict[str, Any]) -> bool:
-    return bool(getattr(config["aggregate_fn"], "keeps_statistics", False))
 
 
 def _remember(mask: Any) -> Any:
@@ -763,7 +739,8 @@ def _restore(remembered: Any) -> Any:
 
 def _keeps_all(mask: Any) -> bool:
     masks = mask if isinstance(mask, list) else [mask]
-    return all(each.is_meta or bool((each == 1).all()) for each in masks)
+    ones = (each[(0,) * each.dim()] if each.numel() and not any(each.stride()) else each for each in masks)
+    return all(each.is_meta or bool((each == 1).all()) for each in ones)
 
 
 def _adds_up(function: Callable[..., Any], data: Any) -> bool:

@@ -260,7 +260,11 @@ class MaskInput:
             self.buffer, number = f"{BUFFER}_{number}", number + 1
         module.register_buffer(self.buffer, None)
         if not isinstance(self.source, list) or shape is not None or self.unset:
-            self.build(module, shape)
+            try:
+                self.build(module, shape)
+            except BaseException:
+                self.remove_from(module)
+                raise
 
     def remove_from(self, module: nn.Module) -> None:
         """Take the buffer away."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deadband import aggregate, mask, reduce
 from deadband.files import replacing
+from deadband.portable_checks import DTYPES, check_form, check_function
 from deadband.schedule import Schedule
 from deadband.watching import facts_of, same_layer, saved_hook_state
 
@@ -93,6 +94,7 @@ def from_portable(
     """
     if state.get("version") != VERSION:
         raise ValueError(f"the state has version {state.get('version')!r}; this deadband reads version {VERSION}")
+    check_form(state)
     tensors = state["tensors"]
 
     def configuration(saved: Mapping[str, Any], layer: str | None) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         with safetensors.safe_open(path, "pt") as file:
             state = json.loads((file.metadata() or {}).get(FORMAT, "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)!r} is not the state of an ActivationSparsifier: {error}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{os.fspath(path)!r} is not the state of an ActivationSparsifier")
@@ -189,6 +191,8 @@ def _find(
     for given, key in ((functions.get(layer or ""), role), (functions, name), (functions, role)):
         if isinstance(given, Mapping) and callable(given.get(key)):
             return given[key]
+    if name in _READY_MADE:
+        check_function(_READY_MADE[name], name, keywords, role)
     if name == "deadband.aggregate:Ema":
         return aggregate.Ema(**keywords)
     if name in _READY_MADE:
@@ -234,7 +238,7 @@ def _pack(tensors: dict[str, Tensor], key: str, value: Any, only_shape: bool) ->
 def _unpack(tensors: Mapping[str, Tensor], key: str, about: Any) -> Any:
     if about is None:
         return None
-    dtypes = [getattr(torch, name) for name in about["dtypes"]]
+    dtypes = [DTYPES[name] for name in about["dtypes"]]
     if "shapes" in about:
         shapes = about["shapes"]
         types = dtypes * len(shapes) if about["stacked"] else dtypes

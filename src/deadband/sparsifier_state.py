@@ -11,9 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from deadband.accumulation import Selection
+from deadband.aggregate import Aggregate
 from deadband.hooks import MaskInput
+from deadband.portable_checks import check_group
 from deadband.portable_state import FORMAT, from_portable
-from deadband.watching import LayerError, facts_of, input_features, kind_of, same_layer, saved_hook_state
+from deadband.watching import (
+    LayerError,
+    check_config,
+    facts_of,
+    input_features,
+    kind_of,
+    same_layer,
+    saved_hook_state,
+    some,
+)
 
 if TYPE_CHECKING:
     from deadband.activation_sparsifier import ActivationSparsifier
@@ -36,8 +47,20 @@ def load_state(
     sparsifier: ActivationSparsifier, saved: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]
 ) -> None:
     """`ActivationSparsifier.load_state_dict`."""
+    try:
+        _load_state(sparsifier, saved, functions)
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"this is not the state of an ActivationSparsifier, or a damaged one ({type(error).__name__}: {error}); "
+            "nothing has changed"
+        ) from error
+
+
+def _load_state(
+    sparsifier: ActivationSparsifier, saved: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]
+) -> None:
     schedule, facts = sparsifier._schedule, getattr(saved, "_metadata", {})
-    if saved.get("format") == FORMAT:
+    if portable := saved.get("format") == FORMAT:
         saved, facts, schedule = from_portable(sparsifier, saved, functions)
     defaults, given, states = saved["defaults"], saved["data_groups"], _converted(saved["state"], Tensor.to_dense)
     modules = dict(sparsifier.model.named_modules(remove_duplicate=False))
@@ -52,6 +75,15 @@ def load_state(
                 "'sparsify' or 'None'"
             )
         _check_layer(name, modules[found], facts.get(name, {}))
+        if portable:
+            try:
+                check_config(name, config)
+            except AssertionError as error:
+                raise ValueError(str(error)) from None
+            ready_made = isinstance(config["aggregate_fn"], Aggregate)
+            check_group(name, config, states[name]["mask"], input_features(modules[found]), ready_made)
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"several entries of the state are of one layer of the model: {some(sorted(names))}")
     groups: dict[str, dict[str, Any]] = defaultdict(dict)
     state: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, config in given.items():
@@ -154,13 +186,20 @@ def _check_layer(name: str, layer: nn.Module, facts: Mapping[str, Any]) -> None:
 
 def _converted(states: Mapping[str, Any], convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """A deep copy of the state with every mask in another layout."""
+
+    def converted(mask: Tensor) -> Tensor:
+        mask = convert(mask.detach())
+        if mask.layout is torch.strided and mask.dim() and not any(mask.stride()):  # ones that take no memory
+            return mask[(0,) * mask.dim()].clone().expand(mask.shape) if mask.numel() else mask
+        return mask.clone()
+
     result: dict[str, Any] = defaultdict(dict)
     for name, state in states.items():
         mask = state["mask"]
         if isinstance(mask, list):
-            mask = [convert(each.detach()).clone() for each in mask]
+            mask = [converted(each) for each in mask]
         elif mask is not None:
-            mask = convert(mask.detach()).clone()
+            mask = converted(mask)
         result[name] = {**copy.deepcopy(_without(state, "mask")), "mask": mask}
     return result
 

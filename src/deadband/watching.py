@@ -18,6 +18,7 @@ from deadband.ops.watch import issue_ticket, watch
 if TYPE_CHECKING:
     from deadband.activation_sparsifier import ActivationSparsifier
 
+FUNCTIONS = ("aggregate_fn", "reduce_fn", "mask_fn")
 _WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
 
@@ -207,6 +208,34 @@ def input_features(layer: nn.Module) -> int | None:
         if isinstance(value := getattr(layer, name, None), int):
             return value
     return None
+
+
+def check_config(name: str, config: dict[str, Any]) -> None:
+    """Bring the features of a layer's configuration into order; an error says what cannot be."""
+    if isinstance(config["features"], str):
+        if config["features"] != "all":
+            raise TypeError(f"layer {name!r}: features={config['features']!r}; expected whole numbers, or 'all'")
+        config["features"] = None
+    for role in FUNCTIONS:
+        if not callable(config[role]):
+            if role in ("reduce_fn", "mask_fn") and keeps_statistics(config):
+                continue
+            raise AssertionError(f"{config[role]} must be callable: {role} of layer {name!r}")
+    if config["features"] is None:
+        return
+    if config["feature_dim"] is None and not isinstance(config["aggregate_fn"], Aggregate):
+        raise AssertionError(f"need feature dim to select features: layer {name!r} has features but no feature_dim")
+    try:
+        features = as_features(config["features"])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer {name!r}: {error}") from None
+    if not isinstance(config["features"], (list, tuple, range, Tensor)):
+        config["features"] = features
+
+
+def keeps_statistics(config: Mapping[str, Any]) -> bool:
+    """Whether a layer is watched for statistics, from which no mask is made."""
+    return bool(getattr(config["aggregate_fn"], "keeps_statistics", False))
 
 
 def kind_of(layer: nn.Module) -> dict[str, Any]:
