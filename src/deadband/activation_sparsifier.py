@@ -596,17 +596,17 @@ class ActivationSparsifier:
         squashed = [name for name in self._masks if name not in self._watches]
         if not squashed:
             raise LayerError("compact_(): no mask is in force; call squash_mask() first")
-        if example is None and self._example is None:
+        if isinstance(example, Mapping):
+            example = ((), dict(example))
+        elif example is not None:
+            example = (tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
+        elif self._example is not None:
+            example = few_rows(copy_model(self.model), self._example)
+        else:
             raise ValueError(
                 f"compact_(): {self._no_example}. Pass example=: the arguments of one call of the model (a tensor, a "
                 "tuple of positional arguments, or a mapping of keyword arguments)"
             )
-        if example is None:
-            example = few_rows(copy_model(self.model), self._example)
-        elif isinstance(example, Mapping):
-            example = ((), dict(example))
-        else:
-            example = (tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
         self.state  # noqa: B018  (brings the masks up to date)
         features = {name: self._feature_mask(name) for name in squashed}
         whole = {name: keep for name, (keep, exact) in features.items() if exact}

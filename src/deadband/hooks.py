@@ -155,12 +155,12 @@ def map_nested(x: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
     return _jagged(torch.cat(parts, _ragged(x) - 1), x) if _ragged(x) else torch.nested.as_nested_tensor(parts)
 
 
-def _ragged(x: Tensor) -> int:
+def _ragged(x: Any) -> int:
     """The dimension along which the parts of a tensor of torch.jagged differ; 0 for other layouts."""
-    return int(x._ragged_idx) if x.layout is torch.jagged else 0  # type: ignore[attr-defined]
+    return x._ragged_idx if x.layout is torch.jagged else 0
 
 
-def _jagged(values: Tensor, like: Tensor) -> Tensor:
+def _jagged(values: Tensor, like: Any) -> Tensor:
     # with the same offsets, without which it could not be added to `like`
     return torch.nested.nested_tensor_from_jagged(values, like.offsets(), jagged_dim=_ragged(like))
 

@@ -62,12 +62,26 @@ def _entries(**checks: Check) -> Check:
     return check
 
 
-def _each(check: Check, *, mapping: bool = False) -> Check:
+def _each(check: Check) -> Check:
+    """A list, each entry of which is such a thing."""
+
     def each(value: Any, where: str) -> None:
-        if not isinstance(value, Mapping if mapping else (list, tuple)):
-            raise damaged(where, value, "a mapping" if mapping else "a list")
-        for key, item in value.items() if mapping else enumerate(value):
-            if mapping and not isinstance(key, str):
+        if not isinstance(value, (list, tuple)):
+            raise damaged(where, value, "a list")
+        for number, item in enumerate(value):
+            check(item, f"{where}[{number}]")
+
+    return each
+
+
+def _by_name(check: Check) -> Check:
+    """A mapping from strings, each value of which is such a thing."""
+
+    def each(value: Any, where: str) -> None:
+        if not isinstance(value, Mapping):
+            raise damaged(where, value, "a mapping")
+        for key, item in value.items():
+            if not isinstance(key, str):
                 raise damaged(f"a key of {where}", key, "a string")
             check(item, f"{where}[{key!r}]")
 
@@ -89,7 +103,7 @@ _DIMENSION = _that(lambda value: _whole(value) and -64 <= value < 64, "a dimensi
 _NAME = _that(lambda value: re.fullmatch(r"activation_mask(_\d{1,6})?", str(value)) is not None, "a buffer's name")
 _SHARE = _that(lambda value: isinstance(value, (int, float)) and 0 <= value <= 1, "a fraction from 0 to 1")
 _ANY: Check = lambda value, where: None  # noqa: E731
-_SETTINGS = _each(_ANY, mapping=True)
+_SETTINGS = _by_name(_ANY)
 _FUNCTION = _optional(_entries(name=_TEXT, keywords=_SETTINGS))
 _CONFIGURATION = {
     "aggregate_fn": _FUNCTION, "reduce_fn": _FUNCTION, "mask_fn": _FUNCTION, "features": _optional(_FEATURES),
@@ -107,12 +121,11 @@ _FACTS = _entries(
     buffer_=_optional(_NAME),
 )  # fmt: skip
 _STATE = _entries(
-    groups=_each(
+    groups=_by_name(
         _entries(
             **_CONFIGURATION, rows=_optional(_COUNT), facts=_FACTS, mask=_PACKED, data=_PACKED,
             hook_state=_that(lambda value: value in ("aggregate", "sparsify", "None"), "a known hook state"),
-        ),
-        mapping=True,
+        )
     ),
     defaults=_entries(**_CONFIGURATION),
     schedule=_optional(
@@ -121,7 +134,7 @@ _STATE = _entries(
             curve_=_TEXT, argument_=_TEXT,
         )
     ),
-    tensors=_each(_that(lambda value: isinstance(value, Tensor), "a tensor"), mapping=True),
+    tensors=_by_name(_that(lambda value: isinstance(value, Tensor), "a tensor")),
 )  # fmt: skip
 SCHEDULE = frozenset(("step", "sparsity", "steps", "initial", "begin", "every", "curve", "argument"))
 

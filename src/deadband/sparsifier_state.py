@@ -195,6 +195,8 @@ def _converted(states: Mapping[str, Any], convert: Callable[[Tensor], Tensor]) -
 
     result: dict[str, Any] = defaultdict(dict)
     for name, state in states.items():
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the state of layer {name!r} is {type(state).__name__}, expected a mapping")
         mask = state["mask"]
         if isinstance(mask, list):
             mask = [converted(each) for each in mask]
