@@ -100,6 +100,10 @@ class SparsifierLightningCallback(SteppingCallback, _Callback):
         """Put the sparsifier's portable state into the checkpoint."""
         checkpoint["callbacks"][self.state_key] = self.sparsifier.state_dict(portable=True)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state out of a checkpoint over."""
+        self.sparsifier.load_state_dict(state_dict)
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at training only: the first validation comes before `on_train_start`."""
         self._begin()
