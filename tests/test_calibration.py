@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import nn
 
 import deadband
 from deadband.calibration import Calibration, calibrate
+from deadband.inspection import inspect
 from deadband.linear import SPARSE_CLASSES
-from deadband.observation import SiteStatistics
+from deadband.observation import NotReachedError, SiteStatistics
 from deadband.ops.observe import FIRST_NONFINITE, observe
+from deadband.sensitivity import measure_sensitivity
 
 
 def statistics(x: torch.Tensor) -> SiteStatistics:
@@ -121,7 +124,7 @@ def test_nothing_in_the_model_changes():
 
 def test_hooks_go_and_flags_return_after_an_error():
     model = tiny_model("llama").train()
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="take the model's own tokenizer"):
         calibrate(model, [{"input_ids": torch.tensor([[10**6]])}], progress=False)
     assert model.training
     assert all(not module._forward_pre_hooks for module in model.modules())
@@ -305,6 +308,150 @@ def test_unreached_sites_and_empty_batches_are_errors():
         calibrate(Unused(), [torch.randn(2, 4)], progress=False)
     with pytest.raises(ValueError, match="criterion 'size' is not known"):
         calibrate(model, [torch.randn(2, 4)], criterion="size", progress=False)
+
+
+class Branches(nn.Module):
+    """Two branches, of which a flag beside the input takes the second; a third that nothing takes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.other, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.gone = nn.Linear(4, 4)
+
+    def forward(self, x, second=False):
+        return self.other(self.used(x)) if second else self.used(x)
+
+
+def test_what_nothing_reaches_is_named_all_at_once_or_left_dense(tmp_path):
+    model, batches = Branches(), [torch.randn(64, 4)]
+    with pytest.raises(
+        NotReachedError, match="3 sites were never reached.*unreached='dense'.*other, third, gone"
+    ) as caught:
+        calibrate(model, batches, progress=False)
+    assert caught.value.sites == ("other", "third", "gone")
+    with pytest.raises(NotReachedError, match="2 sites were never reached.*third, gone"):
+        inspect(model, [*batches, {"x": batches[0], "second": True}], progress=False)
+    with pytest.raises(NotReachedError, match="3 sites"):
+        dict(deadband.quantization.input_hessians(model, batches, ["used", "other", "third", "gone"], memory=1))
+    with pytest.raises(NotReachedError, match="no gradient reached 3 sites.*other, third, gone"):
+        measure_sensitivity(model, batches, ["used", "other", "third", "gone"], progress=False)
+    with pytest.raises(ValueError, match="unreached='skip'; expected one of 'error', 'dense'"):
+        calibrate(model, batches, unreached="skip", progress=False)
+    assert list(inspect(model, batches, unreached="dense", progress=False).sites) == ["used"]
+
+    calibration = calibrate(model, batches, unreached="dense", progress=False)
+    assert list(calibration.sites) == ["used"]
+    assert calibration.unreached == ("other", "third", "gone")
+    assert "never reached, and left dense: other, third, gone" in str(calibration)
+    calibration.save(tmp_path / "part.safetensors")
+    second = calibrate(model, [{"x": batches[0], "second": True}], unreached="dense", progress=False)
+    both = Calibration.load(tmp_path / "part.safetensors") + second
+    assert (set(both.sites), both.unreached) == ({"used", "other"}, ("third", "gone"))
+    assert both.sites["used"].entries == 2 * both.sites["other"].entries == 2 * 64 * 4
+    sparse = deadband.sparsify_(model, calibration.allocate(0.5, model=model, batches=batches, progress=False))
+    assert set(deadband.sparsify.sparse_sites(sparse)) == {"used"}
+
+    with pytest.raises(NotReachedError, match="never reached"):
+        calibrate(model, [torch.zeros(0, 4)], unreached="dense", progress=False)
+    with pytest.raises(ValueError, match="saw 8 NaN or infinite entries"):
+        calibrate(Branches(), [torch.full((2, 4), math.nan)], unreached="dense", progress=False)
+
+
+SIZES = {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+         "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", ["bart", "mbart", "pegasus", "marian", "blenderbot", "plbart", "mvp", "whisper", "trocr"]
+)
+def test_a_decoder_alone_keeps_its_cross_attention_dense(kind):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **SIZES)).eval()
+    batches = [{"input_ids": torch.randint(3, 64, (2, 12))} for _ in range(2)]
+    with pytest.raises(NotReachedError) as caught:
+        calibrate(model, batches, progress=False)
+    assert len(caught.value.sites) == 8  # q, k, v and o of two layers
+    assert all("encoder_attn" in name and name in str(caught.value) for name in caught.value.sites)
+    calibration = calibrate(model, batches, unreached="dense", progress=False)
+    assert calibration.unreached == caught.value.sites
+    sparse = deadband.sparsify_(
+        model, calibration.allocate(0.4, "uniform", model=model, batches=batches, progress=False)
+    )
+    assert not {*deadband.sparsify.sparse_sites(sparse)} & {*calibration.unreached}
+    with torch.no_grad():
+        assert sparse(**batches[0]).logits.isfinite().all()
+
+
+def damaged(path, change):
+    """The calibration or thresholds in a file, written again with changed tensors or metadata."""
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    with safe_open(path, "numpy") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        ((kind, text),) = file.metadata().items()
+    about = json.loads(text)
+    changed = change(tensors, about)
+    about = about if changed is None else changed
+    save_file(tensors, path, {kind: about if isinstance(about, str) else json.dumps(about)})
+
+
+def put(key, value):
+    return lambda tensors, about: tensors.__setitem__(key, value)
+
+
+def tell(*path, value):
+    def change(tensors, about):
+        for key in path[:-1]:
+            about = about[key]
+        about[path[-1]] = value
+
+    return change
+
+
+LIES = {
+    "floats for counts": put("0.histogram", np.zeros(8)),
+    "two dimensions": put("0.rows", np.ones((4, 4), np.int64)),
+    "negative counts": put("0.histogram", np.array([-1, 5])),
+    "negative squares": put("0.sum_of_squares", -np.ones(4)),
+    "not a number": put("0.sum", np.full(4, np.nan)),
+    "fewer channels": put("0.sum", np.ones(3)),
+    "more bins than there are": put("0.histogram", np.ones(40_000, np.int64)),
+    "a missing tensor": lambda tensors, about: tensors.clear(),
+    "bins from below": tell("sites", "0", "first_bin", value=-3),
+    "bins beyond": tell("sites", "0", "first_bin", value=10**9),
+    "bins from a text": tell("sites", "0", "first_bin", value="0"),
+    "negative bytes": tell("sites", "0", "weight_bytes", value=-1),
+    "bytes of a float": tell("sites", "0", "weight_bytes", value=1e300),
+    "outputs of a bool": tell("sites", "0", "out_features", value=True),
+    "discrete of a text": tell("sites", "0", "discrete", value="no"),
+    "samples of a text": tell("sites", "0", "sample", value=["a"]),
+    "samples that are none": tell("sites", "0", "sample", value=None),
+    "a site that is a list": tell("sites", "0", value=[]),
+    "no sites": tell("sites", value={}),
+    "sites in a list": tell("sites", value=[]),
+    "an unknown criterion": tell("criterion", value="size"),
+    "unreached and reached": tell("unreached", value=["0"]),
+    "unreached numbers": tell("unreached", value=[3]),
+    "another version": tell("version", value=2),
+    "a list": lambda tensors, about: [],
+    "nothing": lambda tensors, about: "null",
+    "no JSON": lambda tensors, about: "{",
+    "too deep": lambda tensors, about: "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_file_that_lies_is_no_calibration(lie, tmp_path):
+    path = tmp_path / "calibration.safetensors"
+    calibrate(nn.Sequential(nn.Linear(4, 4)), [torch.randn(64, 4)], progress=False).save(path)
+    assert list(Calibration.load(path).sites) == ["0"]
+    damaged(path, LIES[lie])
+    with pytest.raises(ValueError, match="is not a calibration|is a damaged calibration"):
+        Calibration.load(path)
 
 
 def test_a_sparse_model_can_be_calibrated_too():

@@ -1,9 +1,11 @@
 import re
 
 import pytest
+import torch
 from conftest import mlp, sparse_model, tiny_model
 from torch import nn
 
+import deadband
 from deadband.sites import find_blocks, find_sites, matrix_of, weight_bytes
 
 
@@ -109,3 +111,115 @@ def test_matrix_and_bytes_of_every_storage():
             module = block.mlp.down_proj if name == "llama" else block.mlp.c_proj
             assert matrix_of(module).shape == (64, 112)
             assert weight_bytes(module) == 64 * 112 * 4
+
+
+class Other(nn.Module):
+    """A linear layer of another library: packed weights under names of its own."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("qweight", torch.zeros(out_features, in_features, dtype=torch.int8))
+
+    def forward(self, x):
+        return x @ self.qweight.to(x.dtype).T
+
+
+class Plain(nn.Linear):
+    """A subclass that changes nothing."""
+
+
+def replaced(model, make):
+    """The model with every linear layer in its blocks made anew."""
+    for block in find_blocks(model).values():
+        for name, module in list(block.named_modules()):
+            if isinstance(module, nn.Linear):
+                parent, _, own = name.rpartition(".")
+                setattr(block.get_submodule(parent), own, make(module))
+    return model
+
+
+def with_subclass_weight(module):
+    class Packed(torch.Tensor):
+        pass
+
+    module.weight = nn.Parameter(module.weight.detach().as_subclass(Packed))
+    return module
+
+
+def with_adapter(module):
+    wrapper = nn.Module()
+    wrapper.base_layer = Other(module.in_features, module.out_features)
+    wrapper.lora_A = nn.ModuleDict({"default": nn.Linear(module.in_features, 2)})
+    return wrapper
+
+
+def pruned(module):
+    from torch.nn.utils import prune
+
+    return prune.l1_unstructured(module, "weight", 0.5)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "phi3"])
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda module: Other(module.in_features, module.out_features), r"\.Other \(\d+\)"),
+        (lambda module: Plain(module.in_features, module.out_features), r"\.Plain \(\d+\)"),
+        (with_subclass_weight, r"Linear with a Packed \(\d+\)"),
+        (with_adapter, r"\.Other \(\d+\)"),
+        (pruned, r"Linear with a Tensor \(\d+\)"),
+    ],
+)
+def test_blocks_of_other_layers_are_named(name, make, named):
+    model = replaced(tiny_model(name), make)
+    for choose in (find_sites, lambda model: deadband.sparsify_(model, exact=True)):
+        with pytest.raises(ValueError, match=f"no layer that can be made sparse in its blocks.*{named}.*'lm_head'"):
+            choose(model)
+    assert list(find_sites(model, include="lm_head")) == ["lm_head"]
+    if make is not with_adapter:
+        with pytest.raises(ValueError, match=f"include='.*_proj' matches no linear layer that.*{named[:-8]}"):
+            find_sites(model, include="*_proj")
+
+
+def test_an_encoder_that_torch_fuses_is_named():
+    layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2, enable_nested_tensor=False)
+    model = nn.ModuleDict({"encoder": layers, "head": nn.Linear(8, 3)})
+    with pytest.raises(ValueError, match=r"TransformerEncoderLayer \(2\).*'head'"):
+        find_sites(model)
+
+
+def test_a_gate_is_a_router_only_beside_experts_or_with_few_outputs():
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(16, 8)
+            self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(8)])
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.output_gate = nn.Linear(16, 16)
+            self.head_gate = nn.Linear(16, 2)
+            self.proj_up_gate = nn.Linear(16, 40)
+            self.router = nn.Linear(16, 16)
+            self.mlp = Mixture()
+
+    found = {name.removeprefix("h.0.") for name in find_sites(nn.ModuleDict({"h": nn.ModuleList([Block()])}))}
+    assert found == {"output_gate", "proj_up_gate", *(f"mlp.experts.{index}" for index in range(8))}
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba"])
+def test_what_a_scan_reads_is_no_site(kind):
+    import transformers
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "jamba":
+        sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "attn_layer_period": 2, "attn_layer_offset": 1,
+                  "expert_layer_period": 4, "expert_layer_offset": 3, "use_mamba_kernels": False}  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **sizes)).eval()
+    batches = [{"input_ids": torch.arange(3, 24)[None]}]
+    sites = deadband.calibrate(model, batches, progress=False).sites
+    assert sites.keys() == find_sites(model).keys()
+    assert any(name.endswith("x_proj") for name in sites)
+    assert not any(name.endswith("dt_proj") for name in sites)

@@ -149,6 +149,8 @@ class Thresholds(Mapping[str, Rule]):
 
 def _rule(name: str, about: Any, tensors: Mapping[str, torch.Tensor]) -> Rule:
     """A rule of a file, looked at before it is believed."""
+    if about.keys() != {"threshold", "relative", "parts"} or not {*about["parts"]} <= {"scale", "center"}:
+        raise ValueError(f"the rule of site {name!r} is {about}")
     parts = {part: tensors[f"{name}.{part}"] for part in about["parts"]}
     rule = Rule(**parts, threshold=about["threshold"], relative=about["relative"])
     if not _is_number(rule.threshold) or rule.threshold < 0 or type(rule.relative) is not bool:

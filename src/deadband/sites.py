@@ -121,7 +121,7 @@ def find_sites(
     if not every:
         raise _no_sites(model, every)
     if include is not None:
-        chosen = _matching(every, include, "include")
+        chosen = _matching(model, every, include, "include")
     else:
         blocks = _blocks(model, lambda module: is_site(module) or _is_other(module))
         inside = tuple(f"{name}." for name in blocks)
@@ -130,7 +130,7 @@ def find_sites(
         if not chosen:
             raise _no_sites(model, every)
     if exclude is not None:
-        chosen -= _matching(every, exclude, "exclude")
+        chosen -= _matching(model, every, exclude, "exclude")
     if not chosen:
         raise ValueError("no site is left: `exclude` takes away everything that was found or included")
     return {name: module for name, module in every.items() if name in chosen}
@@ -151,15 +151,19 @@ def _no_sites(model: nn.Module, every: Iterable[str]) -> ValueError:
         f"{type(model).__name__} has no layer that can be made sparse{where}; expected nn.Linear (or transformers' "
         "Conv1D) layers with plain weights"
     )
-    others = Counter(
-        f"{type(each).__module__}.{type(each).__qualname__}" for each in model.modules() if _is_other(each)
-    )
+    others = Counter(_class_of(each) for each in model.modules() if _is_other(each))
     if others:
         classes = ", ".join(f"{name} ({count})" for name, count in others.most_common())
         message += f", not {classes}: load it without another library's quantisation, or put nn.Linear in their place"
     if every:
         message += f"; include= chooses other layers, such as {next(reversed(list(every)))!r}"
     return ValueError(message)
+
+
+def _class_of(module: nn.Module) -> str:
+    """The class of a layer that is no site, or of its weight, should that be the reason."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return f"{name} with a {type(module.weight).__name__}" if type(module) in SPARSE_CLASSES else name
 
 
 def _left_out(model: nn.Module, name: str, module: nn.Module) -> bool:
@@ -196,7 +200,7 @@ def sites_of(model: nn.Module, *, every_name: bool = False) -> dict[str, nn.Modu
     return {name: module for name, module in modules if is_site(module) and not name.startswith(bypassed)}
 
 
-def _matching(names: Iterable[str], patterns: Patterns, argument: str) -> set[str]:
+def _matching(model: nn.Module, names: Iterable[str], patterns: Patterns, argument: str) -> set[str]:
     if isinstance(patterns, (str, re.Pattern)):
         patterns = [patterns]
     names = list(names)
@@ -205,6 +209,12 @@ def _matching(names: Iterable[str], patterns: Patterns, argument: str) -> set[st
         found = {name for name in names if _matches(name, pattern)}
         if not found:
             shown = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+            others = (each for name, each in model.named_modules() if _is_other(each) and _matches(name, pattern))
+            if (other := next(others, None)) is not None:
+                raise ValueError(
+                    f"{argument}={shown!r} matches no linear layer that can be made sparse, but one of "
+                    f"{_class_of(other)}"
+                )
             near = difflib.get_close_matches(shown, names, n=3, cutoff=0.3) or names[:3]
             raise ValueError(f"{argument}={shown!r} matches no linear layer of the model; there are for example {near}")
         matched |= found
