@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 import types
 
@@ -8,6 +9,8 @@ import torch
 from conftest import mlp, sparse_model, tiny_batches, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import deadband
@@ -195,6 +198,65 @@ def test_thresholds_are_a_mapping_that_saves_and_loads(tmp_path):
     with pytest.raises(ValueError, match="not a file of thresholds"):
         Thresholds.load(tmp_path / "other.json")
     assert "40% of the weight bytes over 3 sites, uniform, weighted_magnitude" in str(thresholds)
+
+
+def changed(about, path, value):
+    *inner, last = path
+    for key in inner:
+        about = about[key]
+    about[last] = value
+
+
+LIES = {
+    "a negative threshold": (("rules", "0", "threshold"), -1.0),
+    "a threshold of text": (("rules", "0", "threshold"), "0.1"),
+    "a threshold beyond all numbers": (("rules", "0", "threshold"), math.inf),
+    "relative to a number": (("rules", "0", "relative"), 1),
+    "parts of another kind": (("rules", "0", "parts"), ["weight"]),
+    "a rule that says more": (("rules", "0", "more"), 1),
+    "a site without a shape": (("shapes",), {}),
+    "a shape of text": (("shapes", "0"), "ab"),
+    "a shape of three": (("shapes", "0"), [40, 16, 1]),
+    "other channels": (("shapes", "0"), [40, 15]),
+    "a sparsity beyond one": (("sparsity",), 1.5),
+    "a sparsity of text": (("sparsity",), "0.4"),
+    "shares of text": (("site_sparsity", "0"), "half"),
+    "shares of other sites": (("site_sparsity",), {"1": 0.4}),
+    "harm of other sites": (("harm",), {"1": 0.4}),
+    "a range of one number": (("site_range",), {"0": [0.1]}),
+    "samples of text": (("samples", "0"), ["a"]),
+    "a method that is a list": (("method",), ["uniform"]),
+    "an unknown field": (("more",), 1),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_file_that_lies_holds_no_thresholds(lie, tmp_path):
+    path = tmp_path / "thresholds.safetensors"
+    calibration = deadband.calibrate(mlp(), [torch.randn(64, 16)], criterion="weighted_magnitude", progress=False)
+    calibration.allocate(0.4, "uniform", model=mlp(), batches=[torch.randn(64, 16)], progress=False).save(path)
+    Thresholds.load(path)
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        about = json.loads(file.metadata()["deadband.thresholds"])
+    changed(about, *LIES[lie])
+    save_file(tensors, path, {"deadband.thresholds": json.dumps(about)})
+    with pytest.raises(ValueError, match="is not a file of thresholds of version"):
+        Thresholds.load(path)
+
+
+@pytest.mark.parametrize(
+    "scale", [torch.ones(15), torch.ones(16, dtype=torch.float64), torch.full((16,), math.nan), torch.ones(4, 4)]
+)
+def test_scales_that_do_not_fit_are_refused(scale, tmp_path):
+    path = tmp_path / "thresholds.safetensors"
+    calibration = deadband.calibrate(mlp(), [torch.randn(64, 16)], criterion="weighted_magnitude", progress=False)
+    calibration.allocate(0.4, "uniform", model=mlp(), batches=[torch.randn(64, 16)], progress=False).save(path)
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file({**tensors, "0.scale": scale}, path, metadata)
+    with pytest.raises(ValueError, match="is not a file of thresholds of version"):
+        Thresholds.load(path)
 
 
 # ------------------------------------------------------------------------------------------------ fitting rules to data

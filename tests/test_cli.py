@@ -103,6 +103,36 @@ def test_json_of_every_command(deadband, folder, calibrated):
     assert json.loads(deadband("generate", "plain", "a", "--max-new-tokens", 3, "--json")[1])["new_tokens"] == 3
 
 
+def test_sites_that_the_text_never_reaches(deadband, folder):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {f"{side}_{what}": size for side in ("encoder", "decoder")
+             for what, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
+    config = AutoConfig.for_model(
+        "bart", vocab_size=64, d_model=32, max_position_embeddings=40, **sizes, eos_token_id=None
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "bart")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "bart" / name).write_bytes((folder / "dense" / name).read_bytes())
+    arguments = ("calibrate", "bart", "--data", "text.txt", "-o", "bart.safetensors", *SMALL, "--json")
+    code, _, err = deadband(*arguments)
+    assert code == 2
+    assert "8 sites were never reached" in err
+    assert "unreached='dense'" in err
+    assert not (folder / "bart.safetensors").exists()
+    code, out, _ = deadband(*arguments, "--unreached", "dense")
+    assert code == 0
+    assert len(json.loads(out)["unreached"]) == 8
+    assert deadband("inspect", "bart", "--data", "text.txt", *SMALL, "--unreached", "dense")[0] == 0
+    for command in ("calibrate", "inspect", "eval"):
+        output = ("-o", "long.safetensors") if command == "calibrate" else ()
+        code, _, err = deadband(command, "bart", "--data", "text.txt", "--tokens", 256, "--window", 64, *output)
+        assert code == 2
+        assert (
+            "64 tokens are more than the 40 positions of this BartForCausalLM; give windows of at most 40 tokens" in err
+        )
+
+
 def test_greedy_and_sites(deadband, folder, calibrated):
     code, out, _ = deadband(
         "calibrate", "dense", "--data", "text.txt", "-o", "mlp.safetensors", "--include", "*.mlp.*", *SMALL

@@ -258,3 +258,39 @@ def test_bad_options_are_one_clear_line(folder, monkeypatch, capsys, what):
     assert code == 2
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+def by_metric(figures):
+    rows = {task: row for task, each in figures["tasks"].items() for row in each["metrics"].values()}
+    return {task: (row["dense"], row["sparse"]) for task, row in rows.items()}
+
+
+def test_a_cache_answers_each_form_of_each_model(local):
+    """Not one from the other, nor from a model of other thresholds or weights that was there before."""
+    path = str(local / "answers")
+    model = sparse_model(sparsity=0.7)
+    others = {
+        "other thresholds": sparse_model(sparsity=0.3),
+        "other weights": deadband.sparsify_(tiny_model("llama", seed=5), dict(dict.fromkeys(sites(model), 0.6))),
+    }
+    wanted = by_metric(run_tasks(model, characters(), ["lines"], include_path=local))
+    first = run_tasks(model, characters(), ["lines"], include_path=local, use_cache=path)
+    again = run_tasks(model, characters(), ["lines"], include_path=local, use_cache=path)
+    assert by_metric(first) == by_metric(again) == wanted
+    assert wanted["lines"][0] != wanted["lines"][1]
+    assert first["sparsity"] == pytest.approx(0.7, abs=0.05)
+    assert math.isnan(again["sparsity"])  # nothing ran
+    found = {what: run_tasks(other, characters(), ["lines"], include_path=local, use_cache=path)
+             for what, other in others.items()}  # fmt: skip
+    assert by_metric(found["other thresholds"])["lines"][0] == wanted["lines"][0]
+    figures = {*wanted["lines"], *(value for each in found.values() for value in by_metric(each)["lines"])}
+    assert len(figures) == 5  # dense of two models' weights, and three sparse ones
+    assert not any(math.isnan(each["sparsity"]) for each in found.values())
+    files = {each.name.split("-")[1] for each in local.glob("answers-*.db")}
+    assert files == {"dense", "sparse"}
+    assert len(list(local.glob("answers-dense-*.db"))) == 2  # of two models' weights
+    assert len(list(local.glob("answers-sparse-*.db"))) == 3
+
+
+def sites(model):
+    return deadband.sparsify.sparse_sites(model)

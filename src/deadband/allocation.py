@@ -124,7 +124,6 @@ class Thresholds(Mapping[str, Rule]):
 
     def _check(self) -> None:
         """Raise a ValueError where the parts do not fit each other."""
-        check_sparsity(self.sparsity)
         for what in ("method", "reason", "criterion"):
             if not isinstance(getattr(self, what), str):
                 raise ValueError(f"{what} is {getattr(self, what)!r}, expected text")
@@ -133,9 +132,10 @@ class Thresholds(Mapping[str, Rule]):
         for what in ("samples", "harm", "expected", "site_range"):
             if getattr(self, what).keys() - self.rules.keys():
                 raise ValueError(f"{what} is of other sites than the rules")
-        numbers = {**self.site_sparsity, **self.expected, **self.harm}
-        if not all(map(_is_number, numbers.values())):
-            raise ValueError("a site's sparsity or harm is no number")
+        for figures in (self.site_sparsity, self.expected, self.harm):
+            if not all(map(_is_number, (self.sparsity, *figures.values()))):
+                raise ValueError("a sparsity or a harm is no number")
+        check_sparsity(self.sparsity)
         for values in (*self.shapes.values(), *self.site_range.values(), *self.samples.values()):
             if not all(map(_is_number, values)):
                 raise ValueError(f"{values!r} holds what is no number")
