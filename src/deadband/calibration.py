@@ -204,7 +204,7 @@ class Calibration:
 
 def _loaded(name: str, facts: Any, tensors: Mapping[str, np.ndarray]) -> SiteStatistics:
     """A site of a file, looked at before it is believed."""
-    parts = {key: tensors[f"{name}.{key}"] for key in ("histogram", "rows", "sum", "sum_of_squares")}
+    parts: dict[str, Any] = {key: tensors[f"{name}.{key}"] for key in ("histogram", "rows", "sum", "sum_of_squares")}
     for key, part in parts.items():
         kind = np.int64 if key in ("histogram", "rows") else np.float64
         if part.dtype != kind or part.ndim != 1:
@@ -224,8 +224,8 @@ def _loaded(name: str, facts: Any, tensors: Mapping[str, np.ndarray]) -> SiteSta
         raise ValueError(f"{name}.histogram has {len(part)} bins from {first} on, expected {FIRST_NONFINITE} in all")
     histogram = np.zeros(FIRST_NONFINITE, np.int64)
     histogram[first : first + len(part)] = part
-    about = {key: facts[key] for key in ("nonfinite", "weight_bytes", "out_features", "discrete")}
-    return SiteStatistics(histogram=histogram, **parts, **about, sample=tuple(map(float, facts["sample"])))
+    about: dict[str, Any] = {key: facts[key] for key in ("nonfinite", "weight_bytes", "out_features", "discrete")}
+    return SiteStatistics(histogram, **parts, **about, sample=tuple(map(float, facts["sample"])))
 
 
 def calibrate(
