@@ -139,6 +139,16 @@ def test_batches_of_all_kinds_are_let_through():
 # Padding
 
 
+def test_padding_is_known_where_a_batch_is_given_by_position():
+    model = tiny_model("llama")
+    ids, mask = together(text_rows([5, 20], 3))
+    by_name = deadband.calibrate(model, [{"input_ids": ids, "attention_mask": mask}], **QUIET)
+    by_place = deadband.calibrate(model, [(ids, mask)], **QUIET)
+    for name, site in by_place.sites.items():
+        assert set(site.rows) == {25}
+        assert np.array_equal(site.histogram, by_name.sites[name].histogram)
+
+
 def text_rows(lengths, seed):
     draw = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCABULARY, (length,), generator=draw) for length in lengths]

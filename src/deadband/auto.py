@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deadband.allocation import Thresholds, allocate, allocate_sensitivity, allocate_shares, prepare
-from deadband.batches import Counted, is_two_sided, taken
+from deadband.batches import Counted, is_two_sided, named, taken
 from deadband.criterion import Rule
 from deadband.evaluation import divergence, mean_and_error
 from deadband.observation import NotReachedError, first_tensor, masking
@@ -303,7 +303,7 @@ def _targets(model: nn.Module, batch: Any, keep: Tensor) -> Tensor | None:
 
     A decoder with an encoder is told them as its labels, or reads them one place later.
     """
-    given = batch if isinstance(batch, Mapping) else {}
+    given = named(model, batch)
     two_sided = is_two_sided(model, given)
     ids: Any = given.get("decoder_input_ids" if two_sided else "input_ids")
     labels: Any = given.get("labels") if two_sided else None

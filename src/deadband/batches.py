@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,10 +90,22 @@ def _described(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
-def is_two_sided(model: nn.Module, batch: Any) -> bool:
+def named(model: nn.Module, batch: Any) -> Mapping[str, Any]:
+    """What a batch holds by the names of the arguments of the model's forward, also where it is given by position."""
+    if isinstance(batch, Mapping):
+        return batch
+    values = batch if isinstance(batch, (tuple, list)) else (batch,)
+    return dict(zip(forward_parameters(cast(Hashable, type(model))), values, strict=False))
+
+
+@functools.cache
+def forward_parameters(model_class: Any) -> tuple[str, ...]:
+    """The names of the arguments of a class's forward."""
+    return tuple(inspect.signature(model_class.forward).parameters)[1:]
+
+
+def is_two_sided(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Whether a batch has tokens for a decoder beside those of an encoder."""
-    if not isinstance(batch, Mapping):
-        return False
     given = [name for name in ("decoder_input_ids", "decoder_inputs_embeds") if batch.get(name) is not None]
     encodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     return bool(given) or (encodes and batch.get("labels") is not None)
@@ -117,8 +131,7 @@ class Counted:
     @classmethod
     def of(cls, model: nn.Module, batch: Any) -> Counted:
         """What `attention_mask` tells, and for a decoder `decoder_attention_mask`, or `labels` (-100 is padding)."""
-        if not isinstance(batch, Mapping):
-            return cls()
+        batch = named(model, batch)
         encoder = _mask(batch.get("attention_mask"))
         if not is_two_sided(model, batch):
             return cls(encoder, encoder)
@@ -176,9 +189,9 @@ def misfit(model: nn.Module, batch: Any) -> str | None:
 
     For a model that failed: many read more tokens than their configuration says.
     """
-    config = getattr(model, "config", None)
+    batch, config = named(model, batch), getattr(model, "config", None)
     for side in ("", "decoder_"):
-        ids = batch.get(f"{side}input_ids") if isinstance(batch, Mapping) else None
+        ids = batch.get(f"{side}input_ids")
         if config is None or not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
             continue
         text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from deadband.batches import misfit
+from deadband.batches import forward_parameters, misfit
 
 
 @contextlib.contextmanager
@@ -61,7 +59,7 @@ def run(model: nn.Module, batch: Any, **extra: Any) -> Any:
 
     if isinstance(batch, Mapping) and batch.get("labels") is not None:
         extra.pop("logits_to_keep", None)  # the loss needs them all
-    extra = {name: value for name, value in extra.items() if name in _forward_parameters(cast(Hashable, type(model)))}
+    extra = {name: value for name, value in extra.items() if name in forward_parameters(cast(Hashable, type(model)))}
     try:
         if isinstance(batch, Mapping):
             return model(**{**extra, **{name: moved(value) for name, value in batch.items()}})
@@ -72,11 +70,6 @@ def run(model: nn.Module, batch: Any, **extra: Any) -> Any:
         if (reason := misfit(model, batch)) is None:
             raise
         raise ValueError(f"{reason} ({error})") from error
-
-
-@functools.cache
-def _forward_parameters(model_class: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -95,7 +88,7 @@ def cache_argument(model: nn.Module) -> str:
         ValueError: Linear takes no key-value cache: its forward has none of cache, past_key_values, cache_params
     """
     for kind in map(type, model.modules()):
-        taken = _forward_parameters(cast(Hashable, kind))
+        taken = forward_parameters(cast(Hashable, kind))
         for name in CACHE_NAMES:
             if name in taken:
                 return name
