@@ -100,28 +100,39 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
-    """Import `deadband.hf` right after transformers' quantizers, so that from_pretrained knows sparse checkpoints."""
+_FOLLOWERS = {
+    "transformers.quantizers.auto": "deadband.hf",
+    "transformers.modeling_utils": "deadband.hf_saving",
+    "transformers.models.falcon.modeling_falcon": "deadband.hf_falcon",
+}
+"""What is imported right after modules of transformers, so that it knows sparse models from then on."""
 
-    target = "transformers.quantizers.auto"
+
+class _FollowTransformers(importlib.abc.MetaPathFinder):
+    """Imports `_FOLLOWERS`."""
+
+    def __init__(self) -> None:
+        self.waiting = dict(_FOLLOWERS)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != self.target:
+        follower = self.waiting.pop(name, None)
+        if follower is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                importlib.import_module("deadband.hf")
+                importlib.import_module(follower)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-if _RegisterWithTransformers.target in sys.modules:
-    importlib.import_module("deadband.hf")
-else:
-    sys.meta_path.insert(0, _RegisterWithTransformers())
+_finder = _FollowTransformers()
+for _name, _follower in _FOLLOWERS.items():
+    if _name in sys.modules:
+        del _finder.waiting[_name]
+        importlib.import_module(_follower)
+sys.meta_path.insert(0, _finder)

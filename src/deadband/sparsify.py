@@ -42,7 +42,8 @@ from deadband.running import progress_bar, threads
 from deadband.scope import scope
 from deadband.sites import Patterns, find_sites, matrix_of, shape_of, sites_of, weight_bytes
 
-VERSION = 3
+VERSION = 4
+READ_VERSIONS = (3, 4)
 OUTPUT_FORMAT = "int8-g32"
 """Of the output layer, where `weights` is one format for all: 6 % more bytes than int8, and little of its error."""
 
@@ -52,9 +53,13 @@ class SparsityConfig:
     """What was done to a model, in plain JSON values. Stored in `config.json`; the thresholds lie beside the weights.
 
     `sites` are all sparse layers by name; `scaled`, `centered` and `relative` those whose `deadband.criterion.Rule` has
-    such a part, `masked` those with a static mask. `weights` has the formats of quantised layers by name, and
-    `tied_embedding` is the embedding that reads its rows from a quantised output layer. `expected` and `site_range` are
-    those of `deadband.allocation.Thresholds`, where they are known.
+    such a part, `masked` those with a static mask, `gradients` those whose gradient is another than `gradient`.
+    `weights` has the formats of quantised layers by name, and `tied_embeddings` the quantised layer that each tied
+    embedding reads its rows from. `expected` and `site_range` are those of `deadband.allocation.Thresholds`, where they
+    are known.
+
+    Raises:
+        ValueError: a field that holds anything else than that.
 
     Example:
         >>> SparsityConfig(sites=("fc",), sparsity=0.4).criterion
@@ -66,32 +71,47 @@ class SparsityConfig:
     sparsity: float | None = None
     method: str | None = None
     gradient: str = "exact"
+    gradients: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
     output_layer: str | None = None
     scaled: tuple[str, ...] = ()
     centered: tuple[str, ...] = ()
     relative: tuple[str, ...] = ()
     masked: tuple[str, ...] = ()
     weights: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
-    tied_embedding: str | None = None
+    tied_embeddings: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
     expected: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
     site_range: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict, hash=False)
     version: int = VERSION
 
     def __post_init__(self) -> None:
+        if self.version not in READ_VERSIONS:
+            raise ValueError(
+                f"the model was written with format version {self.version}, this deadband reads versions "
+                f"{READ_VERSIONS}; use the deadband that wrote it, or sparsify the dense model again"
+            )
         for name in _NAMES:
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        ranges = {name: (float(low), float(high)) for name, (low, high) in self.site_range.items()}
-        object.__setattr__(self, "site_range", ranges)
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(each, str) for each in value):
+                raise ValueError(f"{name}={value!r}, expected a list of names of layers")
+            object.__setattr__(self, name, tuple(value))
+        for name, (right, what) in _FIELDS.items():
+            value = getattr(self, name)
+            if not right(value):
+                raise ValueError(f"{name}={value!r}, expected {what}")
         check_criterion(self.criterion)
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
-        if self.gradient not in GRADIENTS:
-            raise ValueError(f"gradient={self.gradient!r} is not known; expected one of {GRADIENTS}")
-        if self.version != VERSION:
-            raise ValueError(
-                f"the model was written with format version {self.version}, this deadband reads version {VERSION}; "
-                "use the deadband that wrote it, or sparsify the dense model again"
-            )
+        for gradient in (self.gradient, *self.gradients.values()):
+            if gradient not in GRADIENTS:
+                raise ValueError(f"gradient={gradient!r} is not known; expected one of {GRADIENTS}")
+        for form in self.weights.values():
+            WeightFormat.parse(form)
+        for name in ("scaled", "centered", "relative", "masked", "gradients", "expected", "site_range"):
+            unknown = sorted(set(getattr(self, name)) - set(self.sites))
+            if unknown:
+                raise ValueError(f"{name} names {unknown[0]!r}, which is not among the sites")
+        ranges = {name: (float(low), float(high)) for name, (low, high) in self.site_range.items()}
+        object.__setattr__(self, "site_range", ranges)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -101,6 +121,83 @@ class SparsityConfig:
 
 
 _NAMES = ("sites", "scaled", "centered", "relative", "masked")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_optional_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _by_name(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, dict) and all(isinstance(name, str) and right(each) for name, each in value.items())
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "criterion": (_is_text, "the name of a criterion"),
+    "sparsity": (lambda value: value is None or _is_number(value), "a number or null"),
+    "method": (_is_optional_text, "the name of a method or null"),
+    "gradient": (_is_text, "the name of a gradient"),
+    "gradients": (_by_name(_is_text), "names of gradients by site"),
+    "output_layer": (_is_optional_text, "the name of a layer or null"),
+    "weights": (_by_name(_is_text), "names of formats by layer"),
+    "tied_embeddings": (_by_name(_is_text), "names of layers by embedding"),
+    "expected": (_by_name(_is_number), "numbers by site"),
+    "site_range": (_by_name(_is_range), "pairs of numbers by site"),
+}
+
+
+def config_of(model: nn.Module) -> SparsityConfig | None:
+    """What is sparse, quantised or tied in `model` now, read from its layers; None where nothing is.
+
+    Criterion, sparsity and method are what the last `sparsify_` was told, where a transformers model remembers it.
+    """
+    modules = dict(model.named_modules())
+    sites = {name: module for name, module in modules.items() if isinstance(module, SparseSite)}
+    weights = {name: module.weight_format for name, module in modules.items() if isinstance(module, QuantizedMatrix)}
+    if not sites and not weights:
+        return None
+    names = {id(module): name for name, module in modules.items()}
+    tables = {name: module.source for name, module in modules.items() if isinstance(module, QuantizedTable)}
+    recipe = next((module.__dict__[_RECIPE] for module in modules.values() if _RECIPE in module.__dict__), None)
+    gradient = next((site.gradient for site in sites.values()), "exact")
+    return SparsityConfig(
+        sites=tuple(sites),
+        criterion=recipe.criterion if recipe is not None else "magnitude",
+        sparsity=recipe.sparsity if recipe is not None else None,
+        method=recipe.method if recipe is not None else None,
+        gradient=gradient,
+        gradients={name: site.gradient for name, site in sites.items() if site.gradient != gradient},
+        output_layer=next((name for name, module in modules.items() if _is_output(module)), None),
+        scaled=tuple(name for name, site in sites.items() if site.scale is not None),
+        centered=tuple(name for name, site in sites.items() if site.center is not None),
+        relative=tuple(name for name, site in sites.items() if site.relative),
+        masked=tuple(name for name, site in sites.items() if site.mask is not None),
+        weights=weights,
+        tied_embeddings={name: names[id(source)] for name, source in tables.items() if id(source) in names},
+        expected={name: site.expected for name, site in sites.items() if not math.isnan(site.expected)},
+        site_range={name: site.site_range for name, site in sites.items() if site.site_range is not None},
+    )
+
+
+_RECIPE = "_deadband_recipe"
+
+
+def _is_output(module: nn.Module) -> bool:
+    """Whether `sparsify_` made it as an output layer."""
+    return type(module) is DenseLinear or (isinstance(module, QuantizedMatrix) and not isinstance(module, SparseSite))
 
 
 def sparsify_(
@@ -191,22 +288,15 @@ def sparsify_(
     rules = {name: _rule(name, chosen[name], modules[name], criterion or "magnitude") for name in chosen}
     output = find_output_layer(model, chosen) if output_layer else None
     formats = _formats(model, chosen, weights, output, output_layer)
-    tied = find_tied_embedding(model, formats)
-    config = SparsityConfig(
+    tied = find_tied_embeddings(model, formats)
+    recipe = SparsityConfig(
         sites=tuple(chosen),
         criterion=criterion or "magnitude",
         sparsity=allocated.sparsity if allocated is not None else None,
         method=allocated.method if allocated is not None else None,
         gradient=gradient,
-        output_layer=output,
-        scaled=tuple(name for name, rule in rules.items() if rule.scale is not None),
-        centered=tuple(name for name, rule in rules.items() if rule.center is not None),
-        relative=tuple(name for name, rule in rules.items() if rule.relative),
-        masked=tuple(kept),
-        weights=_format_names(model, formats),
-        tied_embedding=tied[0] if tied is not None else None,
-        **_expectations(allocated, [name for name in chosen if name not in kept]),
     )
+    expectations = _expectations(allocated, [name for name in chosen if name not in kept])
     left = {name: module for name, module in sparse_sites(model).items() if name not in chosen}
     touched = (*modules.values(), *left.values())
     settings = {module: module.settings() for module in touched if isinstance(module, SparseSite)}
@@ -220,8 +310,7 @@ def sparsify_(
                 mask=kept.get(name),
                 gradient=gradient,
                 count=count,
-                expected=config.expected.get(name, math.nan),
-                site_range=config.site_range.get(name),
+                **expectations.get(name, {}),
             )
         for each in left.values():
             make_dense_(each)
@@ -229,8 +318,13 @@ def sparsify_(
             module = model.get_submodule(name)
             parameters[module] = cast(nn.Parameter, module._parameters["weight"])
             make_quantized_(module, weight)
-        _remember(model, config)
+        for embedding, layer in tied.items():
+            tie_table_(embedding, layer)
+        _remember(model, recipe)
     except BaseException:
+        for embedding, layer in tied.items():
+            if isinstance(embedding, QuantizedTable):
+                untie_table_(embedding, parameters[layer])
         for module, parameter in parameters.items():
             if isinstance(module, QuantizedMatrix):
                 unmake_quantized_(module, parameter)
@@ -241,10 +335,8 @@ def sparsify_(
                 make_dense_(module)
         raise
     _use_torchs_product_(model)
-    if config.output_layer is not None and config.output_layer not in formats:
-        use_dense_product_(model.get_submodule(config.output_layer))
-    if tied is not None:
-        tie_(model, *tied)
+    if output is not None and output not in formats:
+        use_dense_product_(model.get_submodule(output))
     _unprepare(model)
     return model
 
@@ -343,55 +435,21 @@ def _quantise(
     return quantised
 
 
-def _format_names(model: nn.Module, formats: Mapping[str, WeightFormat | QuantizedWeight]) -> dict[str, str]:
-    """Every layer that is quantised or will be, and its format."""
-    there = {name: each.weight_format for name, each in model.named_modules() if isinstance(each, QuantizedMatrix)}
-    new = {name: str(each.format if isinstance(each, QuantizedWeight) else each) for name, each in formats.items()}
-    return {**there, **new}
+def find_tied_embeddings(model: nn.Module, formats: Collection[str]) -> dict[nn.Embedding, Any]:
+    """The embeddings whose weight is that of a layer in `formats`, and that layer."""
+    layers = {id(layer._parameters["weight"]): layer for layer in map(model.get_submodule, formats)}
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    weights = {module: id(module._parameters.get("weight")) for module in embeddings}
+    return {module: layers[weight] for module, weight in weights.items() if weight in layers}
 
 
-def find_tied_embedding(model: nn.Module, formats: Collection[str]) -> tuple[str, QuantizedMatrix] | None:
-    """The name of the embedding that reads its rows from a quantised layer, or whose weight is that of a layer in
-    `formats`; and that layer."""
-    layers: dict[int, Any] = {}
-    for name in formats:
-        layer = model.get_submodule(name)
-        layers[id(layer._parameters["weight"])] = layer
-    tied = []
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedTable):
-            return name, module.source
-        if isinstance(module, nn.Embedding) and id(module._parameters.get("weight")) in layers:
-            tied.append((name, layers[id(module._parameters["weight"])]))
-    if len(tied) > 1:
-        raise ValueError(
-            f"embeddings {[name for name, _ in tied]} share the weight of one layer, which then cannot be quantised; "
-            "for the output layer, pass output_layer=False"
-        )
-    return tied[0] if tied else None
-
-
-def tie_(model: nn.Module, embedding: str, layer: QuantizedMatrix) -> None:
-    """Make the embedding of that name read its rows from a quantised layer of the model, in place."""
-    table = model.get_submodule(embedding)
-    if not isinstance(table, QuantizedTable):
-        tie_table_(cast(nn.Embedding, table), layer)
-        _set_tied(model, False)  # transformers would look for the weights of both
-
-
-def _set_tied(model: nn.Module, tied: bool) -> None:
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "tie_word_embeddings"):
-        config.tie_word_embeddings = tied
-
-
-def _expectations(allocated: Thresholds | None, names: Collection[str]) -> dict[str, Any]:
+def _expectations(allocated: Thresholds | None, names: Collection[str]) -> dict[str, dict[str, Any]]:
     """What is known of what the named sites will skip; nothing of masked ones, which skip more than was calibrated."""
     if allocated is None:
         return {}
     return {
-        "expected": {name: allocated.expected[name] for name in names if name in allocated.expected},
-        "site_range": {name: allocated.site_range[name] for name in names if name in allocated.site_range},
+        name: {"expected": allocated.expected.get(name, math.nan), "site_range": allocated.site_range.get(name)}
+        for name in names
     }
 
 
@@ -424,8 +482,8 @@ def _dequantise_(model: nn.Module) -> None:
     for module in quantised.values():
         unmake_quantized_(module)
     for table in [module for module in model.modules() if isinstance(module, QuantizedTable)]:
-        untie_table_(table, cast(nn.Parameter, table.source.weight))  # a dense layer's again
-        _set_tied(model, True)
+        weight = table.source.weight  # a dense layer's again, if that is in the model
+        untie_table_(table, weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight))
     if quantised:
         warnings.warn(
             f"densify_ dequantised {_layers(len(quantised))}: their weights stay rounded, not those from before "
@@ -447,9 +505,13 @@ def find_output_layer(model: nn.Module, sites: Collection[str]) -> str | None:
 
 
 def _output_layer(model: nn.Module) -> tuple[str | None, Any]:
-    get = getattr(model, "get_output_embeddings", None)
-    layer = get() if callable(get) else None
-    return next((name for name, module in model.named_modules() if module is layer), None), layer
+    """The output layer of a transformers model, or of the first one inside a module that holds some."""
+    for module in model.modules():
+        get = getattr(module, "get_output_embeddings", None)
+        layer = get() if callable(get) else None
+        if layer is not None:
+            return next((name for name, each in model.named_modules() if each is layer), None), layer
+    return None, None
 
 
 def sparse_sites(model: nn.Module) -> dict[str, SparseSite]:
@@ -739,13 +801,10 @@ def _require_sparse(model: nn.Module) -> dict[str, SparseSite]:
     return modules
 
 
-def _remember(model: nn.Module, config: SparsityConfig | None) -> None:
-    """Tell a transformers model what to write into config.json; other modules need nothing."""
+def _remember(model: nn.Module, recipe: SparsityConfig | None) -> None:
+    """Tell the transformers models in `model` what was done; other modules need nothing."""
     if "transformers.modeling_utils" not in sys.modules:
-        return  # then it is none
-    from transformers import PreTrainedModel
+        return  # then there are none
+    from deadband import hf
 
-    if isinstance(model, PreTrainedModel):
-        from deadband import hf
-
-        hf.set_quantization_config(model, config)
+    hf.set_quantization_config(model, recipe)
