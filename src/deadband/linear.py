@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 from deadband import scope
 from deadband.criterion import Rule, keep_mask
 from deadband.hooks import apply_mask
-from deadband.ops import COUNTS, count_, dense_linear, sparse_linear
+from deadband.ops import COUNTS, count_, dense_linear, make_offset, sparse_linear
 from deadband.ops.kernels import advise_huge_pages
 
 DECODE_ROWS = 4
@@ -86,18 +87,14 @@ class SparseSite(nn.Module):
         """What the layer skips."""
         return Rule(self.threshold.item(), self.scale, self.center, self.relative)
 
-    def train(self, mode: bool = True) -> SparseSite:
-        """As of every module; after training, the weights that `offset` was made of may be others."""
-        trained = self.training and not mode
-        super().train(mode)
-        if trained:
-            self.refresh_offset_()
-        return self
-
     def refresh_offset_(self) -> None:
-        """Compute `offset` again, after weight or center changed."""
-        if self.center is not None and not (self.center.is_meta or tensor_of(self).is_meta):
-            self.offset = self.matrix_view(self.weight.detach()).float() @ self.center
+        """Compute `offset` again, after the center changed. Writes to the weight are seen without this."""
+        stored = tensor_of(self)
+        if self.center is None or self.center.is_meta or stored.is_meta:
+            return
+        if type(stored) is nn.Parameter:
+            stored.__class__ = CentredWeight
+        self.offset = make_offset(self.matrix_view(self.weight.detach()), self.center, self.offset)
 
     def settings(self) -> dict[str, Any]:
         """Everything that `make_sparse_` sets, for `restore`."""
@@ -110,15 +107,12 @@ class SparseSite(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseSite:
         exact = {name: getattr(self, name) for name in ("threshold", "scale", "center", "offset")}
-        weight = self._parameters.get("weight")  # a quantised one is none, and its values stay
-        dtype = None if weight is None else weight.dtype
         super()._apply(fn, recurse)
         for name, before in exact.items():  # model.to(bfloat16) must not round a threshold
             after = getattr(self, name)
             if after is not None and after.dtype != torch.float32:
                 setattr(self, name, before.to(after.device))
-        if dtype is not None and self.weight.dtype != dtype:
-            self.refresh_offset_()
+        self.refresh_offset_()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -142,14 +136,30 @@ class SparseSite(nn.Module):
         return f"{super().extra_repr()}, threshold={threshold}{form}{masked}"
 
 
+class CentredWeight(nn.Parameter):
+    """The weight of a layer that keeps its product with a center: writes through `data` count as writes, too.
+
+    A parameter's own `data` hides them from its version. A parameter becomes one by changing class, as its layer does.
+    """
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """As of every tensor, but sharing the version that tells of writes."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        nn.Parameter.data.__set__(self, value)  # type: ignore[attr-defined]
+        increment_version(self)
+
+
 class SparseLinear(SparseSite, nn.Linear):
     """`nn.Linear` whose input entries inside the deadband are treated as zero; made by `deadband.sparsify_`.
 
     The state dict has nn.Linear's names, plus `threshold`, and where they are in use `scale` and `center` (see
     `deadband.criterion.Rule`) and `mask` (a static mask).
 
-    With a center, the layer keeps its product with the weight. Loading, moving and the end of
-    training (`eval()`) compute it again; after writing to the weight in any other way, call `refresh_offset_()`.
+    With a center, the layer keeps its product with the weight, and computes it again once the weight was written to.
 
     Example:
         >>> layer = make_sparse_(nn.Linear(3, 2, bias=False), Rule(0.5))
@@ -271,6 +281,8 @@ def make_dense_(module: SparseSite) -> nn.Module:
         module.__dict__.pop(name, None)
     change_class_(module, module.dense_class)
     if "weight" in module._parameters:
+        if type(module.weight) is CentredWeight:
+            module.weight.__class__ = nn.Parameter
         module.weight.data = module.weight.data.contiguous()
     return module
 

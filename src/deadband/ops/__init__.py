@@ -10,7 +10,8 @@ deadband::sparse_linear(x, weight, bias, threshold, scale, center, offset, relat
     scale      [in_features] float32 or None: what |x| is multiplied by to give the score
     center     [in_features] float32 or None: what a skipped entry counts as; the score is of |x - center| then
     offset     [out_features] float32, the product of weight and center, or None where center is: a kernel adds it
-               and then only what kept entries differ from the center by
+               and then only what kept entries differ from the center by; one that `make_offset` made is made again
+               where the weight was written to since
     relative   whether the threshold is multiplied by the norm of each row of x
     sparse_rows  inputs of at most so many rows skip (0: never); with more rows the product is dense
     counts     [3] int64 or None: entries skipped, entries seen and entries of x that are NaN or infinite are added to
@@ -105,6 +106,26 @@ def dequantize(codes: Tensor, scales: Tensor, minimum: Tensor | None, group_size
             values += minimum[group].float()
         weight[:, at] = values.T
     return weight
+
+
+def make_offset(weight: Tensor, center: Tensor, offset: Tensor | None = None) -> Tensor:
+    """The product of weight [out, in] and center, in place of an earlier one, with a note of what it was made of."""
+    with torch.no_grad():
+        made = weight.float() @ center
+        if offset is None or offset.shape != made.shape or offset.device != made.device:
+            offset = made
+        else:
+            offset.copy_(made)
+    offset.made_of = None if weight.is_inference() else (weight._version, weight.data_ptr())  # type: ignore[attr-defined]
+    return offset
+
+
+def current_offset(weight: Tensor, center: Tensor, offset: Tensor) -> Tensor:
+    """`offset`, made again where its weight is another one than then or was written to."""
+    made_of = getattr(offset, "made_of", None)
+    if made_of is None or made_of == (weight._version, weight.data_ptr()):
+        return offset
+    return make_offset(weight, center, offset)
 
 
 NIBBLES = 32  # outputs whose 4-bit codes lie together: 16 in the lower halves of as many bytes, 16 in the upper

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deadband.criterion import fill, keep_mask
-from deadband.ops import COUNTS, NIBBLES, count_, dequantize, kernels
+from deadband.ops import COUNTS, NIBBLES, count_, current_offset, dequantize, kernels
 
 _CODES = (torch.int8, torch.uint8)
 SPARSE_ROWS = 8  # what the kernel that skips takes at most
@@ -88,6 +88,8 @@ def sparse_linear(
         if counts is not None:
             count_(counts, x, keep)
         return dense_linear(fill(x, keep, center), weight, bias)
+    if offset is not None and center is not None:
+        offset = current_offset(weight, center, offset)
     x = x.contiguous()
     y = x.new_empty((*shape[:-1], out_features))
     error = _sparse_kernel(

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deadband.ops import COUNTS, NIBBLES, _library, kernels, quantized_linear, sparse_linear
+from deadband.ops import COUNTS, NIBBLES, _library, current_offset, kernels, quantized_linear, sparse_linear
 from deadband.ops.cpu import KERNEL_DTYPES, SPARSE_ROWS, failed, is_vector
 
 PARTS = 8
@@ -291,6 +291,8 @@ def _add_layers(
                 or not is_vector(offset, torch.float32, out_features)
             ):
                 return False
+            if scales is None:
+                offset = current_offset(weight, center, offset)
             center_at, offset_at = address(center), address(offset)
         if counts and threshold_at:
             own = counts[layer]
