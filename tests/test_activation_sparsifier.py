@@ -1021,6 +1021,21 @@ def test_masks_that_do_not_fit_nested_inputs():
         model(torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)]))
 
 
+@NESTED
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_calibration_on_nested_inputs(layout):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    parts = [torch.randn(length, 64) for length in (3, 5, 1)]
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    found, expected = (
+        deadband.calibrate(model, [batch], include=["*"], progress=False) for batch in (nested, torch.cat(parts))
+    )
+    for name, site in expected.sites.items():
+        assert (found.sites[name].histogram == site.histogram).all()
+        assert found.sites[name].rows[0] == 9
+
+
 def test_token_ids_stay_whole_numbers():
     embedding = nn.Embedding(10, 4)
     model, sparsifier = only(
