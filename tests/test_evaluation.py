@@ -473,6 +473,8 @@ def test_bad_prompts():
     model, tokenizer = sparse_model(), characters()
     with pytest.raises(ValueError, match="prompts is str or empty; expected a list"):
         compare_generation(model, tokenizer, "abc")
+    with pytest.raises(TypeError, match=r"a prompt is a list; expected a text or token ids \[tokens\]"):
+        compare_generation(model, tokenizer, [[3, 4]])
     with pytest.raises(ValueError, match="prompts is list or empty"):
         compare_generation(model, tokenizer, [])
     with pytest.raises(ValueError, match="the prompt is empty; expected some text to continue"):

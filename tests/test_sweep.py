@@ -452,6 +452,52 @@ def test_something_else_is_never_replaced(output, content):
         sweep(tiny_model("llama"), **options(output))
 
 
+DAMAGES = {
+    "settings": [],
+    "methods": None,
+    "budgets": "0.25",
+    "runs": [3],
+    "unreachable": [["uniform"]],
+    "failed": [{"method": "uniform"}],
+    "dense": [],
+    "sites": 7,
+}
+
+
+@pytest.mark.parametrize("key", DAMAGES)
+def test_a_damaged_sweep_is_not_gone_on_with(output, key):
+    sweep(tiny_model("llama"), **options(output, methods=[Uniform()], budgets=[0.25]))
+    whole = json.loads(output.read_text())
+    for value in (
+        DAMAGES[key],
+        *([[{**whole["runs"][0], "method": "other"}], [{"method": 1}]] if key == "runs" else []),
+    ):
+        output.write_text(json.dumps({**whole, key: value}))
+        before = output.read_bytes()
+        with pytest.raises(ValueError, match="is a damaged sweep; choose another output, or overwrite it"):
+            sweep(tiny_model("llama"), **options(output, methods=[Uniform()], budgets=[0.25]))
+        assert output.read_bytes() == before
+
+
+def test_windows_of_generators_and_their_padding(output):
+    given = options(output, methods=[Uniform()], budgets=[0.25])
+    wanted = sweep(tiny_model("llama"), **given)
+    windows, others = given.pop("windows"), given.pop("calibration_windows")
+    again = sweep(
+        tiny_model("llama"),
+        **given,
+        windows=(each for each in windows),
+        calibration_windows=(each for each in others),
+        overwrite=True,
+    )
+    assert without_times(again) == without_times(wanted)
+    mask = torch.ones_like(others[0]["input_ids"])
+    mask[0, 10:] = 0
+    padded = [{**others[0], "attention_mask": mask}, *others[1:]]
+    found = sweep(tiny_model("llama"), **given, windows=windows, calibration_windows=padded, overwrite=True)
+    assert found["calibrated_on"]["tokens"] == wanted["calibrated_on"]["tokens"] - int((mask == 0).sum())
+
+
 @pytest.mark.parametrize("speed", [True, False])
 def test_a_method_that_fails_is_noted_and_tried_again(output, speed):
     model, broken = tiny_model("llama"), Broken("broken")

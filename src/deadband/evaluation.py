@@ -768,6 +768,8 @@ def prompt_ids(model: Any, tokenizer: Any, prompt: str | Tensor, max_new_tokens:
     """The token ids [1, tokens] of a prompt; a ValueError if it is empty, or too long to continue by so many tokens."""
     if isinstance(prompt, str) and not prompt.strip():
         raise ValueError("the prompt is empty; expected some text to continue")
+    if not isinstance(prompt, (str, Tensor)):
+        raise TypeError(f"a prompt is a {type(prompt).__name__}; expected a text or token ids [tokens] as a tensor")
     ids = prompt if isinstance(prompt, Tensor) else tokenizer(prompt, return_tensors="pt")["input_ids"]
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:

@@ -391,12 +391,14 @@ def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     advice = "choose another output, or overwrite it"
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not {"version", "settings", "runs"} <= found.keys():
         raise ValueError(f"{os.fspath(path)!r} exists and is not a sweep; {advice}")
     if found["version"] != VERSION:
         raise ValueError(f"{os.fspath(path)!r} is a sweep of version {found['version']}, not {VERSION}; {advice}")
+    if not _is_whole(found):
+        raise ValueError(f"{os.fspath(path)!r} is a damaged sweep; {advice}")
     differ = []
     for key, words in _SETTINGS.items():
         before, now = found["settings"].get(key), settings[key]
@@ -405,6 +407,34 @@ def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     if differ:
         raise ValueError(f"{os.fspath(path)!r} holds a sweep with {', '.join(differ)}; {advice}")
     return found
+
+
+_KINDS = {
+    "settings": dict, "methods": list, "budgets": list, "dense": dict, "sites": dict, "runs": list, "unreachable": list,
+    "failed": list,
+}  # fmt: skip
+_OF_A_RUN = ("method", "budget", "title", "kl", "measured", "speedup", "simulated")
+
+
+def _is_whole(found: Mapping[str, Any]) -> bool:
+    """Whether a sweep that was read has all that going on with it takes."""
+    if any(not isinstance(found.get(key), kind) for key, kind in _KINDS.items()):
+        return False
+    if not all(
+        isinstance(each, dict) and each.keys() >= {"method", "budget"} for each in found["runs"] + found["failed"]
+    ):
+        return False
+    pairs = [(each["method"], each["budget"]) for each in found["runs"] + found["failed"]] + found["unreachable"]
+    known = all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2
+        and isinstance(pair[0], str) and pair[0] in found["methods"]
+        and type(pair[1]) in (int, float) and pair[1] in found["budgets"]
+        for pair in pairs
+    )  # fmt: skip
+    timed = [each.get("measured") for each in found["runs"] if each.get("measured") is not None]
+    speeds = [each.get("dense") if isinstance(each, dict) else None for each in timed]
+    whole = all(each.keys() >= {*_OF_A_RUN} for each in found["runs"])
+    return known and whole and all(type(speed) in (int, float) for speed in speeds)
 
 
 def _digest(parts: Any) -> str:

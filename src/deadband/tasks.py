@@ -52,9 +52,9 @@ def run_tasks(
         include_path: a folder with YAML files of more tasks.
         num_fewshot: solved examples before each question; as the task says by default.
         batch_size: requests run together; with more than one, `sparsity` counts padding too.
-        use_cache: the beginning of the paths where answers are kept for later calls. Each form of each model has files
-            of its own: another threshold or another weight, and nothing is answered from them. What is answered so is
-            not counted in `sparsity`.
+        use_cache: the beginning of the paths where answers are kept for later calls. Each form of each model has a file
+            of its own: with another threshold, weight or token, nothing is answered from it. What is answered so is not
+            counted in `sparsity`.
         options: of `lm_eval.simple_evaluate`, for example `apply_chat_template=True`.
 
     Returns:
@@ -99,9 +99,9 @@ def run_tasks(
             "log_samples": True,
         }
         with dense(model):
-            before: Any = simple_evaluate(language_model, **settings, **_cache_of(model, "dense", use_cache))
+            before: Any = simple_evaluate(language_model, **settings, **_cache_of(model, tokenizer, "dense", use_cache))
         with sparse_prefill(model), count_anew(model) as achieved:
-            after: Any = simple_evaluate(language_model, **settings, **_cache_of(model, "sparse", use_cache))
+            after: Any = simple_evaluate(language_model, **settings, **_cache_of(model, tokenizer, "sparse", use_cache))
     return {
         "protocol": FORCED,
         "sparsity": achieved(),
@@ -112,15 +112,18 @@ def run_tasks(
     }
 
 
-def _cache_of(model: Any, form: str, use_cache: str | os.PathLike | None) -> dict[str, str]:
+def _cache_of(model: Any, tokenizer: Any, form: str, use_cache: str | os.PathLike | None) -> dict[str, str]:
     """Where the harness keeps the answers of one form of a model; it knows them by the questions alone."""
-    return {} if use_cache is None else {"use_cache": f"{os.fspath(use_cache)}-{form}-{_fingerprint(model, form)}"}
+    if use_cache is None:
+        return {}
+    return {"use_cache": f"{os.fspath(use_cache)}-{form}-{_fingerprint(model, tokenizer, form)}"}
 
 
-def _fingerprint(model: Any, form: str) -> str:
-    """A digest of a model's configuration, of its weights, and of what makes it sparse unless the form is dense."""
+def _fingerprint(model: Any, tokenizer: Any, form: str) -> str:
+    """A digest of a model's configuration, tokens and weights, and of what makes it sparse unless the form is dense."""
     config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    digest = hashlib.blake2b(repr(config).encode(), digest_size=8)
+    tokens = (sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map)
+    digest = hashlib.blake2b(repr((config, tokens)).encode(), digest_size=8)
     sites = sparse_sites(model)
     ours = {f"{name}.{part}" for name in sites for part in BUFFERS}
     left_out = ours if form == "dense" else {f"{name}.counts" for name in sites}
