@@ -136,6 +136,51 @@ def test_batches_of_all_kinds_are_let_through():
     assert deadband.calibrate(one, [torch.ones(3)], **QUIET).sites["0"].rows.tolist() == [1, 1, 1]
 
 
+def roberta():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.RobertaConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=66, pad_token_id=1, is_decoder=True, **sizes
+    )
+    return transformers.RobertaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "positions"),
+    [(lambda: tiny_model("gpt2"), 128), (lambda: tiny_model("opt"), 128), (roberta, 64)],
+)
+def test_a_window_that_is_too_long_is_said(make, positions):
+    model = make()
+    fits, longer = ({"input_ids": torch.full((1, length), 5)} for length in (positions, positions + 1))
+    message = f"{positions + 1} tokens are more than the {positions} positions .*; give windows of at most {positions}"
+    for name in ("calibrate", "inspect", "evaluate", "dense_logits", "choose_formats", "input_hessians"):
+        RUNS[name](model, [fits])
+        with pytest.raises(ValueError, match=message):
+            RUNS[name](model, [longer])
+    with pytest.raises(ValueError, match=message):
+        evaluate(deadband.sparsify_(model, exact=True), [longer], protocol="dense-prompt", **QUIET)
+
+
+def test_a_model_that_reads_on_is_not_stopped():
+    """Rotary positions have no end, whatever the configuration says."""
+    model = tiny_model("llama")
+    assert evaluate(model, [{"input_ids": torch.full((1, 200), 5)}], **QUIET).tokens == 199
+
+
+def test_tokens_of_another_tokenizer_are_said():
+    with pytest.raises(ValueError, match=f"holds token {VOCABULARY}, and this LlamaForCausalLM knows 0 to 127"):
+        deadband.calibrate(tiny_model("llama"), [{"input_ids": torch.tensor([[5, VOCABULARY]])}], **QUIET)
+
+
+def test_an_error_of_the_model_stays_its_own():
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    model = tiny_model("llama")
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        deadband.calibrate(model, tiny_batches(1), **QUIET)
+
+
 # Padding
 
 
