@@ -190,28 +190,45 @@ def misfit(model: nn.Module, batch: Any) -> str | None:
     For a model that failed: many read more tokens than their configuration says.
     """
     batch, config = named(model, batch), getattr(model, "config", None)
-    for side in ("", "decoder_"):
-        ids = batch.get(f"{side}input_ids")
-        if config is None or not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
-            continue
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        names = [name for name in ("max_target_positions", "max_position_embeddings") if hasattr(text, name)]
-        positions = getattr(text, names[0]) if names else None
-        read, before = ids.shape[1], _tokens_before(batch)
-        unused = _unused_positions(model)
-        if isinstance(positions, int) and read + before > positions - unused:
-            held = f" behind {before} others" if before else ""
-            return (
-                f"{read} tokens{held} are more than the {positions - unused} positions of this {type(model).__name__}; "
-                f"give windows of at most {positions - unused} tokens"
-            )
-        vocabulary, low, high = getattr(text, "vocab_size", None), int(ids.min()), int(ids.max())
-        if isinstance(vocabulary, int) and (low < 0 or high >= vocabulary):
-            return (
-                f"{side}input_ids holds token {low if low < 0 else high}, and this {type(model).__name__} knows 0 to "
-                f"{vocabulary - 1}; take the model's own tokenizer"
-            )
+    for name in ("input_ids", "decoder_input_ids"):
+        ids = _matrix(batch.get(name))
+        if config is not None and ids is not None and ids.numel():
+            found = _too_long(model, _of_text(config), ids, batch) or _unknown(model, _of_text(config), ids, name)
+            if found is not None:
+                return found
     return None
+
+
+def _too_long(model: nn.Module, config: Any, ids: Tensor, batch: Mapping[str, Any]) -> str | None:
+    names = [name for name in ("max_target_positions", "max_position_embeddings") if hasattr(config, name)]
+    positions = getattr(config, names[0]) if names else None
+    if not isinstance(positions, int):
+        return None
+    positions, before = positions - _unused_positions(model), _tokens_before(batch)
+    if ids.shape[1] + before <= positions:
+        return None
+    return (
+        f"{ids.shape[1]} tokens{f' behind {before} others' if before else ''} are more than the {positions} positions "
+        f"of this {type(model).__name__}; give windows of at most {positions} tokens"
+    )
+
+
+def _unknown(model: nn.Module, config: Any, ids: Tensor, name: str) -> str | None:
+    vocabulary, low, high = getattr(config, "vocab_size", None), int(ids.min()), int(ids.max())
+    if not isinstance(vocabulary, int) or 0 <= low <= high < vocabulary:
+        return None
+    return (
+        f"{name} holds token {low if low < 0 else high}, and this {type(model).__name__} knows 0 to {vocabulary - 1}; "
+        "take the model's own tokenizer"
+    )
+
+
+def _of_text(config: Any) -> Any:
+    """The part of a configuration that is about text, if there is one of its own."""
+    try:
+        return config.get_text_config()
+    except (AttributeError, ValueError):  # not of transformers, or with several
+        return config
 
 
 def _tokens_before(batch: Mapping[str, Any]) -> int:

@@ -242,7 +242,8 @@ def calibrate(
 
     One pass, in eval mode and without gradients; nothing in the model changes. Memory does not depend on the number of
     tokens. Padding is not counted where a batch has an `attention_mask` [batch, tokens] and the site's input begins
-    with that shape (or with its product); inside mixtures of experts, which regroup tokens, it is.
+    with that shape (or with its product); inside mixtures of experts, which regroup tokens, it is. The decoder of an
+    encoder-decoder model has a `decoder_attention_mask`, or `labels` of -100, for its own tokens.
 
     Args:
         model: any module, on any device.

@@ -546,9 +546,9 @@ def _whole(model: nn.Module, index: int, window: Mapping[str, Any]) -> tuple[_Pa
     labels = inputs.pop("labels", None)
     if is_two_sided(model, window):
         side = "decoder_"
-        if isinstance(labels, Tensor) and "decoder_attention_mask" not in inputs:
+        if isinstance(labels, Tensor) and inputs.get("decoder_attention_mask") is None:
             inputs["decoder_attention_mask"] = labels != -100
-        if "decoder_input_ids" not in inputs:
+        if inputs.get("decoder_input_ids") is None:
             shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
             if shift is None:
                 raise ValueError(f"windows[{index}] has no decoder_input_ids, which a {type(model).__name__} needs")

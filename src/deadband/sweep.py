@@ -420,21 +420,18 @@ def _is_whole(found: Mapping[str, Any]) -> bool:
     """Whether a sweep that was read has all that going on with it takes."""
     if any(not isinstance(found.get(key), kind) for key, kind in _KINDS.items()):
         return False
-    if not all(
-        isinstance(each, dict) and each.keys() >= {"method", "budget"} for each in found["runs"] + found["failed"]
-    ):
+    runs, failed = found["runs"], found["failed"]
+    if not all(isinstance(each, dict) and {"method", "budget"} <= each.keys() for each in runs + failed):
         return False
-    pairs = [(each["method"], each["budget"]) for each in found["runs"] + found["failed"]] + found["unreachable"]
-    known = all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2
-        and isinstance(pair[0], str) and pair[0] in found["methods"]
-        and type(pair[1]) in (int, float) and pair[1] in found["budgets"]
-        for pair in pairs
-    )  # fmt: skip
-    timed = [each.get("measured") for each in found["runs"] if each.get("measured") is not None]
-    speeds = [each.get("dense") if isinstance(each, dict) else None for each in timed]
-    whole = all(each.keys() >= {*_OF_A_RUN} for each in found["runs"])
-    return known and whole and all(type(speed) in (int, float) for speed in speeds)
+    if not all({*_OF_A_RUN} <= each.keys() and _is_speed(each["measured"]) for each in runs):
+        return False
+    pairs = [[each["method"], each["budget"]] for each in runs + failed] + found["unreachable"]
+    known = [[method, budget] for method in found["methods"] for budget in found["budgets"]]
+    return all(pair in known for pair in pairs)
+
+
+def _is_speed(measured: Any) -> bool:
+    return measured is None or (isinstance(measured, dict) and isinstance(measured.get("dense"), (int, float)))
 
 
 def _digest(parts: Any) -> str:
