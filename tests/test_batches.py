@@ -123,6 +123,19 @@ def test_a_loader_that_shuffles_is_read_once():
         evaluate(model, windows, reference=reference, **QUIET)
 
 
+def test_a_dataset_is_read_to_its_length():
+    class Endless(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return torch.full((2, 16), float(index))
+
+    sites = deadband.calibrate(nn.Sequential(nn.Linear(16, 4)), Endless(), **QUIET).sites
+    assert sites["0"].rows[0] == 6
+    assert [float(each[0, 0]) for each in taken(Endless())] == [0, 1, 2]
+
+
 def test_batches_of_all_kinds_are_let_through():
     class Own:
         pass

@@ -22,7 +22,7 @@ def checked(batches: Iterable[Any], what: str = "batches") -> Iterator[Any]:
     """The batches one by one, for a single pass; an error says what else was given, or that there are none.
 
     Args:
-        batches: any iterable: a list, a DataLoader, a generator.
+        batches: any iterable: a list, a DataLoader, a generator; or a dataset, which has a length and items.
         what: the name of the argument, for messages.
 
     Raises:
@@ -37,9 +37,11 @@ def checked(batches: Iterable[Any], what: str = "batches") -> Iterator[Any]:
         raise TypeError(f"{what} is a {type(batches).__name__}, which no model can be called with; {_HOW}")
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError(f"{what} is a single {type(batches).__name__}; put it in a list: [batch]")
-    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+    if isinstance(batches, Iterable):
+        return _each(batches, what)
+    if not hasattr(batches, "__getitem__") or not hasattr(batches, "__len__"):
         raise TypeError(f"{what} is a {type(batches).__name__}; {_HOW}")
-    return _each(batches, what)
+    return _each((batches[index] for index in range(len(batches))), what)  # torch's datasets need not end by themselves
 
 
 def _each(batches: Iterable[Any], what: str) -> Iterator[Any]:
