@@ -317,7 +317,7 @@ def test_nothing_in_the_model_changes():
 
 def test_hooks_go_and_flags_return_after_an_error():
     model = tiny_model("opt").train()
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="take the model's own tokenizer"):
         inspect(model, [*tiny_batches(1), {"input_ids": torch.tensor([[10**6]])}], progress=False)
     assert all(each.training for each in model.modules())
     assert all(not each._forward_pre_hooks for each in model.modules())
