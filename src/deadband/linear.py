@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from deadband import scope
 from deadband.criterion import Rule, keep_mask
@@ -60,7 +61,10 @@ class SparseSite(nn.Module):
         # attribute access to parameters and buffers goes through nn.Module.__getattr__, 1 us in all
         parameters: Any = self._parameters
         buffers: Any = self._buffers
-        weight, bias = parameters["weight"], parameters["bias"]
+        try:
+            weight, bias, offset = parameters["weight"], parameters["bias"], buffers["offset"]
+        except KeyError:  # parametrised or pruned: computed for each call, so that there is no offset
+            weight, bias, offset = self.weight, self.bias, None
         if self.stored_in_out:
             weight = weight.t()
         threshold, scale, center = buffers["threshold"], buffers["scale"], buffers["center"]
@@ -80,7 +84,11 @@ class SparseSite(nn.Module):
             return F.linear(x, weight, bias)
         if counts is None:
             counts = uncounted(x.device)
-        return sparse_linear(x, weight, bias, threshold, scale, center, buffers["offset"], self.relative, rows, counts)
+        return sparse_linear(x, weight, bias, threshold, scale, center, offset, self.relative, rows, counts)
+
+    def dense_matrix(self) -> Tensor:
+        """The weight as [out_features, in_features], detached."""
+        return self.matrix_view(self.weight.detach())
 
     @property
     def rule(self) -> Rule:
@@ -94,7 +102,7 @@ class SparseSite(nn.Module):
             return
         if type(stored) is nn.Parameter:
             stored.__class__ = CentredWeight
-        self.offset = make_offset(self.matrix_view(self.weight.detach()), self.center, self.offset)
+        self.offset = make_offset(self.dense_matrix(), self.center, self.offset)
 
     def settings(self) -> dict[str, Any]:
         """Everything that `make_sparse_` sets, for `restore`."""
@@ -249,8 +257,7 @@ def make_sparse_(
 
 def tensor_of(module: nn.Module) -> Tensor:
     """What a layer stores its weight in: the parameter, or the codes of a quantised one."""
-    weight = module._parameters.get("weight")
-    return cast(Tensor, module.codes if weight is None else weight)
+    return cast(Tensor, module.codes if "codes" in module._buffers else module.weight)
 
 
 BUFFERS = ("threshold", "scale", "center", "offset", "mask", "counts")
@@ -274,7 +281,11 @@ def make_dense_(module: SparseSite) -> nn.Module:
     """Turn a sparse layer back into its dense class, in place, with the weight's usual strides and the same bits.
 
     One with a quantised weight keeps that.
+
+    Raises:
+        ValueError: its weight or bias is parametrised, which is a class of its own.
     """
+    require_no_parametrization(module)
     for name in BUFFERS:
         delattr(module, name)
     for name in _ATTRIBUTES:
@@ -285,6 +296,16 @@ def make_dense_(module: SparseSite) -> nn.Module:
             module.weight.__class__ = nn.Parameter
         module.weight.data = module.weight.data.contiguous()
     return module
+
+
+def require_no_parametrization(*modules: nn.Module) -> None:
+    """A ValueError says how to go on if a layer was parametrised since it became sparse."""
+    for module in modules:
+        if parametrize.is_parametrized(module):
+            raise ValueError(
+                f"{type(module).__name__} has a parametrised weight or bias; take the parametrization off before "
+                "sparsify_ or densify_: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+            )
 
 
 def use_dense_product_(module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deadband import scope
+from deadband.computed import ComputedWeight
 from deadband.criterion import keep_mask
 from deadband.hooks import apply_mask
 from deadband.linear import (
@@ -45,9 +47,53 @@ class QuantizedMatrix(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the dense layer holds it, dequantised anew on each access."""
+        """The weight as the dense layer holds it: a tensor that is dequantised when its values are read.
+
+        What is written to it is rounded again, with a warning.
+        """
+        if torch.compiler.is_compiling():
+            return self.compute()
+        out_features, in_features = self.matrix_shape
+        like = torch.empty(out_features, in_features, dtype=self.weight_dtype, device="meta")
+        return ComputedWeight(self, like.t() if self.stored_in_out else like, self.codes.device)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.weight.data = value
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module; a new weight is quantised."""
+        if name != "weight":
+            super().register_parameter(name, param)
+        elif param is not None:
+            self.weight.data = param
+
+    def compute(self) -> Tensor:
+        """The weight, dequantised."""
         matrix = self.matrix(self.weight_dtype)
         return matrix.t() if self.stored_in_out else matrix
+
+    def compute_row(self, index: int) -> Tensor:
+        """One row of the weight as the dense layer holds it, dequantised."""
+        return self.compute()[index]
+
+    def take_(self, weight: Tensor) -> None:
+        """Quantise another weight, as the dense layer holds it, to the same format, in place."""
+        from deadband.quantization import WeightFormat, quantize
+
+        matrix = weight.detach().t() if self.stored_in_out else weight.detach()
+        taken = quantize(matrix, WeightFormat.parse(self.weight_format))
+        with torch.no_grad():
+            for name in _BUFFERS:
+                if getattr(taken, name) is not None:
+                    getattr(self, name).copy_(getattr(taken, name))
+        if isinstance(self, SparseSite):
+            self.refresh_offset_()
+        warnings.warn(
+            f"the weight of a layer that is quantised was written to and rounded to {self.weight_format} again; to "
+            "round once, write to it (merge adapters) before quantising, or dequantise with deadband.densify_ first",
+            stacklevel=3,
+        )
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight as [out_features, in_features], dequantised."""
@@ -105,7 +151,7 @@ class QuantizedSite(QuantizedMatrix, SparseSite):
     def forward(self, x: Tensor) -> Tensor:
         """y = W · (x where kept, else the center, or 0) + bias; skips in training, else up to `sparse_rows` rows."""
         buffers: Any = self._buffers
-        bias = self._parameters["bias"]
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
         threshold, scale, center = buffers["threshold"], buffers["scale"], buffers["center"]
         rows, counts = self.sparse_rows, buffers["counts"]
         if scope.any_open:
@@ -147,8 +193,34 @@ class QuantizedTable(nn.Embedding):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Shape and dtype of the table, without its values: they are the output layer's."""
-        return torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.table_dtype, device="meta")
+        """The table, which is the output layer's weight: dequantised when its values are read."""
+        if torch.compiler.is_compiling():
+            return self.compute()
+        like = torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.table_dtype, device="meta")
+        return ComputedWeight(self, like, self.source.codes.device)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.weight.data = value
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module; a new weight is the output layer's, too."""
+        if name != "weight":
+            super().register_parameter(name, param)
+        elif param is not None:
+            self.weight.data = param
+
+    def compute(self) -> Tensor:
+        """The whole table."""
+        return self.source.matrix(self.table_dtype)
+
+    def compute_row(self, index: int) -> Tensor:
+        """One row of the table."""
+        return QuantizedTable.forward(self, torch.tensor(index, device=self.source.codes.device))
+
+    def take_(self, weight: Tensor) -> None:
+        """Quantise another table, in the output layer."""
+        self.source.take_(weight.t() if self.source.stored_in_out else weight)
 
     def forward(self, input: Tensor) -> Tensor:
         """[...] -> [..., embedding_dim]."""
@@ -242,7 +314,7 @@ def make_quantized_(module: nn.Module, weight: QuantizedWeight) -> nn.Parameter:
 def unmake_quantized_(module: QuantizedMatrix, parameter: nn.Parameter | None = None) -> None:
     """Give a layer a weight of its own again: `parameter`, or the dequantised one."""
     if parameter is None:
-        parameter = nn.Parameter(module.weight.contiguous(), requires_grad=module.weight_dtype.is_floating_point)
+        parameter = nn.Parameter(module.compute().contiguous(), requires_grad=module.weight_dtype.is_floating_point)
     twin = next(dense for dense, quantised in QUANTIZED_CLASSES.items() if quantised is type(module))
     for name in (*_BUFFERS, "weight_dtype", "group_size"):
         delattr(module, name)

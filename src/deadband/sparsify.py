@@ -24,6 +24,7 @@ from deadband.linear import (
     make_dense_,
     make_sparse_,
     new_counts,
+    require_no_parametrization,
     tensor_of,
     use_dense_product_,
 )
@@ -299,6 +300,7 @@ def sparsify_(
     expectations = _expectations(allocated, [name for name in chosen if name not in kept])
     left = {name: module for name, module in sparse_sites(model).items() if name not in chosen}
     touched = (*modules.values(), *left.values())
+    require_no_parametrization(*touched)
     settings = {module: module.settings() for module in touched if isinstance(module, SparseSite)}
     quantised = _quantise(model, formats, second_moments, hessians, progress)  # before anything changes
     parameters: dict[nn.Module, nn.Parameter] = {}  # what was quantised
@@ -468,7 +470,9 @@ def densify_(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no layer of the model is sparse.
     """
-    for site in _require_sparse(model).values():
+    sites = _require_sparse(model).values()
+    require_no_parametrization(*sites)  # before anything changes
+    for site in sites:
         make_dense_(site)
     _unprepare(model)
     _dequantise_(model)
