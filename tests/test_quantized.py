@@ -22,7 +22,7 @@ from deadband.linear import SparseLinear, SparseSite
 from deadband.quantization import DEFAULT_INT4, FORMATS, QuantizedWeight, WeightFormat, quantize, second_moments_of
 from deadband.quantized import QuantizedLinear, QuantizedMatrix, QuantizedSparseLinear, QuantizedTable
 from deadband.sites import find_sites, matrix_of
-from deadband.sparsify import dense, densify_, sparse_prefill, sparse_sites, sparsify_
+from deadband.sparsify import config_of, dense, densify_, sparse_prefill, sparse_sites, sparsify_
 
 FEW = ("int8", "int4-g32", "int4-g64-zp")
 MODELS = ("llama", "mistral", "gemma3", "gpt2", "qwen2")  # tied, untied, scaled embeddings, Conv1D, biases
@@ -258,8 +258,8 @@ def test_new_thresholds_keep_the_quantised_weights():
         assert list(sparse_sites(model)) == list(left)
         assert type(model.model.layers[0].self_attn.q_proj) is QuantizedLinear
         assert isinstance(model.model.embed_tokens, QuantizedTable)
-        config = model.config.quantization_config.sparsity_config
-        assert (set(config.weights), config.tied_embedding) == (set(codes), "model.embed_tokens")
+        config = config_of(model)
+        assert (set(config.weights), config.tied_embeddings) == (set(codes), {"model.embed_tokens": "lm_head"})
     assert model.model.layers[0].mlp.up_proj.threshold == torch.tensor(0.2)
     with torch.no_grad():
         x, layer = torch.randn(1, 64), model.model.layers[0].self_attn.q_proj

@@ -40,6 +40,7 @@ from deadband.quantized import (
     QuantizedTable,
     make_quantized_,
     tie_table_,
+    untie_table_,
 )
 from deadband.sites import shape_of
 from deadband.sparsify import _RECIPE, SparsityConfig, densify_, sparse_sites
@@ -151,20 +152,52 @@ class DeadbandQuantizer(HfQuantizer):
                     expected |= {f"{written}.{key}": value for key, value in layer._buffers.items() if key in BUFFERS}
             _check_files(kwargs.get("checkpoint_files") or (), expected)
 
-    @staticmethod
-    def _tie(model: Any, find: _Finder, written: str, source: str) -> None:
+    def _tie(self, model: Any, find: _Finder, written: str, source: str) -> None:
         embedding: Any = find(written)
-        layer = find(source, needed=False) if source else model.get_output_embeddings()
+        layer: Any = find(source, needed=False) if source else model.get_output_embeddings()
+        if layer is None:
+            layer = self._borrow(model, find, source, embedding)
         if not isinstance(layer, QuantizedMatrix):
-            raise ValueError(
-                f"in this checkpoint the embedding is stored as the quantised output layer, which "
-                f"{type(model).__name__} does not have; load it as a model that has one (AutoModelForCausalLM)"
-            )
+            raise ValueError(f"tied_embeddings: {source or 'the output layer'!r} is no quantised layer of the model")
         if not isinstance(embedding, nn.Embedding) or tuple(embedding.weight.shape) != layer.matrix_shape:
             raise ValueError(f"tied_embeddings: {written!r} is no embedding of the shape of {source!r}")
         tie_table_(embedding, layer)
         if not source and hasattr(model.config, "tie_word_embeddings"):
             model.config.tie_word_embeddings = True  # format 3 has it off, as it told transformers of the tie so
+
+    def _borrow(self, model: Any, find: _Finder, source: str, embedding: nn.Embedding) -> nn.Module | None:
+        """The quantised layer of a model with a head that a base model has its embedding from, while it loads."""
+        config = self.quantization_config.sparsity_config
+        source = source or next((name for name in config.weights if find(name, needed=False) is None), "")
+        if source not in config.weights:
+            return None
+        layer = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+        make_quantized_(layer, empty_weight(*shape_of(layer), config.weights[source], device="meta"))
+        layer._is_hf_initialized = True
+        *above, name = source.split(".")
+        parent: nn.Module = model
+        for part in above:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(name, layer)
+        self._borrowed = {**getattr(self, "_borrowed", {}), layer: source}
+        return layer
+
+    def _give_back(self, model: nn.Module) -> None:
+        """A base model's embedding gets rows of its own, in the place of those of a head that it does not have."""
+        borrowed = self.__dict__.pop("_borrowed", {})
+        for table in [module for module in model.modules() if isinstance(module, QuantizedTable)]:
+            if table.source in borrowed:
+                untie_table_(table, nn.Parameter(table.source.matrix(table.table_dtype)))
+        for source in borrowed.values():
+            path = source
+            while path:  # the layer, and what stands around it and is empty now
+                parent, _, name = path.rpartition(".")
+                del model.get_submodule(parent)._modules[name]
+                if not parent or model.get_submodule(parent)._modules:
+                    break
+                path = parent
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         files = MappedFiles()  # transformers leaves weights in the mapped checkpoint
@@ -188,9 +221,11 @@ class DeadbandQuantizer(HfQuantizer):
                 for tensor in ("scales", "minimum"):
                     _check_finite(name, module, tensor)
                 module.codes = on_huge_pages(module.codes, files)
+        self._give_back(model)
         # what is saved comes from the layers: a configuration that says it too would make other models sparse
-        for key in ("quantization_config", "transformers_weights"):
-            model.config.__dict__.pop(key, None)
+        for each in transformers_models(model):
+            for key in ("quantization_config", "transformers_weights", "_is_quantized"):
+                each.config.__dict__.pop(key, None)
         _tell(model, self.quantization_config.sparsity_config)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
@@ -198,7 +233,7 @@ class DeadbandQuantizer(HfQuantizer):
         conversions = super().update_weight_conversions(weight_conversions, *model)
         config = self.quantization_config.sparsity_config
         if config.version > 3:
-            own = _Names({f"{layer}.{buffer}" for layer in {*config.sites, *config.weights} for buffer in BUFFERS})
+            own = _own_names(config)
             for conversion in conversions:
                 conversion.compiled_sources = _Except(conversion.compiled_sources, own)
         return conversions
@@ -271,28 +306,24 @@ def _make_site_(module: nn.Module, written: str, config: SparsityConfig) -> None
     )
 
 
-class _Names:
-    """Names of tensors, and their ends: a conversion may look at a name without the prefix of its part of the model."""
-
-    def __init__(self, names: Collection[str]) -> None:
-        parts = [name.split(".") for name in names]
-        self.ends = frozenset(".".join(each[first:]) for each in parts for first in range(len(each) - 1))
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.ends
-
-    def __deepcopy__(self, memo: Any) -> _Names:
-        return self
-
-
 class _Except:
     """A compiled pattern that does not match some names."""
 
-    def __init__(self, pattern: Any, names: _Names) -> None:
+    def __init__(self, pattern: Any, names: Collection[str]) -> None:
         self.pattern, self.names, self.groupindex = pattern, names, pattern.groupindex
 
     def search(self, key: str) -> Any:
         return None if key in self.names else self.pattern.search(key)
+
+    def __deepcopy__(self, memo: Any) -> _Except:
+        return self
+
+
+def _own_names(config: SparsityConfig) -> frozenset[str]:
+    """The names of deadband's tensors, and their ends: a conversion may look at one without the prefix of its part of
+    the model."""
+    parts = [(*name.split("."), buffer) for name in {*config.sites, *config.weights} for buffer in BUFFERS]
+    return frozenset(".".join(each[first:]) for each in parts for first in range(len(each) - 1))
 
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bool: "BOOL", torch.int8: "I8", torch.uint8: "U8"}
@@ -398,6 +429,7 @@ def _tell(model: Any, recipe: SparsityConfig | None) -> None:
             weights = {name: m.weight_format for name, m in each.named_modules() if isinstance(m, QuantizedMatrix)}
             now = DeadbandConfig(**{**recipe.to_dict(), "weights": weights})
             each.hf_quantizer = DeadbandQuantizer(now, pre_quantized=True)
+            each.is_quantized = bool(weights)  # then Trainer wants adapters, and transformers refuses half()
 
 
 def _unmark_gguf(model: nn.Module) -> None:
