@@ -172,7 +172,7 @@ def test_quantised_weights(deadband, folder, calibrated):
     assert figures["bytes"] < 0.3 * figures["dense_bytes"]
     code, out, _ = deadband(*arguments, "--weights", "int4", "--gptq", "--data", "text.txt", "-o", "gptq", *SMALL)
     assert code == 0
-    one, other = (load_file(folder / name / "model.safetensors") for name in ("int4", "gptq"))
+    one, other = (load_file(folder / name / "deadband.safetensors") for name in ("int4", "gptq"))
     assert not torch.equal(one["model.layers.0.mlp.down_proj.codes"], other["model.layers.0.mlp.down_proj.codes"])
     assert deadband("generate", "gptq", "the deadband", "--max-new-tokens", 3)[0] == 0
     code, out, err = deadband("bench", "int4", "--tokens", 3, "--json")
@@ -208,7 +208,7 @@ def test_weights_of_a_gguf_file(deadband, folder, calibrated):
     formats = json.loads(out)["weights"]
     assert [formats.pop(name) for name in ("model.layers.0.mlp.up_proj", "lm_head")] == ["int8-g32"] * 2
     assert (len(formats), set(formats.values())) == (13, {DEFAULT_INT4})
-    stored = load_file(folder / "mixed" / "model.safetensors")
+    stored = load_file(folder / "mixed" / "deadband.safetensors")
     given = quantized_weights(folder / "model.gguf")
     assert torch.equal(stored["lm_head.codes"], given["model.embed_tokens"].codes)
     assert torch.equal(stored["model.layers.0.mlp.up_proj.scales"], given["model.layers.0.mlp.up_proj"].scales)

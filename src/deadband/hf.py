@@ -222,6 +222,7 @@ class DeadbandQuantizer(HfQuantizer):
                     _check_finite(name, module, tensor)
                 module.codes = on_huge_pages(module.codes, files)
         self._give_back(model)
+        model.is_quantized = bool(self.quantization_config.sparsity_config.weights)  # sparse layers may be cast
         # what is saved comes from the layers: a configuration that says it too would make other models sparse
         for each in transformers_models(model):
             for key in ("quantization_config", "transformers_weights", "_is_quantized"):
@@ -350,7 +351,9 @@ def _check_files(files: Collection[str], expected: Mapping[str, Tensor | None]) 
             raise ValueError(_MISSING.format(key))
         wanted = _DTYPES[tensor.dtype], list(tensor.shape)
         if there[key] != wanted:
-            raise ValueError(f"the checkpoint's {key} is {there[key][0]} {there[key][1]}, expected {wanted[0]} {wanted[1]}")
+            raise ValueError(
+                f"the checkpoint's {key} is {there[key][0]} {there[key][1]}, expected {wanted[0]} {wanted[1]}"
+            )
 
 
 def _refuse_offloaded(name: str, *tensors: torch.Tensor | None) -> None:
@@ -429,7 +432,6 @@ def _tell(model: Any, recipe: SparsityConfig | None) -> None:
             weights = {name: m.weight_format for name, m in each.named_modules() if isinstance(m, QuantizedMatrix)}
             now = DeadbandConfig(**{**recipe.to_dict(), "weights": weights})
             each.hf_quantizer = DeadbandQuantizer(now, pre_quantized=True)
-            each.is_quantized = bool(weights)  # then Trainer wants adapters, and transformers refuses half()
 
 
 def _unmark_gguf(model: nn.Module) -> None:

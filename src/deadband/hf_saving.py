@@ -51,7 +51,9 @@ def _save_pretrained(original: Callable[..., None], model: Any, *args: Any, **kw
             "cannot say; call deadband.densify_ before saving, and sparsify_ after loading"
         )
     if given.arguments.get("distributed_checkpoint"):
-        raise ValueError("a sparse model cannot be saved as a distributed checkpoint; pass distributed_checkpoint=False")
+        raise ValueError(
+            "a sparse model cannot be saved as a distributed checkpoint; pass distributed_checkpoint=False"
+        )
     _check_loads(model, config)
     state = given.arguments.get("state_dict")
     given.arguments["state_dict"] = _tensors(model, model.state_dict() if state is None else state)
@@ -131,7 +133,12 @@ def _tensors(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _place(tensor: Any) -> Any:
-    if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.numel() or type(tensor) not in (Tensor, nn.Parameter):
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.is_meta
+        or not tensor.numel()
+        or type(tensor) not in (Tensor, nn.Parameter)
+    ):
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
@@ -180,23 +187,32 @@ def _revert_weight_conversion(original: Callable[..., Any], model: Any, state: d
 
 
 def _tied_weights(original: Callable[..., dict[str, str]], model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
-    """Without the pairs of which a weight is quantised: such layers are tied in their own way, or not at all."""
-    computed = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (QuantizedMatrix, QuantizedTable)) and "weight" not in module._parameters
-    }
-    if not computed:
+    """Without the pairs of which a weight is quantised: such layers are tied in their own way, or not at all.
+
+    transformers looks patterns up among parameters and buffers, where it has to find what a dense model has.
+    """
+    modules = model.named_modules(remove_duplicate=False)
+    ours = {name: each for name, each in modules if isinstance(each, (SparseSite, QuantizedMatrix, QuantizedTable))}
+    if not ours:
         return original(model, *args, **kwargs)
+    computed = {f"{name}.weight": None for name, each in ours.items() if "weight" not in each._parameters}
+    buffers = {f"{name}.{buffer}" for name, each in ours.items() for buffer in each._buffers}
+    kind = type(model)
+
+    def named_parameters(**options: Any) -> Iterator[tuple[str, Any]]:
+        yield from kind.named_parameters(model, **options)
+        yield from computed.items()
+
+    def named_buffers(**options: Any) -> Iterator[tuple[str, Any]]:
+        yield from (item for item in kind.named_buffers(model, **options) if item[0] not in buffers)
+
+    model.named_parameters, model.named_buffers = named_parameters, named_buffers
     try:
-        for module in computed.values():  # transformers looks its patterns up among the parameters
-            module._parameters["weight"] = nn.Parameter(torch.empty(0, device="meta"))
         pairs = original(model, *args, **kwargs)
     finally:
-        for module in computed.values():
-            module._parameters.pop("weight", None)
-    without = {f"{name}.weight" for name in computed}
-    return {target: source for target, source in pairs.items() if not {target, source} & without}
+        for name in ("named_parameters", "named_buffers"):
+            model.__dict__.pop(name, None)  # where models are in each other, the inner call comes first
+    return {target: source for target, source in pairs.items() if target not in computed and source not in computed}
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
