@@ -121,8 +121,8 @@ class DeadbandQuantizer(HfQuantizer):
         config = self.quantization_config.sparsity_config
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError(
-                "a sparse checkpoint does not load under tensor parallelism or FSDP: deadband's layers are not sharded. "
-                "Load it without distributed_config or tp_plan, or load the dense model"
+                "a sparse checkpoint does not load under tensor parallelism or FSDP: deadband's layers are not "
+                "sharded. Load it without distributed_config or tp_plan, or load the dense model"
             )
         find = _Finder(model, config)
         expected: dict[str, Tensor] = {}
@@ -171,7 +171,7 @@ class DeadbandQuantizer(HfQuantizer):
         source = source or next((name for name in config.weights if find(name, needed=False) is None), "")
         if source not in config.weights:
             return None
-        layer = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+        layer: Any = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
         make_quantized_(layer, empty_weight(*shape_of(layer), config.weights[source], device="meta"))
         layer._is_hf_initialized = True
         *above, name = source.split(".")
@@ -184,7 +184,7 @@ class DeadbandQuantizer(HfQuantizer):
         self._borrowed = {**getattr(self, "_borrowed", {}), layer: source}
         return layer
 
-    def _give_back(self, model: nn.Module) -> None:
+    def _give_back(self, model: Any) -> None:
         """A base model's embedding gets rows of its own, in the place of those of a head that it does not have."""
         borrowed = self.__dict__.pop("_borrowed", {})
         for table in [module for module in model.modules() if isinstance(module, QuantizedTable)]:

@@ -14,11 +14,11 @@ class SparseFalconLinear(SparseSite, FalconLinear):
     dense_class = FalconLinear
 
 
-class QuantizedFalconLinear(QuantizedLinear, FalconLinear):  # type: ignore[misc]
+class QuantizedFalconLinear(QuantizedLinear, FalconLinear):  # type: ignore[override]
     """A FalconLinear with a quantised weight."""
 
 
-class QuantizedSparseFalconLinear(QuantizedSite, SparseFalconLinear):  # type: ignore[misc]
+class QuantizedSparseFalconLinear(QuantizedSite, SparseFalconLinear):  # type: ignore[override]
     """A sparse FalconLinear with a quantised weight."""
 
     dense_class = QuantizedFalconLinear

@@ -1,7 +1,8 @@
 """transformers: what `save_pretrained` writes of a sparse model comes from its layers, as they are then.
 
-It holds for every transformers model that has deadband's layers somewhere, whatever was given to `sparsify_`: the model,
-a wrapper of it, a part of it. `import deadband` puts it in `PreTrainedModel`, as nothing else is called for all of them.
+It holds for every transformers model that has deadband's layers somewhere, whatever was given to `sparsify_`: the
+model, a wrapper of it, a part of it. `import deadband` puts it in `PreTrainedModel`, as nothing else is called for all
+of them.
 
 A plain transformers would fill quantised weights in with random ones. So their files are not named as a model's, and
 config.json names them in a way (`transformers_weights`) that transformers refuses, with a message that tells why.
@@ -39,11 +40,13 @@ def _save_pretrained(original: Callable[..., None], model: Any, *args: Any, **kw
     existing = getattr(model, "hf_quantizer", None)
     config = None if getattr(model, "_hf_peft_config_loaded", False) else config_of(model)
     if config is None and not (isinstance(existing, DeadbandQuantizer) or is_ours(_quantization_of(model))):
-        return original(model, *args, **kwargs)
+        original(model, *args, **kwargs)
+        return
     given = inspect.signature(original).bind(model, *args, **kwargs)
     if config is None:  # dense again, or adapters alone
         with _written_as(model, None):
-            return original(*given.args, **given.kwargs)
+            original(*given.args, **given.kwargs)
+        return
     if existing is not None and not isinstance(existing, DeadbandQuantizer):
         method = existing.quantization_config.quant_method
         raise ValueError(
@@ -54,15 +57,16 @@ def _save_pretrained(original: Callable[..., None], model: Any, *args: Any, **kw
         raise ValueError(
             "a sparse model cannot be saved as a distributed checkpoint; pass distributed_checkpoint=False"
         )
+    if config.weights and given.arguments.get("push_to_hub"):
+        raise ValueError("a quantised model is not pushed while saving; call model.push_to_hub(...) instead")
     _check_loads(model, config)
     state = given.arguments.get("state_dict")
     given.arguments["state_dict"] = _tensors(model, model.state_dict() if state is None else state)
     with _written_as(model, config):
-        if not config.weights:
-            return original(*given.args, **given.kwargs)
-        if given.arguments.get("push_to_hub"):
-            raise ValueError("a quantised model is not pushed while saving; call model.push_to_hub(...) instead")
-        _save_hidden(original, given)
+        if config.weights:
+            _save_hidden(original, given)
+        else:
+            original(*given.args, **given.kwargs)
 
 
 def _quantization_of(model: Any) -> Any:
@@ -101,15 +105,15 @@ def _check_loads(model: Any, config: SparsityConfig) -> None:
         other: Any = there.get(name)
         if other is None or getattr(other, "weight", None) is None:
             raise ValueError(
-                f"layer {name!r} is sparse or quantised, but {type(model).__name__} does not have it when made from its "
-                "config, so that what is saved could not be loaded; merge adapters first, or bring the config up to date"
+                f"layer {name!r} is sparse or quantised, but a {type(model).__name__} of this config has no such "
+                "layer, so that what is saved could not be loaded; merge adapters first, or bring the config up to date"
             )
         expected = layer.matrix_shape if isinstance(layer, QuantizedMatrix) else shape_of(layer)
         shape = tuple(other.weight.shape)
         if (shape[::-1] if layer.stored_in_out else shape) != expected:
             raise ValueError(
-                f"layer {name!r} is {list(expected)}, but its config makes it {list(shape)}, so that what is saved could "
-                "not be loaded; bring the config up to date"
+                f"layer {name!r} is {list(expected)}, but its config makes it {list(shape)}, so that what is saved "
+                "could not be loaded; bring the config up to date"
             )
 
 
