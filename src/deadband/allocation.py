@@ -132,9 +132,9 @@ class Thresholds(Mapping[str, Rule]):
         for what in ("samples", "harm", "expected", "site_range"):
             if getattr(self, what).keys() - self.rules.keys():
                 raise ValueError(f"{what} is of other sites than the rules")
-        for figures in (self.site_sparsity, self.expected, self.harm):
-            if not all(map(_is_number, (self.sparsity, *figures.values()))):
-                raise ValueError("a sparsity or a harm is no number")
+        numbers = (*self.site_sparsity.values(), *self.expected.values(), *self.harm.values())
+        if not all(map(_is_number, (self.sparsity, *numbers))):
+            raise ValueError("a sparsity or a harm is no number")
         check_sparsity(self.sparsity)
         for values in (*self.shapes.values(), *self.site_range.values(), *self.samples.values()):
             if not all(map(_is_number, values)):
