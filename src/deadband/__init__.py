@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deadband.calibration import Calibration, calibrate
     from deadband.compaction import CompactionReport, load_compact_
     from deadband.criterion import Rule
-    from deadband.decoding import DecodeWarning, prepare_decode_, unprepare_decode_
+    from deadband.decoding import DecodeReport, DecodeWarning, decode_report, prepare_decode_, unprepare_decode_
     from deadband.evaluation import (
         Comparison,
         Evaluation,
@@ -54,6 +54,7 @@ _HOME = {
     "Calibration": "calibration",
     "CompactionReport": "compaction",
     "Comparison": "evaluation",
+    "DecodeReport": "decoding",
     "DecodeWarning": "decoding",
     "DriftWarning": "sparsify",
     "Evaluation": "evaluation",
@@ -70,6 +71,7 @@ _HOME = {
     "compare_generation": "evaluation",
     "SparsifierLightningCallback": "lightning_callback",
     "SparsifierTrainerCallback": "trainer_callback",
+    "decode_report": "decoding",
     "dense": "sparsify",
     "densify_": "sparsify",
     "evaluate": "evaluation",

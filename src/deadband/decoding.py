@@ -261,7 +261,7 @@ class Decoder:
                 lambda output: model(prompt[:, :1], use_cache=True, **{argument: copy.deepcopy(cache_of(output))}),
             )
             output = self.kept.output
-            cache = cache_of(output)
+            cache: Any = cache_of(output)
             if type(cache) is not DynamicCache or any(type(layer) not in layer_classes() for layer in cache.layers):
                 kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})
                 raise NotCapturedError(f"its cache is a {type(cache).__name__} of {', '.join(kinds)}, not known here")
