@@ -8,6 +8,7 @@ checkpoint loads as the dense model, unless its weights are quantised: those onl
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -441,3 +442,21 @@ def _unmark_gguf(model: nn.Module) -> None:
         method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
         if getattr(method, "value", method) == "gguf" and not getattr(quantizer, "packed_modules", None):
             quantizer.remove_quantization_config(each)  # type: ignore[union-attr]
+
+
+@functools.cache
+def count_quantised_weights() -> None:
+    """Let `model.num_parameters()` count quantised weights, which are no parameters, as the weights that they are."""
+    from transformers import PreTrainedModel
+
+    parameters_of = PreTrainedModel.num_parameters
+
+    @functools.wraps(parameters_of)
+    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        modules = {module for module in self.modules() if isinstance(module, QuantizedMatrix)}
+        if exclude_embeddings:  # the output layer that an embedding is tied to counts as that
+            modules -= {module.source for module in self.modules() if isinstance(module, QuantizedTable)}
+        quantised = 0 if only_trainable else sum(math.prod(module.matrix_shape) for module in modules)
+        return parameters_of(self, only_trainable, exclude_embeddings) + quantised
+
+    PreTrainedModel.num_parameters = num_parameters  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from deadband import scope
 from deadband.criterion import Rule, keep_mask
 from deadband.hooks import apply_mask
-from deadband.ops import COUNTS, count_, dense_linear, make_offset, sparse_linear
+from deadband.ops import COUNTS, count_, dense_linear, make_offset, sparse_linear, transformed
 from deadband.ops.kernels import advise_huge_pages
 
 DECODE_ROWS = 4
@@ -75,10 +75,11 @@ class SparseSite(nn.Module):
             x = apply_mask(x, buffers["mask"])  # true zeros, which the product skips
         needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         mixed = x.dtype is not weight.dtype  # autocast: torch's own linear knows what to do, or to say
-        if self.training or mixed or (needs_gradient and not torch.compiler.is_exporting()):
+        plain = transformed()
+        if self.training or mixed or plain or (needs_gradient and not torch.compiler.is_exporting()):
             if rows and (self.training or x.shape[:-1].numel() <= rows):
                 keep = keep_mask(x.detach(), threshold, scale, center, self.relative)
-                if counts is not None and not self.training:
+                if counts is not None and not self.training and not plain:
                     count_(counts, x.detach(), keep)
                 x = fill_skipped(x, keep, center, self.gradient)
             return F.linear(x, weight, bias)
@@ -99,6 +100,9 @@ class SparseSite(nn.Module):
         """Compute `offset` again, after the center changed. Writes to the weight are seen without this."""
         stored = tensor_of(self)
         if self.center is None or self.center.is_meta or stored.is_meta:
+            return
+        if stored.is_inference():  # keeps no version: the operator does without an offset, which costs time
+            self.offset = None
             return
         if type(stored) is nn.Parameter:
             stored.__class__ = CentredWeight
@@ -153,12 +157,16 @@ class CentredWeight(nn.Parameter):
     @property
     def data(self) -> Tensor:  # type: ignore[override]
         """As of every tensor, but sharing the version that tells of writes."""
-        return self.detach()
+        return Tensor.detach(self)
 
     @data.setter
     def data(self, value: Tensor) -> None:
         nn.Parameter.data.__set__(self, value)  # type: ignore[attr-defined]
         increment_version(self)
+
+    def detach(self) -> Tensor:
+        """As of every tensor; of this class, as `nn.Parameter(weight)` wants it."""
+        return Tensor.detach(self).as_subclass(CentredWeight)
 
 
 class SparseLinear(SparseSite, nn.Linear):
@@ -190,7 +198,7 @@ class DenseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """y = W · x + bias."""
         needs_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if (needs_gradient and not torch.compiler.is_exporting()) or x.dtype is not self.weight.dtype:
+        if (needs_gradient and not torch.compiler.is_exporting()) or x.dtype is not self.weight.dtype or transformed():
             return F.linear(x, self.weight, self.bias)
         return dense_linear(x, self.weight, self.bias)
 
@@ -202,13 +210,23 @@ SPARSE_CLASSES: dict[type[nn.Module], type[SparseSite]] = {nn.Linear: SparseLine
 class _StraightThrough(torch.autograd.Function):
     """Masked forward; the gradient passes as if nothing had been masked (Bengio et al. 2013, arXiv 1308.3432)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor, center: Tensor | None) -> Tensor:
+    def forward(x: Tensor, keep: Tensor, center: Tensor | None) -> Tensor:
         return _masked(x, keep, center)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return gradients[0], None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].view_as(tangents[0])
 
 
 def fill_skipped(x: Tensor, keep: Tensor, center: Tensor | None, gradient: str) -> Tensor:

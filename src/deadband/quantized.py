@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from deadband.linear import (
     uncounted,
 )
 from deadband.mapped import on_huge_pages
-from deadband.ops import NIBBLES, count_, dequantize, quantized_linear
+from deadband.ops import NIBBLES, count_, dequantize, quantized_linear, transformed
 
 if TYPE_CHECKING:
     from deadband.quantization import QuantizedWeight
@@ -83,7 +84,7 @@ class QuantizedMatrix(nn.Module):
 
         matrix = weight.detach().t() if self.stored_in_out else weight.detach()
         taken = quantize(matrix, WeightFormat.parse(self.weight_format))
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             for name in _BUFFERS:
                 if getattr(taken, name) is not None:
                     getattr(self, name).copy_(getattr(taken, name))
@@ -137,7 +138,7 @@ class QuantizedLinear(QuantizedMatrix, nn.Linear):  # type: ignore[override]  # 
 
     def forward(self, x: Tensor) -> Tensor:
         """y = W · x + bias."""
-        if torch.is_grad_enabled() and x.requires_grad:
+        if (torch.is_grad_enabled() and x.requires_grad) or transformed():
             return F.linear(x, self.matrix(x.dtype), self.bias)
         return quantized_linear(
             x, self.codes, self.scales, self.minimum, self.bias, self.group_size,
@@ -151,17 +152,18 @@ class QuantizedSite(QuantizedMatrix, SparseSite):
     def forward(self, x: Tensor) -> Tensor:
         """y = W · (x where kept, else the center, or 0) + bias; skips in training, else up to `sparse_rows` rows."""
         buffers: Any = self._buffers
-        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
+        bias = self.bias
         threshold, scale, center = buffers["threshold"], buffers["scale"], buffers["center"]
         rows, counts = self.sparse_rows, buffers["counts"]
         if scope.any_open:
             rows, counts = scope.setting_of(self, rows, counts)
         if buffers["mask"] is not None and rows:
             x = apply_mask(x, buffers["mask"])
-        if self.training or (torch.is_grad_enabled() and x.requires_grad):
+        plain = transformed()
+        if self.training or plain or (torch.is_grad_enabled() and x.requires_grad):
             if rows and (self.training or x.shape[:-1].numel() <= rows):
                 keep = keep_mask(x.detach(), threshold, scale, center, self.relative)
-                if counts is not None and not self.training:
+                if counts is not None and not self.training and not plain:
                     count_(counts, x.detach(), keep)
                 x = fill_skipped(x, keep, center, self.gradient)
             return F.linear(x, self.matrix(x.dtype), bias)
@@ -308,6 +310,10 @@ def make_quantized_(module: nn.Module, weight: QuantizedWeight) -> nn.Parameter:
     change_class_(module, QUANTIZED_CLASSES[type(module)])
     if isinstance(module, SparseSite):
         module.refresh_offset_()
+    if "transformers.modeling_utils" in sys.modules:
+        from deadband import hf
+
+        hf.count_quantised_weights()
     return parameter
 
 

@@ -201,6 +201,7 @@ def _is_output(module: nn.Module) -> bool:
     return type(module) is DenseLinear or (isinstance(module, QuantizedMatrix) and not isinstance(module, SparseSite))
 
 
+@torch.inference_mode(False)  # its tensors would be of no use outside
 def sparsify_(
     model: nn.Module,
     thresholds: Mapping[str, float | Rule] | None = None,
@@ -455,6 +456,7 @@ def _expectations(allocated: Thresholds | None, names: Collection[str]) -> dict[
     }
 
 
+@torch.inference_mode(False)
 def densify_(model: nn.Module) -> nn.Module:
     """Turn every sparse layer of `model` back into the dense layer it was, in place and bit for bit.
 

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from deadband.criterion import fill, keep_mask
@@ -53,6 +54,16 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
+
+def transformed() -> bool:
+    """Under vmap, grad, jvp and other transforms of torch.func, or inside of a level of forward-mode derivatives.
+
+    The operators have no rules for these: layers take torch's own there, and count nothing.
+    """
+    return forward_ad._current_level >= 0 or _functorch_level() is not None
+
+
+_functorch_level = torch._C._functorch.maybe_current_level
 
 COUNTS = 3
 """What is counted: entries skipped, seen and not finite."""
@@ -110,7 +121,7 @@ def dequantize(codes: Tensor, scales: Tensor, minimum: Tensor | None, group_size
 
 def make_offset(weight: Tensor, center: Tensor, offset: Tensor | None = None) -> Tensor:
     """The product of weight [out, in] and center, in place of an earlier one, with a note of what it was made of."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         made = weight.float() @ center
         if offset is None or offset.shape != made.shape or offset.device != made.device:
             offset = made
