@@ -101,7 +101,7 @@ class SparseSite(nn.Module):
         stored = tensor_of(self)
         if self.center is None or self.center.is_meta or stored.is_meta:
             return
-        if stored.is_inference():  # keeps no version: the operator does without an offset, which costs time
+        if not _keeps_version(stored):  # the operator does without an offset, which costs time
             self.offset = None
             return
         if type(stored) is nn.Parameter:
@@ -276,6 +276,14 @@ def make_sparse_(
 def tensor_of(module: nn.Module) -> Tensor:
     """What a layer stores its weight in: the parameter, or the codes of a quantised one."""
     return cast(Tensor, module.codes if "codes" in module._buffers else module.weight)
+
+
+def _keeps_version(tensor: Tensor) -> bool:
+    """Whether writes show in its version: not those to what was made under inference mode, whatever `data` is now."""
+    try:
+        return tensor._version >= 0
+    except RuntimeError:
+        return False
 
 
 BUFFERS = ("threshold", "scale", "center", "offset", "mask", "counts")
