@@ -34,13 +34,13 @@ class ComputedWeight(Tensor):
     root: ComputedWeight  # the whole that this is a view of, or itself
     place: Callable[[Tensor], Any] | None  # finds this view in the whole
     row: int | None  # set where the source can compute this part alone
-    values: Tensor | None  # once computed
+    known: Tensor | None  # the values, once computed
     _is_hf_initialized = True  # transformers gives random values to what a checkpoint lacks
 
     @staticmethod
     def __new__(cls, source: Source, like: Tensor, device: torch.device, *view: Any) -> ComputedWeight:
         """`like` has the shape, the strides and the dtype."""
-        return Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device)  # type: ignore[attr-defined]
+        return Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device)
 
     def __init__(
         self,
@@ -51,16 +51,16 @@ class ComputedWeight(Tensor):
         place: Callable[[Tensor], Any] | None = None,
         row: int | None = None,
     ) -> None:
-        self.source, self.place, self.row, self.values = source, place, row, None
+        self.source, self.place, self.row, self.known = source, place, row, None
         self.root = self if root is None else root
 
     def computed(self) -> Tensor:
         """The values, as a plain tensor."""
-        if self.values is None:
-            if self.row is not None and self.root.values is None:
+        if self.known is None:
+            if self.row is not None and self.root.known is None:
                 return self.source.compute_row(self.row)
-            self.values = self.source.compute() if self.place is None else self.place(self.root.computed())
-        return self.values
+            self.known = self.source.compute() if self.place is None else self.place(self.root.computed())
+        return self.known
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,7 +76,7 @@ class ComputedWeight(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """An operator, on the values."""
         kwargs = kwargs or {}
         written = [each for each in _written(func, args, kwargs) if isinstance(each, ComputedWeight)]
@@ -124,7 +124,7 @@ class ComputedWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.computed().__reduce_ex__(protocol)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         return repr(self.computed())
 
 

@@ -62,7 +62,7 @@ class SparseConv1D(SparseSite, Conv1D):
         return f"nf={self.nf}, nx={self.nx}, {super().extra_repr().lstrip(', ')}"
 
 
-class QuantizedConv1D(QuantizedLinear, Conv1D):  # type: ignore[misc, override]
+class QuantizedConv1D(QuantizedLinear, Conv1D):  # type: ignore[misc]
     """A Conv1D with a quantised weight."""
 
     stored_in_out = True

@@ -155,7 +155,7 @@ class CentredWeight(nn.Parameter):
     """
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """As of every tensor, but sharing the version that tells of writes."""
         return Tensor.detach(self)
 
@@ -319,7 +319,7 @@ def make_dense_(module: SparseSite) -> nn.Module:
     change_class_(module, module.dense_class)
     if "weight" in module._parameters:
         if type(module.weight) is CentredWeight:
-            module.weight.__class__ = nn.Parameter
+            cast(Any, module.weight).__class__ = nn.Parameter
         module.weight.data = module.weight.data.contiguous()
     return module
 

@@ -133,7 +133,7 @@ class QuantizedMatrix(nn.Module):
         return f"{super().extra_repr()}, weights={self.weight_format}"
 
 
-class QuantizedLinear(QuantizedMatrix, nn.Linear):  # type: ignore[override]  # the weight is a property
+class QuantizedLinear(QuantizedMatrix, nn.Linear):
     """`nn.Linear` with a weight of 8 or 4 bits; skips nothing. `sparsify_(weights=...)` makes the output layer one."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class QuantizedSite(QuantizedMatrix, SparseSite):
         )  # fmt: skip
 
 
-class QuantizedSparseLinear(QuantizedSite, nn.Linear):  # type: ignore[override]
+class QuantizedSparseLinear(QuantizedSite, nn.Linear):
     """`SparseLinear` with a weight of 8 or 4 bits; made by `deadband.sparsify_(..., weights=...)`.
 
     Its state dict has `codes`, `scales` and perhaps `minimum` in the place of `weight`.
@@ -194,7 +194,7 @@ class QuantizedTable(nn.Embedding):
     table_dtype: torch.dtype
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The table, which is the output layer's weight: dequantised when its values are read."""
         if torch.compiler.is_compiling():
             return self.compute()
