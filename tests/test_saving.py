@@ -164,6 +164,9 @@ def test_a_resized_vocabulary(name, weights, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(saved(model, tmp_path))
     assert loaded.get_output_embeddings().out_features == loaded.config.vocab_size == VOCABULARY + 9
     assert_close(model, loaded)
+    for each in (model, loaded):
+        tied = each.get_output_embeddings().weight is each.get_input_embeddings().weight
+        assert tied == each.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

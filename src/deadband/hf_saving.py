@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from transformers import modeling_utils
 
-from deadband.hf import BUFFERS, DeadbandConfig, DeadbandQuantizer, is_ours
+from deadband.hf import BUFFERS, DeadbandConfig, DeadbandQuantizer, is_ours, refresh_ties
 from deadband.linear import SparseSite
-from deadband.quantized import QuantizedMatrix, QuantizedTable
+from deadband.quantized import QuantizedMatrix, QuantizedTable, unmake_quantized_, untie_table_
 from deadband.sites import shape_of
 from deadband.sparsify import SparsityConfig, config_of
 
@@ -219,6 +219,19 @@ def _tied_weights(original: Callable[..., dict[str, str]], model: Any, *args: An
     return {target: source for target, source in pairs.items() if target not in computed and source not in computed}
 
 
+def _resize_token_embeddings(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """New rows have no codes: a quantised output layer and the embedding tied to it get a weight again."""
+    for table in [module for module in model.modules() if isinstance(module, QuantizedTable)]:
+        if not (args or kwargs):
+            break  # it only asks for the embedding
+        if isinstance(table.source, QuantizedMatrix):
+            unmake_quantized_(table.source)
+        untie_table_(table, table.source.weight)
+    resized = original(model, *args, **kwargs)
+    refresh_ties(model)
+    return resized
+
+
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     original = getattr(owner, name)
 
@@ -231,5 +244,6 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 _wrap(modeling_utils.PreTrainedModel, "save_pretrained", _save_pretrained)
 _wrap(modeling_utils.PreTrainedModel, "get_expanded_tied_weights_keys", _tied_weights)
+_wrap(modeling_utils.PreTrainedModel, "resize_token_embeddings", _resize_token_embeddings)
 _wrap(modeling_utils, "revert_weight_conversion", _revert_weight_conversion)
 _wrap(modeling_utils, "_get_resolved_checkpoint_files", _find_files)
