@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -449,21 +450,41 @@ def test_another_quantizer(tmp_path):
         model.save_pretrained(tmp_path)
 
 
-def test_a_model_from_an_unpacked_gguf_file_loses_the_mark(tmp_path):
-    model = tiny_model("mistral")
-    model.config.quantization_config = transformers.GgufConfig()
-    removed = []
-    quantizer = types.SimpleNamespace(quantization_config=model.config.quantization_config)
+def write_gguf(path):
+    gguf = pytest.importorskip("gguf")
+    writer, random = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(96)
+    shapes = {"token_embd": (96, 64), "output": (96, 64), "output_norm": (64,)}
+    block = {"attn_norm": (64,), "ffn_norm": (64,), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
+    block |= {f"attn_{name}": (64, 64) for name in ("q", "k", "v", "output")}
+    for name, shape in {**shapes, **{f"blk.0.{name}": shape for name, shape in block.items()}}.items():
+        values = random.standard_normal(shape).astype(np.float32) * 0.15
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", values)
+        else:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
-    def remove(of):
-        removed.append(of)
-        del of.hf_quantizer, of.config.quantization_config
 
-    quantizer.remove_quantization_config = remove
-    model.hf_quantizer = quantizer
-    sparsify_(model, every_site(model))
-    assert removed == [model]
-    assert_same(model, AutoModelForCausalLM.from_pretrained(saved(model, tmp_path)))
+def test_a_model_from_a_gguf_file_is_not_quantised(tmp_path):
+    """transformers unpacks every weight, and marks the model all the same."""
+    write_gguf(tmp_path / "model.gguf")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    sparsify_(model, every_site(model, 0.1))
+    assert_same(model, AutoModelForCausalLM.from_pretrained(saved(model, tmp_path / "out")))
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to=[])
+    transformers.Trainer(model=model.float(), args=arguments)
 
 
 def test_tensor_parallelism_is_refused(tmp_path):
@@ -472,6 +493,42 @@ def test_tensor_parallelism_is_refused(tmp_path):
     config.distributed_config = transformers.DistributedConfig(tp_size=2)
     with pytest.raises(ValueError, match="tensor parallelism"):
         AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+
+
+def test_a_sharded_model_is_refused():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = tiny_model("llama")
+        thresholds = every_site(model)
+        weight = model.model.layers[0].mlp.up_proj.weight.detach()
+        mesh = init_device_mesh("cpu", (2,))
+        model.model.layers[0].mlp.up_proj.weight = nn.Parameter(distribute_tensor(weight, mesh, [Replicate()]))
+        with pytest.raises(ValueError, match="up_proj.weight' is a DTensor.*tensor parallelism"):
+            sparsify_(model, thresholds)
+        assert not sparse_sites(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_adapters(weights, tmp_path):
+    """Merged ones are saved; beside them, layers have names that transformers would not find again."""
+    peft = pytest.importorskip("peft")
+    model = made("llama", weights)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    adapted.save_pretrained(tmp_path / "adapters")
+    again = peft.PeftModel.from_pretrained(made("llama", weights), tmp_path / "adapters").eval()
+    assert_close(adapted, again)
+    with pytest.raises(ValueError, match="base_layer.*merge adapters first"):
+        adapted.get_base_model().save_pretrained(tmp_path / "base")
+    if weights is None:
+        merged = adapted.merge_and_unload()
+        assert_same(merged, AutoModelForCausalLM.from_pretrained(saved(merged, tmp_path / "merged")))
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])

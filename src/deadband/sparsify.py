@@ -268,6 +268,12 @@ def sparsify_(
         raise ValueError(
             "pass either thresholds (from Calibration.allocate, or a mapping by site), or masks=, or exact=True"
         )
+    sharded = next((name for name, each in model.named_parameters() if hasattr(each, "device_mesh")), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded!r} is a DTensor: a model under tensor parallelism or FSDP cannot be made sparse; "
+            "load it whole on each device, without distributed_config or tp_plan"
+        )
     if not exact and thresholds is None:
         thresholds = {}
     if thresholds is None:
