@@ -13,9 +13,9 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest tools/codeindex
 
-# What depends on transformers, with the oldest version that pyproject.toml allows.
+# What depends on transformers, with the oldest version that pyproject.toml allows; the newest meets the slow tests too.
 test-oldest: .venv-oldest/ready
-	.venv-oldest/bin/python -m pytest $(patsubst %,tests/test_%.py,$(ON_TRANSFORMERS))
+	.venv-oldest/bin/python -m pytest $(patsubst %,tests/test_%.py,$(ON_TRANSFORMERS)) -m "not slow"
 ON_TRANSFORMERS := bench calibration callbacks decoding evaluation gguf_weights hf quantized running sites sweep
 
 # The tests of the operators on kernels that stop at whatever AddressSanitizer and UBSan find. Sanitizers of g++; torch
