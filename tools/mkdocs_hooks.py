@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from codeindex.markdown import folder_page, page_of
+from codeindex.markdown import Pages
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -42,9 +42,9 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         elif path.startswith("docs/"):
             path = path.removeprefix("docs/")
         elif (ROOT / path).is_dir():
-            path = f"{CODE}/{folder_page(path)}"
+            path = f"{CODE}/{Pages([f'{path}/file']).folder(path)}"
         else:
-            path = f"{CODE}/{page_of(path)}"
+            path = f"{CODE}/{Pages([path]).of(path)}"
         relative = quote(posixpath.relpath(path, posixpath.dirname(own) or "."))
         return f"{relative}#{fragment}" if fragment else relative
 

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deadband.breakeven import tune_
 from deadband.decode_cache import BLOCK, Store, attach, layer_classes
-from deadband.decode_check import check_step, compare
+from deadband.decode_check import Template, check_step, compare
 from deadband.decode_graph import PASSES, GraphPass, NotCapturedError, capture, compile_graph
 from deadband.decode_state import KeptState, changed, hooked, state_of
 from deadband.running import cache_argument, cache_of, evaluating
@@ -261,7 +261,7 @@ class Decoder:
                 lambda output: model(prompt[:, :1], use_cache=True, **{argument: copy.deepcopy(cache_of(output))}),
             )
             output = self.kept.output
-            cache: Any = cache_of(output)
+            cache = cache_of(output)
             if type(cache) is not DynamicCache or any(type(layer) not in layer_classes() for layer in cache.layers):
                 kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})
                 raise NotCapturedError(f"its cache is a {type(cache).__name__} of {', '.join(kinds)}, not known here")
@@ -269,9 +269,10 @@ class Decoder:
                 raise NotCapturedError(f"it keeps state outside of its cache, in {self.kept.advanced[0]}")
             self.output_class = type(output)
             self.output_field = next(name for name, value in output.items() if value is cache)
-            self.layers = [type(layer) for layer in cache.layers]
-            self.states = [_state_of(layer) for layer in cache.layers]
-            template = [(layer.keys, layer.values) for layer in cache.layers]
+            layers: list[Any] = cache.layers
+            self.layers = [type(layer) for layer in layers]
+            self.states = [_state_of(layer) for layer in layers]
+            template: Template = [(layer.keys, layer.values) for layer in layers]
             check_step(model, template)
             program = capture(model, attach(copy.deepcopy(cache)))
             tensors = {f"model.{name}": each for name, each in _tensors(model).items()}

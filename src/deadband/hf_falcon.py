@@ -14,11 +14,11 @@ class SparseFalconLinear(SparseSite, FalconLinear):
     dense_class = FalconLinear
 
 
-class QuantizedFalconLinear(QuantizedLinear, FalconLinear):  # type: ignore[override]
+class QuantizedFalconLinear(QuantizedLinear, FalconLinear):
     """A FalconLinear with a quantised weight."""
 
 
-class QuantizedSparseFalconLinear(QuantizedSite, SparseFalconLinear):  # type: ignore[override]
+class QuantizedSparseFalconLinear(QuantizedSite, SparseFalconLinear):
     """A sparse FalconLinear with a quantised weight."""
 
     dense_class = QuantizedFalconLinear

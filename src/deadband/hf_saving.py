@@ -21,7 +21,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -226,7 +226,7 @@ def _resize_token_embeddings(original: Callable[..., Any], model: Any, *args: An
             break  # it only asks for the embedding
         if isinstance(table.source, QuantizedMatrix):
             unmake_quantized_(table.source)
-        untie_table_(table, table.source.weight)
+        untie_table_(table, cast(nn.Parameter, table.source.weight))
     resized = original(model, *args, **kwargs)
     refresh_ties(model)
     return resized
