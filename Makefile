@@ -19,11 +19,13 @@ test-oldest: .venv-oldest/ready
 ON_TRANSFORMERS := bench calibration callbacks decoding evaluation gguf_weights hf quantized running sites sweep
 
 # The tests of the operators on kernels that stop at whatever AddressSanitizer and UBSan find. Sanitizers of g++; torch
-# throws exceptions, which ASan sees only if the C++ library is there before it.
+# throws exceptions, which ASan sees only if the C++ library is there before it. Whole models, which inductor compiles
+# for minutes, call the same kernels.
 sanitize: .venv/ready build/sanitize/libdeadband_kernels.so
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" PYTHONMALLOC=malloc \
 	ASAN_OPTIONS=detect_leaks=0 DEADBAND_KERNELS="$(CURDIR)/build/sanitize/libdeadband_kernels.so" \
-	$(BIN)/python -m pytest $(patsubst %,tests/test_%.py,ops quantized_ops attention fusion) -m "not slow"
+	$(BIN)/python -m pytest $(patsubst %,tests/test_%.py,ops quantized_ops attention fusion) \
+		-m "not slow" -k "not same_logits_and_counts"
 
 build/sanitize/libdeadband_kernels.so: CMakeLists.txt $(wildcard csrc/*)
 	cmake -S . -B build/sanitize -DCMAKE_CXX_COMPILER=g++ -DDEADBAND_SANITIZE=ON
