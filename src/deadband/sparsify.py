@@ -500,7 +500,7 @@ def _dequantise_(model: nn.Module) -> None:
         warnings.warn(
             f"densify_ dequantised {_layers(len(quantised))}: their weights stay rounded, not those from before "
             "sparsify_(weights=...)",
-            stacklevel=3,
+            stacklevel=4,  # densify_ is decorated
         )
 
 
