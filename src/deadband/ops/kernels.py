@@ -80,6 +80,8 @@ def _load() -> ctypes.CDLL | None:
             choices = kernels.deadband_isa_list().decode()
             warnings.warn(f"DEADBAND_ISA={forced} is not available here, only {choices}; it is ignored", stacklevel=2)
     except (OSError, AttributeError) as error:
+        if os.environ.get("DEADBAND_KERNELS") == str(path):
+            raise  # it was asked for, and tests under sanitizers must not run without it
         warnings.warn(f"deadband's kernels could not be loaded ({error}); running on torch alone", stacklevel=2)
         return None
     return kernels
