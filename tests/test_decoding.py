@@ -208,6 +208,28 @@ def test_dense_and_sparse_prefill_blocks_are_heeded(sparse):
 
 
 @compiled
+def test_centred_layers_follow_their_weights():
+    model = tiny_model("llama")
+    rules = {name: deadband.Rule(0.3, center=0.3 * torch.ones(m.in_features)) for name, m in find_sites(model).items()}
+    prepared = prepare_decode_(copy.deepcopy(deadband.sparsify_(model, rules)))
+    for each in (model, prepared):
+        for site in sparse_sites(each).values():
+            site.weight.data.mul_(1.5)
+    tokens = decode(model)
+    torch.testing.assert_close(
+        logits_along(prepared, tokens, 20), logits_along(model, tokens, 20), rtol=1e-3, atol=1e-3
+    )
+    assert decode_report(prepared).graph == 70
+
+
+def test_not_inside_of_a_block():
+    model = sparse_model("llama")
+    with deadband.dense(model), pytest.raises(ValueError, match="outside"):
+        prepare_decode_(model)
+    assert not is_prepared(model)
+
+
+@compiled
 def test_leaves_the_model_usable(tmp_path):
     model = sparse_model("llama")
     expected = decode(model)

@@ -92,7 +92,7 @@ def prepare_decode_(model: Any, *, tune: bool = False, passes: Sequence[GraphPas
         The model, for chaining.
 
     Raises:
-        ValueError: not a causal language model of transformers.
+        ValueError: not a causal language model of transformers, or inside of a block of `dense` or `sparse_prefill`.
 
     Example:
         >>> prepare_decode_(nn.Linear(2, 2))
@@ -100,6 +100,8 @@ def prepare_decode_(model: Any, *, tune: bool = False, passes: Sequence[GraphPas
         ValueError: Linear is not a causal language model of transformers: it has no generate
     """
     inner = _causal_model(model)
+    if in_scope(sparse_sites(inner).values()):
+        raise ValueError("prepare_decode_ inside of deadband.dense or sparse_prefill: prepare the model outside of it")
     if tune:
         tune_(inner)
     existing = inner.__dict__.get("_deadband_decoder")
@@ -410,7 +412,10 @@ class Decoder:
                 reason = f"{name} is not what it was when the graph was captured, after a prompt of text"
         if reason is not None:
             self.refused = weakref.ref(cache), RemovableHandle.next_id, reason
-        return reason
+            return reason
+        for site in self.sites:
+            site.renew_offset_()  # the graph has its address, and would not see that the weight was written to
+        return None
 
     def _why_not_this_cache(self, cache: Any) -> str | None:
         from transformers import DynamicCache

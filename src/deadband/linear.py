@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from deadband import scope
 from deadband.criterion import Rule, keep_mask
 from deadband.hooks import apply_mask
-from deadband.ops import COUNTS, count_, dense_linear, make_offset, sparse_linear, transformed
+from deadband.ops import COUNTS, count_, current_offset, dense_linear, make_offset, sparse_linear, transformed
 from deadband.ops.kernels import advise_huge_pages
 
 DECODE_ROWS = 4
@@ -107,6 +107,12 @@ class SparseSite(nn.Module):
         if type(stored) is nn.Parameter:
             stored.__class__ = CentredWeight
         self.offset = make_offset(self.dense_matrix(), self.center, self.offset)
+
+    def renew_offset_(self) -> None:
+        """Compute `offset` again, in its place, if the weight was written to since."""
+        weight, offset = self._parameters.get("weight"), self.offset
+        if weight is not None and offset is not None and self.center is not None:
+            current_offset(self.matrix_view(weight.detach()), self.center, offset)
 
     def settings(self) -> dict[str, Any]:
         """Everything that `make_sparse_` sets, for `restore`."""
