@@ -176,8 +176,9 @@ def test_gradients_with_centers(form, gradient):
     x = away_from_ties(rule, torch.randn(6, 8)).double().requires_grad_()
     keep, weight, bias = rule.keep(x.detach()), layer.weight, layer.bias
     if gradient == "exact":  # what the layer computes is what is differentiated; no entry is near its limit
+        inputs = (x, *(each.detach().as_subclass(torch.Tensor).clone().requires_grad_() for each in (weight, bias)))
         assert torch.autograd.gradcheck(lambda x, w, b: torch.func.functional_call(layer, {"weight": w, "bias": b}, x),
-                                        (x, weight, bias))  # fmt: skip
+                                        inputs)  # fmt: skip
     upstream = torch.randn(6, 5, dtype=torch.float64)
     found = torch.autograd.grad(layer(x), [x, weight, bias], upstream)
     through = upstream @ weight.detach()
@@ -297,8 +298,10 @@ def test_the_offset_follows_dtypes_training_and_copies():
     model(torch.randn(6, 16)).square().sum().backward()
     optimizer.step()
     model.eval()
-    assert torch.equal(layer.offset, fresh(layer))
     x = torch.randn(2, 16)
+    with torch.no_grad():
+        model(x)
+    assert torch.equal(layer.offset, fresh(layer))
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
