@@ -18,7 +18,8 @@ test: .venv/ready
 # What depends on transformers, with the oldest version that pyproject.toml allows; the newest meets the slow tests too.
 test-oldest: .venv-oldest/ready
 	$(WORKERS) .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,$(ON_TRANSFORMERS)) -m "not slow"
-ON_TRANSFORMERS := bench calibration callbacks decoding evaluation gguf_weights hf quantized running sites sweep
+ON_TRANSFORMERS := batches bench calibration callbacks computed_weights decoding evaluation gguf_weights hf quantized \
+	running saving scope sites sweep
 
 # The tests of the operators on kernels that stop at whatever AddressSanitizer and UBSan find. Sanitizers of g++; torch
 # throws exceptions, which ASan sees only if the C++ library is there before it. Whole models, which inductor compiles

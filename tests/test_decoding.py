@@ -568,7 +568,7 @@ def test_what_bfloat16_would_hide_is_found(monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("BloomConfig", "attention has code of its own"), ("GptOssConfig", "'s_aux'"), ("MambaConfig", "cache is a")],
+    [("BloomConfig", "its code|its attention"), ("GptOssConfig", "'s_aux'"), ("MambaConfig", "cache is a")],
 )
 def test_other_attention_is_refused_with_the_reason(kind, reason):
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "n_head": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -584,7 +584,7 @@ def test_other_attention_is_refused_with_the_reason(kind, reason):
         prepare_decode_(model)
     report = decode_report(model)
     assert report.graph == 0
-    assert reason in report.problem
+    assert re.search(reason, report.problem)
 
 
 @compiled
