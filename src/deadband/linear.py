@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
+from torch.nn.utils import parameters_to_vector, parametrize, prune
 
 from deadband import scope
 from deadband.criterion import Rule, keep_mask
@@ -102,11 +102,26 @@ class SparseSite(nn.Module):
         if self.center is None or self.center.is_meta or stored.is_meta:
             return
         if not _keeps_version(stored):  # the operator does without an offset, which costs time
-            self.offset = None
+            self._keep("offset", None)
             return
-        if type(stored) is nn.Parameter:
+        if type(stored) in (nn.Parameter, LaidOutWeight):
             stored.__class__ = CentredWeight
-        self.offset = make_offset(self.dense_matrix(), self.center, self.offset)
+        self._keep("offset", make_offset(self.dense_matrix(), self.center, self.offset))
+
+    def _keep(self, name: str, value: Tensor | None) -> None:
+        """Set a buffer that is not saved. One that is None does not count as such: accelerate looks at its device."""
+        self.register_buffer(name, value, persistent=value is None)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module; lays out a new weight, and what it is computed from as usual.
+
+        torch.nn.utils registers that (`weight_orig`, `weight_v`) and flattens it.
+        """
+        super().register_parameter(name, param)
+        if name == "weight":
+            lay_out_(self)
+        elif param is not None and not param.is_contiguous():
+            param.data = param.data.contiguous()
 
     def renew_offset_(self) -> None:
         """Compute `offset` again, in its place, if the weight was written to since."""
@@ -121,7 +136,10 @@ class SparseSite(nn.Module):
     def restore(self, settings: dict[str, Any]) -> None:
         """Undo a `make_sparse_` on a layer that was sparse before."""
         for name, value in settings.items():
-            setattr(self, name, value)
+            if name in _NOT_SAVED:
+                self._keep(name, value)
+            else:
+                setattr(self, name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseSite:
         exact = {name: getattr(self, name) for name in ("threshold", "scale", "center", "offset")}
@@ -154,10 +172,45 @@ class SparseSite(nn.Module):
         return f"{super().extra_repr()}, threshold={threshold}{form}{masked}"
 
 
-class CentredWeight(nn.Parameter):
+class LaidOutWeight(nn.Parameter):
+    """The weight of a sparse layer, whose strides are not the usual ones. Where torch wants those, it gets them.
+
+    A parameter becomes one by changing class, as its layer does.
+    """
+
+    def view(self, *shape: Any) -> Tensor:
+        """As of every tensor; `parameters_to_vector`, which only reads it, gets the entries in their order.
+
+        Raises:
+            RuntimeError: the strides allow no such view; what else to call.
+        """
+        try:
+            return super().view(*shape)
+        except RuntimeError as error:
+            if _called_from(parameters_to_vector.__module__):
+                if _called_from(prune.__name__, above=1):  # its masks have to have the usual strides, too
+                    self.data = self.data.contiguous()
+                return self.reshape(*shape)
+            raise RuntimeError(
+                f"{error} The weights of a sparse layer are stored by input: read them with reshape() or flatten(), "
+                "which copy, or store them as usual with deadband.densify_"
+            ) from None
+
+    def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
+        """As of every tensor; what FSDP is about to shard becomes so."""
+        if not torch.compiler.is_compiling() and _called_from("torch.distributed.fsdp"):
+            self.data = self.data.contiguous()
+        return super().is_contiguous(*args, **kwargs)
+
+    def detach(self) -> Tensor:
+        """As of every tensor; of this class, as `nn.Parameter(weight)` wants it."""
+        return Tensor.detach(self).as_subclass(type(self))
+
+
+class CentredWeight(LaidOutWeight):
     """The weight of a layer that keeps its product with a center: writes through `data` count as writes, too.
 
-    A parameter's own `data` hides them from its version. A parameter becomes one by changing class, as its layer does.
+    A parameter's own `data` hides them from its version.
     """
 
     @property
@@ -170,9 +223,11 @@ class CentredWeight(nn.Parameter):
         nn.Parameter.data.__set__(self, value)  # type: ignore[attr-defined]
         increment_version(self)
 
-    def detach(self) -> Tensor:
-        """As of every tensor; of this class, as `nn.Parameter(weight)` wants it."""
-        return Tensor.detach(self).as_subclass(CentredWeight)
+
+def _called_from(module: str, above: int = 0) -> bool:
+    """Whether the code that called the caller of this (or the code so many calls above) is of a module or package."""
+    name = sys._getframe(2 + above).f_globals.get("__name__", "")
+    return f"{name}.".startswith(f"{module}.")
 
 
 class SparseLinear(SparseSite, nn.Linear):
@@ -267,9 +322,9 @@ def make_sparse_(
     module.register_buffer("threshold", limit)
     module.register_buffer("scale", rule.scale)
     module.register_buffer("center", center)
-    module.register_buffer("offset", None, persistent=False)
+    module._keep("offset", None)
     module.register_buffer("mask", mask)
-    module.register_buffer("counts", counts, persistent=False)
+    module._keep("counts", counts)
     module.sparse_rows = DECODE_ROWS
     module.gradient = gradient
     module.relative = rule.relative
@@ -294,6 +349,7 @@ def _keeps_version(tensor: Tensor) -> bool:
 
 BUFFERS = ("threshold", "scale", "center", "offset", "mask", "counts")
 """What `make_sparse_` adds to a layer."""
+_NOT_SAVED = ("offset", "counts")
 _ATTRIBUTES = ("relative", "sparse_rows", "gradient", "expected", "site_range")
 
 
@@ -324,7 +380,7 @@ def make_dense_(module: SparseSite) -> nn.Module:
         module.__dict__.pop(name, None)
     change_class_(module, module.dense_class)
     if "weight" in module._parameters:
-        if type(module.weight) is CentredWeight:
+        if isinstance(module.weight, LaidOutWeight):
             cast(Any, module.weight).__class__ = nn.Parameter
         module.weight.data = module.weight.data.contiguous()
     return module
@@ -354,13 +410,18 @@ def lay_out_(module: SparseSite) -> None:
     """
     if "weight" not in module._parameters:
         return  # quantised: codes always lie so
-    matrix = module.matrix_view(module.weight.data)
+    weight = module._parameters["weight"]
+    if weight is None:
+        return
+    if type(weight) is nn.Parameter and not module.stored_in_out:
+        cast(Any, weight).__class__ = LaidOutWeight
+    matrix = module.matrix_view(weight.data)
     if matrix.is_meta or matrix.t().is_contiguous():
         return
     stored = torch.empty_strided(matrix.shape, (1, matrix.shape[0]), dtype=matrix.dtype, device=matrix.device)
     advise_huge_pages(stored)
     stored.copy_(matrix)
-    module.weight.data = module.matrix_view(stored)
+    weight.data = module.matrix_view(stored)
 
 
 def change_class_(module: nn.Module, new: type[nn.Module]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,18 @@ if TYPE_CHECKING:
 _BUFFERS = ("codes", "scales", "minimum")
 
 
+_TIED = (
+    "the output layer's quantised weight is the embedding's, too, and cannot be parametrised or pruned; dequantise it "
+    "with deadband.densify_ first"
+)
+_TAKES_APART = frozenset(f"torch.nn.utils.{name}" for name in ("parametrize", "prune", "weight_norm", "spectral_norm"))
+
+
+def _to_take_apart() -> bool:
+    """Whether a property of ours is read by torch's code that computes a weight from other parameters."""
+    return sys._getframe(2).f_globals.get("__name__") in _TAKES_APART
+
+
 class QuantizedMatrix(nn.Module):
     """What layers with a quantised weight share: `codes`, `scales` and `minimum` in the place of the parameter.
 
@@ -54,6 +66,9 @@ class QuantizedMatrix(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self.compute()
+        if _to_take_apart():
+            self._dequantise_for_torch()
+            return self.weight
         out_features, in_features = self.matrix_shape
         like = torch.empty(out_features, in_features, dtype=self.weight_dtype, device="meta")
         return ComputedWeight(self, like.t() if self.stored_in_out else like, self.codes.device)
@@ -68,6 +83,28 @@ class QuantizedMatrix(nn.Module):
             super().register_parameter(name, param)
         elif param is not None:
             self.weight.data = param
+
+    @property  # type: ignore[misc]
+    def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]
+        if not torch.compiler.is_compiling() and _to_take_apart():
+            self._dequantise_for_torch()
+        return cast(dict[str, nn.Parameter | None], self.__dict__["_parameters"])
+
+    @_parameters.setter
+    def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:
+        self.__dict__["_parameters"] = value
+
+    def _dequantise_for_torch(self) -> None:
+        """Give the layer a parameter, which torch.nn.utils can compute a weight from."""
+        if self.__dict__.get("tied"):
+            raise NotImplementedError(_TIED)
+        unmake_quantized_(self)
+        warnings.warn(
+            "a layer that is quantised was parametrised or pruned, and keeps its dequantised weight from here on; to "
+            "keep it quantised, do that before sparsify_(weights=...), and make it permanent (prune.remove, "
+            "parametrize.remove_parametrizations)",
+            stacklevel=4,
+        )
 
     def compute(self) -> Tensor:
         """The weight, dequantised."""
@@ -198,6 +235,8 @@ class QuantizedTable(nn.Embedding):
         """The table, which is the output layer's weight: dequantised when its values are read."""
         if torch.compiler.is_compiling():
             return self.compute()
+        if _to_take_apart():
+            raise NotImplementedError(_TIED)
         like = torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.table_dtype, device="meta")
         return ComputedWeight(self, like, self.source.codes.device)
 
@@ -211,6 +250,16 @@ class QuantizedTable(nn.Embedding):
             super().register_parameter(name, param)
         elif param is not None:
             self.weight.data = param
+
+    @property  # type: ignore[misc]
+    def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]
+        if not torch.compiler.is_compiling() and _to_take_apart():
+            raise NotImplementedError(_TIED)
+        return cast(dict[str, nn.Parameter | None], self.__dict__["_parameters"])
+
+    @_parameters.setter
+    def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:
+        self.__dict__["_parameters"] = value
 
     def compute(self) -> Tensor:
         """The whole table."""
@@ -227,6 +276,11 @@ class QuantizedTable(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """[...] -> [..., embedding_dim]."""
         source, flat = self.source, input.reshape(-1)
+        if source.codes.is_meta and not input.is_meta:
+            raise NotImplementedError(
+                "the embedding reads its rows from the quantised output layer, whose codes were offloaded: offload the "
+                "model without offload_buffers=True, or untie them (sparsify_(..., output_layer=False))"
+            )
         if source.codes.dtype == torch.int8:
             codes = source.codes.index_select(1, flat).float()
         else:
@@ -278,6 +332,7 @@ def tie_table_(embedding: nn.Embedding, source: QuantizedMatrix) -> None:
     parameter = embedding._parameters.pop("weight")
     assert parameter is not None
     embedding.__dict__["source"] = source
+    source.__dict__["tied"] = True
     embedding.__dict__["table_dtype"] = parameter.dtype
     change_class_(embedding, _table_class(type(embedding)))
 
@@ -285,6 +340,7 @@ def tie_table_(embedding: nn.Embedding, source: QuantizedMatrix) -> None:
 def untie_table_(table: QuantizedTable, parameter: nn.Parameter) -> None:
     """Give a `QuantizedTable` a weight of its own again."""
     change_class_(table, _other_class(table))
+    table.source.__dict__.pop("tied", None)
     del table.__dict__["source"], table.__dict__["table_dtype"]
     table.register_parameter("weight", parameter)
 

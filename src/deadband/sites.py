@@ -12,7 +12,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from deadband.linear import SPARSE_CLASSES, CentredWeight, SparseSite, tensor_of
+from deadband.linear import SPARSE_CLASSES, CentredWeight, LaidOutWeight, SparseSite, tensor_of
 from deadband.quantized import QuantizedMatrix
 
 Patterns: TypeAlias = str | re.Pattern | Iterable[str | re.Pattern]
@@ -61,7 +61,7 @@ def is_site(module: nn.Module) -> bool:
     """Whether `module` is of a class that can be made sparse. Subclasses are not: they may compute something else."""
     known = type(module) in SPARSE_CLASSES or isinstance(module, SparseSite)
     # pruning, old-style weight_norm and quantised tensors put something else in the parameter's place
-    plain = (nn.Parameter, CentredWeight)
+    plain = (nn.Parameter, LaidOutWeight, CentredWeight)
     return known and (isinstance(module, QuantizedMatrix) or type(module._parameters.get("weight")) in plain)
 
 
