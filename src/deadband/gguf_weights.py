@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deadband.gguf_file import Header, TensorInfo, read_header
 from deadband.quantization import QuantizedWeight, WeightFormat, pack
 
 FORMATS = {"Q8_0": WeightFormat(8, 32), "Q4_0": WeightFormat(4, 32), "Q4_1": WeightFormat(4, 32, True)}
@@ -32,7 +31,7 @@ def quantized_weights(path: str | os.PathLike) -> dict[str, QuantizedWeight]:
     not depend on the size of the file.
 
     Args:
-        path: the first file, of a model that lies in one.
+        path: the file, or any of those that the model was split into.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -44,12 +43,12 @@ def quantized_weights(path: str | os.PathLike) -> dict[str, QuantizedWeight]:
         >>> weights["model.layers.0.mlp.down_proj"]                               # doctest: +SKIP
         QuantizedWeight(int4-g32, 1536 inputs, 576 outputs, 497664 bytes)
     """
-    reader = _open(path)
-    weights = {}
-    for name, tensor in _named(reader, path):
-        if tensor.tensor_type.name in FORMATS and len(tensor.shape) == 2:
-            weights[name] = _read(tensor, _row_order(reader, tensor))
-    return weights
+    header = read_header(path)
+    return {
+        name: _read(header.tensors[own], _row_order(header, own))
+        for name, own in _named(header)
+        if header.tensors[own].type in FORMATS and len(header.tensors[own].shape) == 2
+    }
 
 
 def tensor_types(path: str | os.PathLike) -> dict[str, str]:
@@ -62,7 +61,8 @@ def tensor_types(path: str | os.PathLike) -> dict[str, str]:
         >>> tensor_types("model-q4_0.gguf")["model.embed_tokens"]                 # doctest: +SKIP
         'Q6_K'
     """
-    return {name: tensor.tensor_type.name for name, tensor in _named(_open(path), path)}
+    header = read_header(path)
+    return {name: header.tensors[own].type for name, own in _named(header)}
 
 
 _LAYERS = {
@@ -80,30 +80,15 @@ _IN_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _ENTRIES = 2**20  # weights that are unpacked at a time
 
 
-def _open(path: str | os.PathLike) -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError("GGUF files are read with the package gguf; install it with: pip install gguf") from error
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no GGUF file {os.fspath(path)!r}")
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:  # another format; a file that was cut off
-        raise ValueError(f"{os.fspath(path)!r} cannot be read as a GGUF file: {error}") from error
-    if reader.byte_order != "I":
-        raise ValueError(f"{os.fspath(path)!r} was written for machines of another byte order")
-    return reader
-
-
-def _named(reader: Any, path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-    architecture = _field(reader, "general.architecture")
+def _named(header: Header) -> Iterator[tuple[str, str]]:
+    """Names of modules of transformers, and of the file's tensors."""
+    architecture = header.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{os.fspath(path)!r} is of architecture {architecture!r}; expected one of {known}")
-    for tensor in reader.tensors:
-        if name := _module_name(tensor.name, architecture):
-            yield name, tensor
+        raise ValueError(f"{os.fspath(header.files[0])!r} is of architecture {architecture!r}; expected one of {known}")
+    for own in header.tensors:
+        if name := _module_name(own, architecture):
+            yield name, own
 
 
 def _module_name(name: str, architecture: str) -> str | None:
@@ -118,33 +103,30 @@ def _module_name(name: str, architecture: str) -> str | None:
     return f"model.layers.{found[1]}.{layer}"
 
 
-def _field(reader: Any, name: str) -> Any:
-    field = reader.fields.get(name)
-    return None if field is None else field.contents()
-
-
-def _row_order(reader: Any, tensor: Any) -> np.ndarray | None:
+def _row_order(header: Header, name: str) -> np.ndarray | None:
     """Which row of the file is each output of the layer; None if they are in order.
 
     Llama's rotary embedding turns entries i and i + d/2 of a head together, the file's neighbours.
     """
-    found = _IN_BLOCK.fullmatch(tensor.name)
-    if _field(reader, "general.architecture") != "llama" or found is None or found[2] not in ("attn_q", "attn_k"):
+    found = _IN_BLOCK.fullmatch(name)
+    metadata = header.metadata
+    if metadata["general.architecture"] != "llama" or found is None or found[2] not in ("attn_q", "attn_k"):
         return None
-    heads = _field(reader, "llama.attention.head_count")
+    heads = metadata.get("llama.attention.head_count")
     if found[2] == "attn_k":
-        heads = _field(reader, "llama.attention.head_count_kv") or heads
+        heads = metadata.get("llama.attention.head_count_kv") or heads
     if isinstance(heads, list):
         heads = heads[int(found[1])]
-    out = int(tensor.shape[1])
-    if not heads or out % (2 * heads):
-        raise ValueError(f"tensor {tensor.name!r} has {out} rows, which are not {heads} heads of an even size")
+    out = header.tensors[name].shape[1]
+    if not isinstance(heads, int) or heads < 1 or out % (2 * heads):
+        raise ValueError(f"tensor {name!r} has {out} rows, which are not {heads} heads of an even size")
     return np.arange(out).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _read(tensor: Any, order: np.ndarray | None) -> QuantizedWeight:
-    format = FORMATS[tensor.tensor_type.name]
-    size, out = (int(length) for length in tensor.shape)
+def _read(tensor: TensorInfo, order: np.ndarray | None) -> QuantizedWeight:
+    format = FORMATS[tensor.type]
+    size, out = tensor.shape
+    data = tensor.rows()
     width = out if format.bits == 8 else -(-out // 32) * 16
     codes = torch.empty(size, width, dtype=torch.int8 if format.bits == 8 else torch.uint8)
     scales = torch.empty(size // 32, out, dtype=torch.float16)
@@ -152,7 +134,7 @@ def _read(tensor: Any, order: np.ndarray | None) -> QuantizedWeight:
     rows = max(_ENTRIES // size // 32, 1) * 32
     for start in range(0, out, rows):
         stop = min(start + rows, out)
-        lines = tensor.data[start:stop] if order is None else tensor.data[order[start:stop]]
+        lines = data[start:stop] if order is None else data[order[start:stop]]
         blocks = torch.from_numpy(np.array(lines)).view(stop - start, size // 32, -1)
         scales[:, start:stop] = _float16(blocks, 0)
         if minimum is not None:

@@ -84,8 +84,8 @@ class QuantizedMatrix(nn.Module):
         elif param is not None:
             self.weight.data = param
 
-    @property  # type: ignore[misc]
-    def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:
         if not torch.compiler.is_compiling() and _to_take_apart():
             self._dequantise_for_torch()
         return cast(dict[str, nn.Parameter | None], self.__dict__["_parameters"])
@@ -251,8 +251,8 @@ class QuantizedTable(nn.Embedding):
         elif param is not None:
             self.weight.data = param
 
-    @property  # type: ignore[misc]
-    def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:
         if not torch.compiler.is_compiling() and _to_take_apart():
             raise NotImplementedError(_TIED)
         return cast(dict[str, nn.Parameter | None], self.__dict__["_parameters"])
