@@ -136,7 +136,7 @@ def mixed(key: str) -> dict[str, Any]:
         write_json(file, deadband.mixed_precision.choose_formats(dense, batches, MIXED_KL, progress=True))
     model = load(key, "int8-g32")
     model = deadband.sparsify_(
-        model, dict.fromkeys(find_sites(model), 0.0), weights=json.loads(file.read_text()), output_layer="int8-g32"
+        model, dict.fromkeys(find_sites(model), 0.0), weights=json.loads(file.read_bytes()), output_layer="int8-g32"
     )
     return {"deadband int8-g32, mixed": model}
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -358,3 +359,67 @@ def test_an_interrupt_that_a_library_turns_into_another_error(monkeypatch, capsy
         signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def run(folder, *arguments, **environment):
+    """The command line in a process of its own, its output as bytes."""
+    command = [sys.executable, "-m", "deadband.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def foreign(folder):
+    """The tiny model with letters in its vocabulary that not every terminal shows, in a folder with quotes."""
+    path = folder / 'it\'s "quoted"'
+    shutil.copytree(folder / "dense", path)
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {"<unk>": 0} | {chr(0x4E00 + index): index for index in range(1, 200)}
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    (path / "text.txt").write_text("\ufeff" + "".join(chr(0x4E01 + index % 150) for index in range(600)), "utf-8")
+    return path
+
+
+ENCODINGS = [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}, {"PYTHONUTF8": "0", "LC_ALL": "C"}]
+
+
+@pytest.mark.parametrize("environment", ENCODINGS, ids=lambda each: "-".join(each.values()))
+def test_what_a_terminal_cannot_show_is_escaped(folder, foreign, environment):
+    done = run(folder, "generate", foreign.name, "\u4e01\u4e02", "--max-new-tokens", 3, **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(rb"\u4e01 \u4e02"), done.stdout
+    done = run(folder, "eval", foreign.name, "--data", "caf\u00e9 \u4e01.txt", **environment)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"deadband: error: there is no text file"), done.stderr
+
+
+def test_json_is_json_in_any_terminal(folder, foreign):
+    done = run(folder, "generate", foreign.name, "\u4e01", "--max-new-tokens", 1, "--json", PYTHONIOENCODING="ascii")
+    assert json.loads(done.stdout)["text"].startswith("\u4e01")
+
+
+def test_a_reader_that_goes_away_is_a_quiet_end(folder):
+    command = [sys.executable, "-m", "deadband.cli", "info"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, cwd=folder, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_paths_with_quotes_and_a_text_with_a_mark(deadband, foreign):
+    data = foreign / "text.txt"
+    calibration, sparse = foreign / "its calibration", foreign / 'the "sparse" one'
+    assert deadband("calibrate", foreign, "--data", data, "-o", calibration, *SMALL)[0] == 0
+    assert deadband("sparsify", foreign, calibration, "--sparsity", 0.4, "-o", sparse)[0] == 0
+    assert deadband("inspect", foreign, "--data", data, *SMALL)[0] == 0
+    assert deadband("eval", sparse, "--data", data, *SMALL)[0] == 0
+    assert deadband("bench", sparse, "--tokens", 2, "--no-compile", "--no-break-even")[0] == 0
+    code, _, err = deadband("eval", sparse, "--data", foreign)
+    assert (code, "is a folder; expected a text file" in err) == (2, True)
+
+
+def test_a_prompt_that_is_no_text():
+    assert cli.argument_text("the prompt", os.fsencode("\u4e01").decode("ascii", "surrogateescape")) == "\u4e01"
+    for bad in ("a\udcff", "a\ud800"):
+        with pytest.raises(ValueError, match="the prompt is not UTF-8 text"):
+            cli.argument_text("the prompt", bad)

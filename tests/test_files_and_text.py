@@ -70,8 +70,23 @@ def test_reading_text(tmp_path):
     with pytest.raises(ValueError, match="is empty"):
         read_text(tmp_path / "empty.txt")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="is not UTF-8"):
+    with pytest.raises(ValueError, match="is not UTF-16-LE text: it begins with the mark of UTF-16-LE, but .*offset 2"):
         read_text(tmp_path / "binary")
+    (tmp_path / "latin").write_bytes("\ufeffcaf".encode() + b"\xe9 noir")
+    with pytest.raises(ValueError, match="latin' is not UTF-8 text: .*byte 0xe9 at offset 6: .*iconv"):
+        read_text(tmp_path / "latin")
+    with pytest.raises(IsADirectoryError, match="is a folder; expected a text file"):
+        read_text(tmp_path)
+    (tmp_path / "only a mark").write_text("\ufeff", encoding="utf-8")
+    with pytest.raises(ValueError, match="is empty"):
+        read_text(tmp_path / "only a mark")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_byte_order_mark_is_no_text(tmp_path, encoding):
+    text = "naïve ∂ 𝄞\n\ufeffinside\n"
+    (tmp_path / "text").write_bytes(("\ufeff" + text).replace("\n", "\r\n").encode(encoding))
+    assert read_text(tmp_path / "text") == text
 
 
 def characters(text, **options):

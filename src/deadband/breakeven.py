@@ -182,7 +182,7 @@ def _where() -> str:
 def _read(path: Path) -> dict[str, Any]:
     """What is remembered; a file that cannot be read counts for nothing, as all of it can be measured again."""
     try:
-        remembered = json.loads(path.read_text(encoding="utf-8"))
+        remembered = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
     known = isinstance(remembered, dict) and all(isinstance(each, dict) for each in remembered.values())

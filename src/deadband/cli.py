@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
@@ -24,7 +25,9 @@ INTERRUPTED = 130
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, or a name on the hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Data = Annotated[Path, typer.Option("--data", metavar="FILE", help="A UTF-8 text file.")]
+Data = Annotated[
+    Path, typer.Option("--data", metavar="FILE", help="A text file: UTF-8, or UTF-16 or UTF-32 with its mark.")
+]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the text to use.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens in one window.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
@@ -224,6 +227,7 @@ def generate(
     """Continue a prompt, greedily."""
     if not prompt:
         raise ValueError("the prompt is empty; expected some text to continue")
+    prompt = argument_text("the prompt", prompt)
     network, tokenizer = load(model, dtype, threads)
     from deadband.sparsify import sparse_sites, sparsity
 
@@ -244,7 +248,9 @@ def generate(
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    data: Annotated[Path | None, typer.Option("--data", metavar="FILE", help="A UTF-8 text file to judge on.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="FILE", help="A text file to judge on, as UTF-8.")
+    ] = None,
     protocol: Annotated[
         str, typer.Option(help="Which tokens of a window are sparse: all, dense-prompt or dense-first.")
     ] = "all",
@@ -364,7 +370,7 @@ def bench(
 @app.command()
 def sweep(
     model: Model,
-    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="A UTF-8 text file to judge on.")],
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="A text file to judge on, as UTF-8.")],
     output: Annotated[
         Path,
         typer.Option("-o", "--output", help="The JSON to write, after every run; one that is there is gone on with."),
@@ -409,6 +415,7 @@ def sweep(
         raise ValueError(f"the JSON and the page cannot both be {str(output)!r}; give another --html")
     check_output(output, overwrite=True)  # one that is no sweep is found out later, but before the work
     check_page(page, overwrite)
+    prompt = argument_text("--prompt", prompt) if prompt is not None else None
     names = [name.strip() for name in methods.split(",") if name.strip()]
     try:
         fractions = [float(budget) for budget in budgets.split(",") if budget.strip()]
@@ -587,13 +594,29 @@ def show(figures: dict[str, Any], text: str, as_json: bool) -> None:
     if as_json:
         from deadband.files import finite
 
-        print(json.dumps(finite(figures)))
+        print(json.dumps(finite(figures)), flush=True)
     elif text:
-        print(text)
+        print(text, flush=True)  # here, where a reader that has gone away is a quiet end
+
+
+def print_everything() -> None:
+    """What a terminal or a pipe cannot show is printed as an escape such as \\u20ac, instead of losing the result."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def argument_text(name: str, given: str) -> str:
+    """The text of an argument. Where the locale is not UTF-8, Python keeps bytes that it cannot read as surrogates."""
+    try:
+        return given if given.isascii() else given.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: {error}; type it in a UTF-8 terminal") from None
 
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2; Ctrl-C is 130."""
+    print_everything()
     interrupts = []
 
     def interrupt(signal_number: int, frame: Any) -> None:

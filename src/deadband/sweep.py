@@ -390,7 +390,7 @@ def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The sweep that a file holds; a ValueError if it is something else, or cannot be gone on with."""
     advice = "choose another output, or overwrite it"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        found = json.loads(path.read_bytes()) if path.is_file() else None
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not {"version", "settings", "runs"} <= found.keys():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,39 @@ from torch import Tensor
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file, or of a UTF-16 or UTF-32 file that begins with its byte order mark.
+
+    The mark is no part of the text, and every line ends with `\\n`.
+
+    Example:
+        >>> import pydoc
+        >>> "documentation" in read_text(pydoc.__file__)
+        True
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is empty or not UTF-8.
+        IsADirectoryError: it is a folder.
+        ValueError: it is empty, or its bytes are not of its encoding.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no text file {os.fspath(path)!r}")
+    name = repr(os.fspath(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"{name} is a folder; expected a text file")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no text file {name}")
+    content = path.read_bytes()
+    mark, encoding = next((each for each in _MARKS if content.startswith(each[0])), (b"", "UTF-8"))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{os.fspath(path)!r} is not UTF-8 text: {error}") from None
+        offset = error.start + len(mark)
+        byte = f"0x{content[offset]:02x} at offset {offset}"
+        why = f"it begins with the mark of {encoding}, but " if mark else ""
+        remedy = "convert it to UTF-8, for example with iconv"
+        raise ValueError(f"{name} is not {encoding} text: {why}byte {byte}: {error.reason}; {remedy}") from None
     if not text.strip():
-        raise ValueError(f"{os.fspath(path)!r} is empty; expected text to measure with")
-    return text
+        raise ValueError(f"{name} is empty; expected text to measure with")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def python_documentation() -> tuple[str, str]:
@@ -85,3 +103,11 @@ def _beginning(tokenizer: Any) -> list[int]:
 
 
 _CHARACTERS = 100_000
+
+_MARKS = (  # UTF-16's mark is the beginning of UTF-32's
+    (codecs.BOM_UTF8, "UTF-8"),
+    (codecs.BOM_UTF32_LE, "UTF-32-LE"),
+    (codecs.BOM_UTF32_BE, "UTF-32-BE"),
+    (codecs.BOM_UTF16_LE, "UTF-16-LE"),
+    (codecs.BOM_UTF16_BE, "UTF-16-BE"),
+)
