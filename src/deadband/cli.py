@@ -25,9 +25,7 @@ INTERRUPTED = 130
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, or a name on the hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Data = Annotated[
-    Path, typer.Option("--data", metavar="FILE", help="A text file: UTF-8, or UTF-16 or UTF-32 with its mark.")
-]
+Data = Annotated[Path, typer.Option("--data", metavar="FILE", help="A UTF-8 text file.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the text to use.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens in one window.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
@@ -232,25 +230,29 @@ def generate(
     from deadband.sparsify import sparse_sites, sparsity
 
     inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
-    if compile if compile is not None else max_new_tokens >= COMPILED_TOKENS:
-        from deadband.decoding import prepare_decode_
+    compiled = compile if compile is not None else max_new_tokens >= COMPILED_TOKENS
+    if compiled:
+        from deadband.decoding import decode_report, prepare_decode_
 
         prepare_decode_(network)
     tokens = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     text = tokenizer.decode(tokens[0], skip_special_tokens=True)
     figures: dict[str, Any] = {"text": text, "new_tokens": tokens.shape[1] - inputs["input_ids"].shape[1]}
+    shown = []
     if sparse_sites(network):
         figures["sparsity"] = sparsity(network, warn=False).total
-    shown = f"\n\n[{figures['sparsity']:.1%} of the weight bytes skipped]" if "sparsity" in figures else ""
-    show(figures, text + shown, as_json)
+        shown.append(f"[{figures['sparsity']:.1%} of the weight bytes skipped]")
+    if compiled:
+        report = decode_report(network)
+        figures["decoding"] = {"graph": report.graph, "model": report.model, "problem": report.problem}
+        shown.append(f"[{report}]")
+    show(figures, "\n\n".join([text, "\n".join(shown)] if shown else [text]), as_json)
 
 
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    data: Annotated[
-        Path | None, typer.Option("--data", metavar="FILE", help="A text file to judge on, as UTF-8.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", metavar="FILE", help="A UTF-8 text file to judge on.")] = None,
     protocol: Annotated[
         str, typer.Option(help="Which tokens of a window are sparse: all, dense-prompt or dense-first.")
     ] = "all",
@@ -370,7 +372,7 @@ def bench(
 @app.command()
 def sweep(
     model: Model,
-    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="A text file to judge on, as UTF-8.")],
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="A UTF-8 text file to judge on.")],
     output: Annotated[
         Path,
         typer.Option("-o", "--output", help="The JSON to write, after every run; one that is there is gone on with."),
