@@ -84,7 +84,7 @@ _HOME = {
     "sparsity": "sparsify",
     "unprepare_decode_": "decoding",
 }
-_MODULES = ("aggregate", "breakeven", "gguf_weights", "mask", "mixed_precision", "quantization", "reduce")
+_MODULES = ("aggregate", "breakeven", "gguf_model", "gguf_weights", "mask", "mixed_precision", "quantization", "reduce")
 __all__ = sorted([*_HOME, *_MODULES])
 
 
