@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import mlp, sparse_model, tiny_model
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from transformers.pytorch_utils import Conv1D
 
 import deadband
 from deadband.sites import find_blocks, find_sites, matrix_of, weight_bytes
@@ -168,7 +170,7 @@ def pruned(module):
         (lambda module: Plain(module.in_features, module.out_features), r"\.Plain \(\d+\)"),
         (with_subclass_weight, r"Linear with a Packed \(\d+\)"),
         (with_adapter, r"\.Other \(\d+\)"),
-        (pruned, r"Linear with a Tensor \(\d+\)"),
+        (pruned, r"pruned weight: .*prune\.remove"),
     ],
 )
 def test_blocks_of_other_layers_are_named(name, make, named):
@@ -223,3 +225,39 @@ def test_what_a_scan_reads_is_no_site(kind):
     assert sites.keys() == find_sites(model).keys()
     assert any(name.endswith("x_proj") for name in sites)
     assert not any(name.endswith("dt_proj") for name in sites)
+
+
+COMPUTED = {
+    "parametrised weight: .*remove_parametrizations": parametrizations.weight_norm,
+    "parametrised weight: .*parametrizations.layer, 'weight'": parametrizations.orthogonal,
+    "parametrised bias: .*'bias'": lambda layer: parametrize.register_parametrization(layer, "bias", nn.Identity()),
+    "pruned weight: .*prune.remove": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+    "by weight_norm: .*remove_weight_norm": nn.utils.weight_norm,
+    "by spectral_norm: .*remove_spectral_norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("message", COMPUTED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(8, 8), lambda: Conv1D(8, 8)])
+def test_a_computed_weight_and_how_to_make_it_permanent(layer, message):
+    model = nn.Sequential(layer(), nn.Linear(8, 8))
+    COMPUTED[message](model[0])
+    for refused in (
+        lambda: deadband.sparsify_(model, {"0": 0.1}),
+        lambda: deadband.sparsify_(model, {"1": 0.1, "0": 0.1}),
+        lambda: find_sites(model, include="0"),
+        lambda: find_sites(model[:1]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    assert list(find_sites(model)) == ["1"]
+    assert type(model[1]) is nn.Linear
+
+
+def test_made_permanent_it_is_a_site():
+    model = nn.Sequential(nn.Linear(8, 8))
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    prune.remove(model[0], "weight")
+    deadband.sparsify_(model, {"0": 0.1})
+    assert int((model[0].weight == 0).sum()) == 32

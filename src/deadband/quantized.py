@@ -44,7 +44,24 @@ def _to_take_apart() -> bool:
     return sys._getframe(2).f_globals.get("__name__") in _TAKES_APART
 
 
-class QuantizedMatrix(nn.Module):
+class _Watched(nn.Module):
+    """A module without a weight among its parameters, which learns of it when torch wants to take that apart."""
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:
+        if not torch.compiler.is_compiling() and _to_take_apart():
+            self._dequantise_for_torch()
+        return cast(dict[str, nn.Parameter | None], self.__dict__["_parameters"])
+
+    @_parameters.setter
+    def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:
+        self.__dict__["_parameters"] = value
+
+    def _dequantise_for_torch(self) -> None:
+        raise NotImplementedError
+
+
+class QuantizedMatrix(_Watched):
     """What layers with a quantised weight share: `codes`, `scales` and `minimum` in the place of the parameter.
 
     `deadband.quantization.QuantizedWeight` says what they hold. The weight does not train; gradients reach the input.
@@ -83,16 +100,6 @@ class QuantizedMatrix(nn.Module):
             super().register_parameter(name, param)
         elif param is not None:
             self.weight.data = param
-
-    @property
-    def _parameters(self) -> dict[str, nn.Parameter | None]:
-        if not torch.compiler.is_compiling() and _to_take_apart():
-            self._dequantise_for_torch()
-        return cast(dict[str, nn.Parameter | None], self.__dict__["_parameters"])
-
-    @_parameters.setter
-    def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:
-        self.__dict__["_parameters"] = value
 
     def _dequantise_for_torch(self) -> None:
         """Give the layer a parameter, which torch.nn.utils can compute a weight from."""
@@ -221,7 +228,7 @@ class QuantizedSparseLinear(QuantizedSite, nn.Linear):
     dense_class = QuantizedLinear
 
 
-class QuantizedTable(nn.Embedding):
+class QuantizedTable(_Watched, nn.Embedding):
     """An embedding that is tied to a quantised output layer: it reads its rows there, and stores nothing.
 
     An embedding of another class (Gemma's, which multiplies what it looks up) becomes a subclass of both.
@@ -236,7 +243,7 @@ class QuantizedTable(nn.Embedding):
         if torch.compiler.is_compiling():
             return self.compute()
         if _to_take_apart():
-            raise NotImplementedError(_TIED)
+            self._dequantise_for_torch()
         like = torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.table_dtype, device="meta")
         return ComputedWeight(self, like, self.source.codes.device)
 
@@ -251,15 +258,8 @@ class QuantizedTable(nn.Embedding):
         elif param is not None:
             self.weight.data = param
 
-    @property
-    def _parameters(self) -> dict[str, nn.Parameter | None]:
-        if not torch.compiler.is_compiling() and _to_take_apart():
-            raise NotImplementedError(_TIED)
-        return cast(dict[str, nn.Parameter | None], self.__dict__["_parameters"])
-
-    @_parameters.setter
-    def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:
-        self.__dict__["_parameters"] = value
+    def _dequantise_for_torch(self) -> None:
+        raise NotImplementedError(_TIED)
 
     def compute(self) -> Tensor:
         """The whole table."""

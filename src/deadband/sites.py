@@ -11,6 +11,7 @@ from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from deadband.linear import SPARSE_CLASSES, CentredWeight, LaidOutWeight, SparseSite, tensor_of
 from deadband.quantized import QuantizedMatrix
@@ -63,6 +64,24 @@ def is_site(module: nn.Module) -> bool:
     # pruning, old-style weight_norm and quantised tensors put something else in the parameter's place
     plain = (nn.Parameter, LaidOutWeight, CentredWeight)
     return known and (isinstance(module, QuantizedMatrix) or type(module._parameters.get("weight")) in plain)
+
+
+def how_computed(module: nn.Module) -> str | None:
+    """What torch.nn.utils did to a linear layer that is no site because of it, and how to undo that."""
+    if not isinstance(module, (*SPARSE_CLASSES, SparseSite)):
+        return None
+    utilities = "torch.nn.utils"
+    if parametrize.is_parametrized(module):
+        name = next(iter(cast(nn.ModuleDict, module.parametrizations)))
+        remedy = f"{utilities}.parametrize.remove_parametrizations(layer, {name!r})"
+        return f"has a parametrised {name}: make that permanent with {remedy} before sparsify_"
+    if "weight_mask" in module._buffers:
+        remedy = f"{utilities}.prune.remove(layer, 'weight'), which keeps the zeros,"
+        return f"has a pruned weight: make that permanent with {remedy} before sparsify_"
+    for norm, name in (("weight_norm", "weight_g"), ("spectral_norm", "weight_orig")):
+        if name in module._parameters:
+            return f"computes its weight by {norm}: call {utilities}.remove_{norm}(layer) before sparsify_"
+    return None
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -142,7 +161,7 @@ def _is_other(module: nn.Module) -> bool:
     if is_site(module) or any(map(is_site, module.children())):
         return isinstance(module, nn.TransformerEncoderLayer)
     sized = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
-    return sized or "Linear" in type(module).__name__
+    return sized or "Linear" in type(module).__name__ or how_computed(module) is not None
 
 
 def _no_sites(model: nn.Module, every: Iterable[str]) -> ValueError:
@@ -152,8 +171,11 @@ def _no_sites(model: nn.Module, every: Iterable[str]) -> ValueError:
         f"{type(model).__name__} has no layer that can be made sparse{where}; expected nn.Linear (or transformers' "
         "Conv1D) layers with plain weights"
     )
+    computed = next(filter(None, map(how_computed, model.modules())), None)
     others = Counter(_class_of(each) for each in model.modules() if _is_other(each))
-    if others:
+    if computed is not None:
+        message += f": a layer {computed}"
+    elif others:
         classes = ", ".join(f"{name} ({count})" for name, count in others.most_common())
         message += f", not {classes}: load it without another library's quantisation, or put nn.Linear in their place"
     if every:
@@ -212,9 +234,10 @@ def _matching(model: nn.Module, names: Iterable[str], patterns: Patterns, argume
             shown = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
             others = (each for name, each in model.named_modules() if _is_other(each) and _matches(name, pattern))
             if (other := next(others, None)) is not None:
+                what = how_computed(other)
                 raise ValueError(
-                    f"{argument}={shown!r} matches no linear layer that can be made sparse, but one of "
-                    f"{_class_of(other)}"
+                    f"{argument}={shown!r} matches no linear layer that can be made sparse, but one "
+                    + (f"that {what}" if what else f"of {_class_of(other)}")
                 )
             near = difflib.get_close_matches(shown, names, n=3, cutoff=0.3) or names[:3]
             raise ValueError(f"{argument}={shown!r} matches no linear layer of the model; there are for example {near}")

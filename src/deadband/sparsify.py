@@ -41,7 +41,7 @@ from deadband.quantized import (
 )
 from deadband.running import progress_bar, threads
 from deadband.scope import scope
-from deadband.sites import Patterns, find_sites, matrix_of, shape_of, sites_of, weight_bytes
+from deadband.sites import Patterns, find_sites, how_computed, matrix_of, shape_of, sites_of, weight_bytes
 
 VERSION = 4
 READ_VERSIONS = (3, 4)
@@ -799,7 +799,8 @@ def _full_name(model: nn.Module, every: Mapping[str, nn.Module], given: str) -> 
         module = dict(model.named_modules()).get(given)
         what = (
             f"ends several names: {names[:3]}" if names
-            else f"is {type(module).__name__}, expected nn.Linear or Conv1D" if module is not None
+            else how_computed(module) or f"is {type(module).__name__}, expected nn.Linear or Conv1D"
+            if module is not None
             else f"is not a linear layer of the model, which has for example {list(every)[:3]}"
         )  # fmt: skip
         raise ValueError(f"site {given!r} {what}")
