@@ -259,3 +259,13 @@ def test_sharded(wrapper, name, weights, center, training, mesh):
         with torch.no_grad():
             results.append((loss.detach(), each(short).logits))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_tensors_of_state_dicts_are_plain(center):
+    model = sparse("llama", center=center)
+    assert {type(each) for each in model.state_dict().values()} == {torch.Tensor}
+    weight = sites(model)[0].weight
+    assert {type(weight.detach()), type(weight.data), type(weight + 0)} == {torch.Tensor}
+    assert torch.equal(nn.Parameter(weight), weight)
+    assert torch.equal(copy.deepcopy(weight), weight)

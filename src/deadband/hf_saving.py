@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import modeling_utils
 
 from deadband.hf import BUFFERS, DeadbandConfig, DeadbandQuantizer, is_ours, refresh_ties
-from deadband.linear import CentredWeight, LaidOutWeight, SparseSite
+from deadband.linear import SparseSite
 from deadband.quantized import QuantizedMatrix, QuantizedTable, unmake_quantized_, untie_table_
 from deadband.sites import shape_of
 from deadband.sparsify import SparsityConfig, config_of
@@ -141,7 +141,7 @@ def _place(tensor: Any) -> Any:
         not isinstance(tensor, Tensor)
         or tensor.is_meta
         or not tensor.numel()
-        or type(tensor) not in (Tensor, nn.Parameter, LaidOutWeight, CentredWeight)
+        or type(tensor) not in (Tensor, nn.Parameter)
     ):
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()

@@ -203,8 +203,10 @@ class LaidOutWeight(nn.Parameter):
         return super().is_contiguous(*args, **kwargs)
 
     def detach(self) -> Tensor:
-        """As of every tensor; of this class, as `nn.Parameter(weight)` wants it."""
-        return Tensor.detach(self).as_subclass(type(self))
+        """As of every tensor; of this class where `nn.Parameter(weight)` wants it."""
+        plain = Tensor.detach(self)
+        wanted = not torch.compiler.is_compiling() and _called_from(nn.Parameter.__module__)
+        return plain.as_subclass(type(self)) if wanted else plain
 
 
 class CentredWeight(LaidOutWeight):
