@@ -221,6 +221,7 @@ def test_offsets_of_copies_and_replaced_weights(copied):
     model = copied(layer(center=CENTER))
     for change in (
         lambda: CHANGES["in place"](model[0].weight),
+        lambda: CHANGES["data +="](model[0].weight),
         lambda: setattr(model[0], "weight", nn.Parameter(torch.randn(6, 8))),
         lambda: model.load_state_dict(layer(center=CENTER * 2, seed=4).state_dict()),
         lambda: model.load_state_dict(layer(center=CENTER, seed=5).state_dict(), assign=True),

@@ -1,6 +1,7 @@
 """What torch.nn.utils, torch.distributed and accelerate do to sparse and quantised layers works, or says how."""
 
 import copy
+import pickle
 import re
 import warnings
 
@@ -154,7 +155,8 @@ def test_a_tied_quantised_table_says_no(change):
 def test_parameters_as_one_vector(name, center):
     model, dense = sparse(name, center=center), tiny_model(name)
     vector = parameters_to_vector(model.parameters())
-    assert torch.equal(vector, parameters_to_vector(dense.parameters()))
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(parameters_to_vector(each.parameters()), parameters_to_vector(dense.parameters()))
     assert vector.requires_grad
     ids, other = tiny_batches(1)[0]["input_ids"][:, :3], vector.detach() * 1.1
     vector_to_parameters(other, model.parameters())

@@ -156,6 +156,12 @@ class SparseSite(nn.Module):
         lay_out_(self)  # load_state_dict(assign=True) brings the strides of the checkpoint
         self.refresh_offset_()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if type(self._parameters.get("weight")) is nn.Parameter:  # pickling loses the class
+            lay_out_(self)
+            self.refresh_offset_()
+
     def extra_repr(self) -> str:
         """What print(model) shows."""
         threshold = "meta" if self.threshold.is_meta else f"{self.threshold.item():.4g}"
