@@ -118,6 +118,31 @@ def test_made_permanent_again(name, weights):
         model(ids)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("change", ["weight_norm", "old weight_norm", "l1", "parametrization", "bias"])
+def test_saved_once_it_is_permanent(name, weights, change, tmp_path):
+    model = sparse(name, weights)
+    layer = sites(model)[0]
+    if layer.bias is None and change == "bias":
+        return
+    CHANGES[change](layer)
+    with pytest.raises(ValueError, match=r"layer '.*' (has|computes).*torch.nn.utils.* first"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    if change == "old weight_norm":
+        nn.utils.remove_weight_norm(layer)
+    elif change == "l1":
+        prune.remove(layer, "weight")
+    else:
+        parametrize.remove_parametrizations(layer, "bias" if change == "bias" else "weight")
+    model.save_pretrained(tmp_path)
+    ids = tiny_batches(1)[0]["input_ids"][:, :3]
+    with torch.no_grad():
+        loaded = type(model).from_pretrained(tmp_path)(ids).logits
+        torch.testing.assert_close(loaded, model(ids).logits, atol=1e-3, rtol=1e-3)
+
+
 def test_it_is_said_that_a_layer_is_dequantised():
     model = sparse("llama", "int8")
     first, second = sites(model)[:2]

@@ -30,7 +30,7 @@ from transformers import modeling_utils
 from deadband.hf import BUFFERS, DeadbandConfig, DeadbandQuantizer, is_ours, refresh_ties
 from deadband.linear import SparseSite
 from deadband.quantized import QuantizedMatrix, QuantizedTable, unmake_quantized_, untie_table_
-from deadband.sites import shape_of
+from deadband.sites import how_computed, shape_of
 from deadband.sparsify import SparsityConfig, config_of
 
 NOTE = " (quantised weights: import deadband before loading them)"
@@ -90,7 +90,10 @@ def _written_as(model: Any, config: SparsityConfig | None) -> Iterator[None]:
 
 
 def _check_loads(model: Any, config: SparsityConfig) -> None:
-    """A ValueError if a model made from the configuration would not have the layers that are written."""
+    """A ValueError if a model made from the configuration would not have the layers and weights that are written."""
+    for name, layer in model.named_modules():
+        if (what := how_computed(layer)) is not None:
+            raise ValueError(f"layer {name!r} {what}; a checkpoint would hold it under other names")
     plain = copy.deepcopy(model.config)
     plain.__dict__.pop("quantization_config", None)
     try:

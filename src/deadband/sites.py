@@ -74,13 +74,13 @@ def how_computed(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
         name = next(iter(cast(nn.ModuleDict, module.parametrizations)))
         remedy = f"{utilities}.parametrize.remove_parametrizations(layer, {name!r})"
-        return f"has a parametrised {name}: make that permanent with {remedy} before sparsify_"
+        return f"has a parametrised {name}: make that permanent with {remedy} first"
     if "weight_mask" in module._buffers:
         remedy = f"{utilities}.prune.remove(layer, 'weight'), which keeps the zeros,"
-        return f"has a pruned weight: make that permanent with {remedy} before sparsify_"
+        return f"has a pruned weight: make that permanent with {remedy} first"
     for norm, name in (("weight_norm", "weight_g"), ("spectral_norm", "weight_orig")):
         if name in module._parameters:
-            return f"computes its weight by {norm}: call {utilities}.remove_{norm}(layer) before sparsify_"
+            return f"computes its weight by {norm}: call {utilities}.remove_{norm}(layer) first"
     return None
 
 
