@@ -142,6 +142,8 @@ def test_achieved_sparsity_is_counted():
         ({"thresholds": {"7": 0.1}}, "site '7' is not a linear layer of the model, which has for example"),
         ({"thresholds": {"1": 0.1}}, "site '1' is ReLU, expected nn.Linear"),
         ({"thresholds": {"0": -0.1}}, "threshold -0.1 has to be finite and not negative"),
+        ({"thresholds": {"0": 1e39}}, "fit float32"),
+        ({"thresholds": {"0": 10**60}}, "fit float32"),
         ({"thresholds": {"0": float("nan")}}, "threshold nan"),
         ({"thresholds": {"0": float("inf")}}, "threshold inf"),
         ({"thresholds": {}}, "thresholds is empty"),

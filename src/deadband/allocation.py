@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deadband.batches import taken
-from deadband.criterion import Rule, check_criterion, scale_of
+from deadband.criterion import LARGEST, Rule, check_criterion, scale_of
 from deadband.files import replacing
 from deadband.linear import SparseSite
 from deadband.observation import SiteStatistics, observe_model, observe_sparse, range_of, skipped_means
@@ -153,7 +153,7 @@ def _rule(name: str, about: Any, tensors: Mapping[str, torch.Tensor]) -> Rule:
         raise ValueError(f"the rule of site {name!r} is {about}")
     parts = {part: tensors[f"{name}.{part}"] for part in about["parts"]}
     rule = Rule(**parts, threshold=about["threshold"], relative=about["relative"])
-    if not _is_number(rule.threshold) or rule.threshold < 0 or type(rule.relative) is not bool:
+    if not _is_number(rule.threshold) or not 0 <= rule.threshold <= LARGEST or type(rule.relative) is not bool:
         raise ValueError(f"site {name!r} has threshold {rule.threshold!r} and relative={rule.relative!r}")
     for part, tensor in parts.items():
         if tensor.dtype != torch.float32 or tensor.dim() != 1 or not bool(tensor.isfinite().all()):

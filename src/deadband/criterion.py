@@ -18,6 +18,8 @@ from torch import Tensor
 from deadband.hooks import apply_mask
 
 CRITERIA = ("magnitude", "weighted_magnitude", "sensitivity")
+LARGEST = torch.finfo(torch.float32).max
+"""The largest threshold: they are float32."""
 
 
 def check_criterion(criterion: str) -> str:

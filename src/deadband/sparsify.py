@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deadband.allocation import Thresholds, check_model, check_sparsity
-from deadband.criterion import Rule, check_criterion, scale_of
+from deadband.criterion import LARGEST, Rule, check_criterion, scale_of
 from deadband.linear import (
     ALL_ROWS,
     GRADIENTS,
@@ -769,9 +769,9 @@ def resolve(model: nn.Module, thresholds: Mapping[str, float | Rule]) -> dict[st
     for given, threshold in thresholds.items():
         name = _full_name(model, every, given)
         value = float(threshold.threshold if isinstance(threshold, Rule) else threshold)
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"site {given!r}: threshold {value} has to be finite and not negative")
-        chosen[name] = threshold if isinstance(threshold, Rule) else value
+        if not 0 <= value <= LARGEST:
+            raise ValueError(f"site {given!r}: threshold {value} has to be finite and not negative, and fit float32")
+        chosen[name] = dataclasses.replace(threshold, threshold=value) if isinstance(threshold, Rule) else value
     if not chosen:
         raise ValueError("thresholds is empty; expected at least one site")
     return {name: chosen[name] for name in every if name in chosen}
