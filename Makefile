@@ -17,9 +17,9 @@ test: .venv/ready
 
 # What depends on transformers, with the oldest version that pyproject.toml allows; the newest meets the slow tests too.
 test-oldest: .venv-oldest/ready
-	$(WORKERS) .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,$(ON_TRANSFORMERS)) -m "not slow"
-ON_TRANSFORMERS := batches bench calibration callbacks computed_weights decoding evaluation gguf_weights hf quantized \
-	running saving scope sites sweep
+	$(WORKERS) .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(ON_TRANSFORMERS) -m "not slow"
+ON_TRANSFORMERS := $(addprefix tests/,calibration decoding/test_decoding.py evaluation integrations layers masks/test_ranks.py \
+	quantization running)
 
 # The tests of the operators on kernels that stop at whatever AddressSanitizer and UBSan find. Sanitizers of g++; torch
 # throws exceptions, which ASan sees only if the C++ library is there before it. Whole models, which inductor compiles
@@ -27,7 +27,7 @@ ON_TRANSFORMERS := batches bench calibration callbacks computed_weights decoding
 sanitize: .venv/ready build/sanitize/libdeadband_kernels.so
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" PYTHONMALLOC=malloc \
 	ASAN_OPTIONS=detect_leaks=0 DEADBAND_KERNELS="$(CURDIR)/build/sanitize/libdeadband_kernels.so" \
-	$(BIN)/python -m pytest $(patsubst %,tests/test_%.py,ops quantized_ops attention fusion) \
+	$(BIN)/python -m pytest tests/ops tests/decoding/test_fusion.py \
 		-m "not slow" -k "not same_logits_and_counts"
 
 build/sanitize/libdeadband_kernels.so: CMakeLists.txt $(wildcard csrc/*)

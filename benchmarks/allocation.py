@@ -12,11 +12,11 @@ import time
 from common import parser, save
 
 import deadband
-from deadband import greedy
-from deadband.allocation import allocate
-from deadband.bench import threads
-from deadband.models import load_model, load_tokenizer, smollm2
-from deadband.text import python_documentation, token_windows
+from deadband.allocation import greedy
+from deadband.allocation.budget import allocate_budgets
+from deadband.app.models import load_model, load_tokenizer, smollm2
+from deadband.running.forward import threads
+from deadband.running.text import python_documentation, token_windows
 
 BLOCKS = (4, 15, 26)
 
@@ -39,7 +39,7 @@ def main() -> None:
             calibration = deadband.calibrate(model, batches)
             calibrated = time.perf_counter() - start
             start = time.perf_counter()
-            allocate(calibration, [0.5], "sensitivity", model=model, batches=batches)
+            allocate_budgets(calibration, [0.5], "sensitivity", model=model, batches=batches)
             sensitivity = time.perf_counter() - start
             part = deadband.calibrate(model, batches, include=[f"model.layers.{block}.*" for block in blocks_tried])
             start = time.perf_counter()

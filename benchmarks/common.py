@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from deadband.bench import machine
 from deadband.files import write_json
+from deadband.running.timing import machine
 
 RESULTS = Path(__file__).parent / "results"
 POOL_BYTES = 1_100_000_000  # weights of this size are gone from every cache before their turn comes again

@@ -10,9 +10,10 @@ import torch
 from common import parser, save
 from torch import nn
 
-from deadband.bench import interleave, median, threads
-from deadband.compaction import compact_
-from deadband.compaction_plan import masking
+from deadband.compaction.compact import compact_
+from deadband.compaction.plan import masking
+from deadband.running.forward import threads
+from deadband.running.timing import interleave, median
 
 
 def mlp() -> nn.Sequential:

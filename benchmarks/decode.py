@@ -30,15 +30,16 @@ from shapes import random_llama
 from torch import Tensor
 
 import deadband
-from deadband.bench import Decoder, bytes_per_token, interleave, median, threads
-from deadband.compiler_paths import any_folder
-from deadband.evaluation import divergence
-from deadband.files import write_json
-from deadband.models import GEMMA3, SMOLLM2, cache_folder, gemma3, load_model, load_tokenizer, smollm2
+from deadband.app.models import GEMMA3, SMOLLM2, gemma3, load_model, load_tokenizer, smollm2
+from deadband.decoding.compiler_paths import any_folder
+from deadband.evaluation.speed import Decoder, bytes_per_token
+from deadband.files import cache_folder, write_json
+from deadband.layers.sites import find_sites
 from deadband.ops import kernels
-from deadband.running import cache_argument, evaluating, progress_bar
-from deadband.sites import find_sites
-from deadband.text import python_documentation, read_text, token_windows
+from deadband.running.divergence import divergence
+from deadband.running.forward import cache_argument, evaluating, progress_bar, threads
+from deadband.running.text import python_documentation, read_text, token_windows
+from deadband.running.timing import interleave, median
 
 try:
     import llamacpp
@@ -154,7 +155,7 @@ def thresholds(key: str, level: float, model: Any) -> Any:
             dense, batches = _for_calibration(key)
             return calibration(key).allocate(level, "sensitivity", model=dense, batches=batches)
 
-        return _kept(f"{key}-{level}-sensitivity", deadband.allocation.Thresholds, allocate)
+        return _kept(f"{key}-{level}-sensitivity", deadband.allocation.thresholds.Thresholds, allocate)
     batches = _random_batches()
     return deadband.calibrate(model, batches).allocate(level, "uniform", model=model, batches=batches)
 

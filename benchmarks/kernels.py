@@ -15,10 +15,12 @@ from common import POOL_BYTES, parser, pool, save
 from torch import Tensor
 from torch.nn import functional as F
 
-from deadband.bench import interleave, median, threads
-from deadband.mapped import on_huge_pages
-from deadband.ops import dense_linear, kernels, quantized_linear, sparse_linear
-from deadband.quantization import empty_weight
+from deadband.layers.formats import empty_weight
+from deadband.layers.memory import on_huge_pages
+from deadband.ops import kernels
+from deadband.ops.linear import dense_linear, quantized_linear, sparse_linear
+from deadband.running.forward import threads
+from deadband.running.timing import interleave, median
 
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096)]  # in_features, out_features
 FORMATS = ("bfloat16", "float32", "int8", "int8-g32", "int4", "int4-g32")

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deadband.files import replacing
-from deadband.models import cache_folder
+from deadband.files import cache_folder, replacing
 
 KINDS = {
     "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
@@ -137,7 +136,7 @@ class LlamaCpp:
         return self._token
 
     def step(self) -> int:
-        """Decode one token, as `deadband.bench.Decoder` does: feed the last one, return the likeliest to follow."""
+        """Decode one token, as `evaluation.speed.Decoder` does: feed the last one, return the likeliest to follow."""
         self._decode([self._token])
         self._token = int(self._output(1).argmax())
         return self._token

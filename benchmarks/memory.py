@@ -20,10 +20,11 @@ from common import save
 from shapes import random_llama
 
 import deadband
-from deadband.bench import model_bytes
-from deadband.models import cache_folder, load_model, smollm2
-from deadband.quantization import quantize
-from deadband.sites import find_sites, matrix_of
+from deadband.app.models import load_model, smollm2
+from deadband.evaluation.speed import model_bytes
+from deadband.files import cache_folder
+from deadband.layers.rounding import quantize
+from deadband.layers.sites import find_sites, matrix_of
 
 FORMATS = ("bf16", "int8", "int4")
 MODELS = {"smollm2": "SmolLM2-135M", "llama-1b": "Llama 1B random"}

@@ -12,11 +12,11 @@ from common import parser, save
 from torch import nn
 
 import deadband
-from deadband.bench import interleave, median, threads
-from deadband.criterion import Rule
-from deadband.linear import make_sparse_
-from deadband.models import load_model, smollm2
-from deadband.running import evaluating, run
+from deadband.app.models import load_model, smollm2
+from deadband.layers.rule import Rule
+from deadband.layers.sparse import make_sparse_
+from deadband.running.forward import evaluating, run, threads
+from deadband.running.timing import interleave, median
 
 CALLS = 200
 
@@ -47,7 +47,7 @@ def import_cost(rounds: int) -> dict:
     for _ in range(rounds):
         imports.append(float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout))
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "deadband.cli", "--help"], capture_output=True, check=True)
+        subprocess.run([sys.executable, "-m", "deadband.app.cli", "--help"], capture_output=True, check=True)
         helps.append(time.perf_counter() - start)
     return {"what": "import", "import_s": statistics.median(imports), "help_s": statistics.median(helps)}
 

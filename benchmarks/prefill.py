@@ -10,11 +10,12 @@ from common import parser, pool, save
 from torch import nn
 from torch.nn import functional as F
 
-from deadband.bench import interleave, median, threads
-from deadband.criterion import Rule
-from deadband.linear import make_sparse_
-from deadband.quantization import empty_weight
-from deadband.quantized import make_quantized_
+from deadband.layers.formats import empty_weight
+from deadband.layers.quantized import make_quantized_
+from deadband.layers.rule import Rule
+from deadband.layers.sparse import make_sparse_
+from deadband.running.forward import threads
+from deadband.running.timing import interleave, median
 
 SHAPES = [(4096, 4096), (2048, 2048), (2048, 8192), (8192, 2048)]  # in_features, out_features
 TOKENS = (4, 8, 16, 64, 256)

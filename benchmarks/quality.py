@@ -14,11 +14,11 @@ from typing import Any
 
 from common import RESULTS, parser, save
 
-from deadband.evaluation import mean_and_error
-from deadband.models import GEMMA3, SMOLLM2, gemma3, load_model, load_tokenizer, smollm2
-from deadband.report import write_report
-from deadband.sweep import sweep, table
-from deadband.text import python_documentation, read_text, token_windows
+from deadband.app.models import GEMMA3, SMOLLM2, gemma3, load_model, load_tokenizer, smollm2
+from deadband.evaluation.page import write_report
+from deadband.evaluation.sweep import sweep, table
+from deadband.running.divergence import mean_and_error
+from deadband.running.text import python_documentation, read_text, token_windows
 
 BUDGETS = (0.25, 0.4, 0.5)
 BASELINE = "teal-uniform"

@@ -14,9 +14,10 @@ from torch.ao.pruning._experimental.activation_sparsifier.activation_sparsifier 
 )
 from transformers import LlamaConfig, LlamaModel
 
-from deadband import aggregate, mask, reduce
-from deadband.activation_sparsifier import ActivationSparsifier
-from deadband.bench import interleave, median, threads
+from deadband.masks import aggregate, mask, reduce
+from deadband.masks.sparsifier import ActivationSparsifier
+from deadband.running.forward import threads
+from deadband.running.timing import interleave, median
 
 CALLS = 20
 CLASSES = {"torch": TorchSparsifier, "deadband": ActivationSparsifier}

@@ -13,9 +13,10 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from deadband import ActivationSparsifier, aggregate, mask, reduce
-from deadband.bench import interleave, median
-from deadband.running import evaluating
+from deadband import ActivationSparsifier
+from deadband.masks import aggregate, mask, reduce
+from deadband.running.forward import evaluating
+from deadband.running.timing import interleave, median
 
 try:
     from sklearn.datasets import load_digits

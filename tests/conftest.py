@@ -13,7 +13,7 @@ from torch import nn
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import deadband
-from deadband.text import token_windows  # noqa: F401  (imported early so that a broken import fails here)
+from deadband.running.text import token_windows  # noqa: F401  (imported early so that a broken import fails here)
 
 VOCABULARY = 128
 _COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
@@ -123,3 +123,21 @@ def browser():
         instance = started.chromium.launch(executable_path=chromium, args=_CHROMIUM)
         yield instance
         instance.close()
+
+
+def characters():
+    """A tokenizer of single characters with the tiny models' vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<end>": 1} | {chr(code + 160): code for code in range(2, VOCABULARY)}
+    vocabulary |= {character: vocabulary.pop(chr(index + 163)) for index, character in enumerate("abcdefgh .")}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", eos_token="<end>")
+
+
+def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Transformers' order of rows to the file's: halves of a head are interleaved."""
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

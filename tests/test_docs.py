@@ -105,9 +105,9 @@ def test_a_browser_shows_it_and_finds_definitions_first(browser, address, width)
         page.locator("ol.md-search-result__list > li:first-child a[href*='#']").first,
     )
     for name, where in (
-        ("sparsify_", "api/sparsify/#deadband.sparsify.sparsify_"),
-        ("prepare_decode_", "api/decode/#deadband.decoding.prepare_decode_"),
-        ("Thresholds", "api/sparsify/#deadband.allocation.Thresholds"),
+        ("sparsify_", "api/sparsify/#deadband.sparsify.sparsify.sparsify_"),
+        ("prepare_decode_", "api/decode/#deadband.decoding.decoder.prepare_decode_"),
+        ("Thresholds", "api/sparsify/#deadband.allocation.thresholds.Thresholds"),
         ("_check_unchanged", "code/src/deadband/sparsify.py/#_check_unchanged"),
         ("deadband_attend", "code/csrc/dispatch.cpp/#deadband_attend"),
     ):

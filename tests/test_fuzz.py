@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import deadband
-from deadband.allocation import Thresholds
-from deadband.calibration import Calibration
-from deadband.sparsify import SparsityConfig, sparsify_
+from deadband.allocation.thresholds import Thresholds
+from deadband.calibration.calibration import Calibration
+from deadband.sparsify.config import SparsityConfig
+from deadband.sparsify.sparsify import sparsify_
 
 SECONDS, BYTES = 1.0, 64 << 20
 HOSTILE = st.sampled_from(
@@ -136,7 +137,7 @@ def calibration():
 def test_calibrations(calibration, tmp_path_factory, data):
     path = tmp_path_factory.mktemp("fuzz") / "calibration.safetensors"
     calibration.save(path)
-    path.write_bytes(damaged(data.draw, path.read_bytes(), "deadband.calibration"))
+    path.write_bytes(damaged(data.draw, path.read_bytes(), "deadband.calibration.calibration"))
     result = soon(Calibration.load, path, errors=ValueError)
     if isinstance(result, ValueError):
         assert path.name in str(result)

@@ -20,9 +20,8 @@ def test_importing_deadband_imports_neither_torch_nor_transformers():
 
 
 def test_the_command_line_imports_them_only_inside_commands():
-    code = (
-        "import sys, deadband.cli; print([n for n in ('torch', 'transformers', 'numpy', 'rich') if n in sys.modules])"
-    )
+    heavy = ("torch", "transformers", "numpy", "rich")
+    code = f"import sys, deadband.app.cli; print([n for n in {heavy} if n in sys.modules])"
     assert python(code) == "[]"
 
 
@@ -37,39 +36,15 @@ def test_unknown_names_are_attribute_errors():
         deadband.sparsely  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "activation_sparsifier",
-        "aggregate",
-        "allocation",
-        "auto",
-        "bench",
-        "calibration",
-        "compaction",
-        "compiler_paths",
-        "criterion",
-        "evaluation",
-        "files",
-        "greedy",
-        "hooks",
-        "inspection",
-        "lightning_callback",
-        "linear",
-        "mask",
-        "observation",
-        "reduce",
-        "report",
-        "running",
-        "schedule",
-        "sensitivity",
-        "sites",
-        "sparsify",
-        "tasks",
-        "text",
-        "trainer_callback",
-    ],
-)
+SOURCES = Path(deadband.__file__).parent
+WITH_EXAMPLES = [
+    ".".join(path.relative_to(SOURCES).with_suffix("").parts)
+    for path in sorted(SOURCES.rglob("*.py"))
+    if ">>> " in path.read_text("utf-8")
+]
+
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_examples_in_docstrings_run(module, tmp_path, monkeypatch):
     import doctest
     import importlib
@@ -78,7 +53,9 @@ def test_examples_in_docstrings_run(module, tmp_path, monkeypatch):
     module = importlib.import_module(f"deadband.{module}")
     import torch
 
-    result = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.NORMALIZE_WHITESPACE)
+    result = doctest.testmod(
+        module, extraglobs={"torch": torch, "deadband": deadband}, optionflags=doctest.NORMALIZE_WHITESPACE
+    )
     assert result.failed == 0
 
 

@@ -15,13 +15,18 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deadband import aggregate, mask, reduce
-    from deadband.activation_sparsifier import ActivationSparsifier
-    from deadband.allocation import Thresholds
-    from deadband.calibration import Calibration, calibrate
+    from deadband import quantization
+    from deadband.allocation import Thresholds, allocate
+    from deadband.calibration import Calibration, Inspection, calibrate, inspect
     from deadband.compaction import CompactionReport, load_compact_
-    from deadband.criterion import Rule
-    from deadband.decoding import DecodeReport, DecodeWarning, decode_report, prepare_decode_, unprepare_decode_
+    from deadband.decoding import (
+        DecodeReport,
+        DecodeWarning,
+        breakeven,
+        decode_report,
+        prepare_decode_,
+        unprepare_decode_,
+    )
     from deadband.evaluation import (
         Comparison,
         Evaluation,
@@ -30,9 +35,13 @@ if TYPE_CHECKING:
         compare_generation,
         evaluate,
     )
-    from deadband.inspection import Inspection, inspect
-    from deadband.lightning_callback import SparsifierLightningCallback
-    from deadband.linear import SparseLinear
+    from deadband.integrations import gguf as gguf_model
+    from deadband.integrations.lightning import SparsifierLightningCallback
+    from deadband.integrations.lm_eval import run_tasks
+    from deadband.integrations.trainer import SparsifierTrainerCallback
+    from deadband.layers import Rule, SparseLinear
+    from deadband.masks import ActivationSparsifier, LayerError, aggregate, mask, reduce
+    from deadband.quantization import gguf_weights, mixed_precision
     from deadband.sparsify import (
         DriftWarning,
         SparsityConfig,
@@ -43,15 +52,12 @@ if TYPE_CHECKING:
         sparsify_,
         sparsity,
     )
-    from deadband.tasks import run_tasks
-    from deadband.trainer_callback import SparsifierTrainerCallback
-    from deadband.watching import LayerError
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "ActivationSparsifier": "activation_sparsifier",
-    "Calibration": "calibration",
+    "ActivationSparsifier": "masks",
+    "Calibration": "allocation",
     "CompactionReport": "compaction",
     "Comparison": "evaluation",
     "DecodeReport": "decoding",
@@ -59,38 +65,48 @@ _HOME = {
     "DriftWarning": "sparsify",
     "Evaluation": "evaluation",
     "GenerationReport": "evaluation",
-    "Inspection": "inspection",
-    "LayerError": "watching",
-    "Rule": "criterion",
-    "SparseLinear": "linear",
+    "Inspection": "calibration",
+    "LayerError": "masks",
+    "Rule": "layers",
+    "SparseLinear": "layers",
     "SparsityConfig": "sparsify",
     "SparsityReport": "sparsify",
     "Thresholds": "allocation",
-    "calibrate": "calibration",
+    "allocate": "allocation",
+    "calibrate": "allocation",
     "compare": "evaluation",
     "compare_generation": "evaluation",
-    "SparsifierLightningCallback": "lightning_callback",
-    "SparsifierTrainerCallback": "trainer_callback",
+    "SparsifierLightningCallback": "integrations.lightning",
+    "SparsifierTrainerCallback": "integrations.trainer",
     "decode_report": "decoding",
     "dense": "sparsify",
     "densify_": "sparsify",
     "evaluate": "evaluation",
-    "inspect": "inspection",
+    "inspect": "calibration",
     "load_compact_": "compaction",
     "prepare_decode_": "decoding",
-    "run_tasks": "tasks",
+    "run_tasks": "integrations.lm_eval",
     "sparse_prefill": "sparsify",
     "sparsify_": "sparsify",
     "sparsity": "sparsify",
     "unprepare_decode_": "decoding",
 }
-_MODULES = ("aggregate", "breakeven", "gguf_model", "gguf_weights", "mask", "mixed_precision", "quantization", "reduce")
+_MODULES = {
+    "aggregate": "masks.aggregate",
+    "breakeven": "decoding.breakeven",
+    "gguf_model": "integrations.gguf",
+    "gguf_weights": "quantization.gguf_weights",
+    "mask": "masks.mask",
+    "mixed_precision": "quantization.mixed_precision",
+    "quantization": "quantization",
+    "reduce": "masks.reduce",
+}
 __all__ = sorted([*_HOME, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"deadband.{name}")
+        return importlib.import_module(f"deadband.{_MODULES[name]}")
     if name not in _HOME:
         raise AttributeError(f"module 'deadband' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"deadband.{_HOME[name]}"), name)
@@ -103,9 +119,9 @@ def __dir__() -> list[str]:
 
 
 _FOLLOWERS = {
-    "transformers.quantizers.auto": "deadband.hf",
-    "transformers.modeling_utils": "deadband.hf_saving",
-    "transformers.models.falcon.modeling_falcon": "deadband.hf_falcon",
+    "transformers.quantizers.auto": "deadband.integrations.transformers",
+    "transformers.modeling_utils": "deadband.integrations.transformers_saving",
+    "transformers.models.falcon.modeling_falcon": "deadband.integrations.transformers_falcon",
 }
 """What is imported right after modules of transformers, so that it knows sparse models from then on."""
 

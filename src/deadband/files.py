@@ -66,3 +66,10 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `$DEADBAND_CACHE`, or `deadband` in the user's cache folder."""
+    if folder := os.environ.get("DEADBAND_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deadband"

@@ -18,10 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deadband.ops import _library, kernels
+from deadband.ops import kernels
 from deadband.ops.cpu import KERNEL_DTYPES, failed
+from deadband.ops.linear import operators
 
-_library.define(
+operators.define(
     "attend(Tensor query, Tensor keys, Tensor values, Tensor mask, float scaling, float softcap) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -42,10 +43,10 @@ def attend_reference(
     return mixed.reshape(heads, values.shape[2]).to(query.dtype)
 
 
-_library.impl("attend", attend_reference, "CompositeExplicitAutograd")
+operators.impl("attend", attend_reference, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("deadband::attend", lib=_library)
+@torch.library.register_fake("deadband::attend", lib=operators)
 def _fake(query, keys, values, mask, scaling, softcap):
     torch._check(
         query.dim() == 2 and keys.dim() == 3 and values.dim() == 3 and mask.dim() == 1,
@@ -89,4 +90,4 @@ def _on_cpu(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: 
 
 if kernels.library is not None:
     _kernel = kernels.library.deadband_attend
-    _library.impl("attend", _on_cpu, "CPU")
+    operators.impl("attend", _on_cpu, "CPU")

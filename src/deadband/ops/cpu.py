@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deadband.criterion import fill, keep_mask
-from deadband.ops import COUNTS, NIBBLES, count_, current_offset, dequantize, kernels
+from deadband.ops import kernels
+from deadband.ops.linear import COUNTS, NIBBLES, count_, current_offset, dequantize, operators
+from deadband.ops.skipping import fill, keep_mask
 
 _CODES = (torch.int8, torch.uint8)
 SPARSE_ROWS = 8  # what the kernel that skips takes at most
@@ -32,14 +33,6 @@ _get_num_threads = torch.get_num_threads
 if kernels.library is not None:
     _sparse_kernel, _dense_kernel = kernels.library.deadband_sparse_linear, kernels.library.deadband_dense_linear
     _quantized_kernel = kernels.library.deadband_quantized_linear
-
-
-def register(library: torch.library.Library) -> None:
-    """Add the CPU kernels to the operators; without them the torch references stay in place."""
-    if kernels.library is not None:
-        library.impl("sparse_linear", sparse_linear, "CPU")
-        library.impl("dense_linear", dense_linear, "CPU")
-        library.impl("quantized_linear", quantized_linear, "CPU")
 
 
 def sparse_linear(
@@ -254,3 +247,9 @@ def is_vector(vector: Tensor, dtype: torch.dtype, length: int) -> bool:
 def failed(error: int, x: Tensor, other: Tensor) -> Tensor:
     """Raise what a kernel returned."""
     raise RuntimeError(f"kernel error {error} for x {tuple(x.shape)} and {tuple(other.shape)}, {x.dtype}")
+
+
+if kernels.library is not None:  # without them the torch references stay in place
+    operators.impl("sparse_linear", sparse_linear, "CPU")
+    operators.impl("dense_linear", dense_linear, "CPU")
+    operators.impl("quantized_linear", quantized_linear, "CPU")

@@ -37,26 +37,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deadband.ops import COUNTS, NIBBLES, _library, current_offset, kernels, quantized_linear, sparse_linear
+from deadband.ops import kernels
 from deadband.ops.cpu import KERNEL_DTYPES, SPARSE_ROWS, failed, is_vector
+from deadband.ops.linear import COUNTS, NIBBLES, current_offset, operators, quantized_linear, sparse_linear
 
 PARTS = 8
 ACTIVATIONS = ("silu", "gelu_tanh")
 """As csrc/kernels.h numbers them."""
 LAYER = 14  # fields of csrc/kernels.h's deadband_layer, 8 bytes each
-
-_library.define(
+operators.define(
     "linears(Tensor x, Tensor?[] parts, int[] group_sizes, bool[] relative, int sparse_rows, Tensor(a!)[] counts) "
     "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.define(
+operators.define(
     "gated_mlp(Tensor x, Tensor?[] parts, int[] group_sizes, bool[] relative, int sparse_rows, Tensor(a!)[] counts, "
     "str activation) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.define("packed_linears(Tensor x, Tensor layers, int in_features, int out_features) -> Tensor")
-_library.define(
+operators.define("packed_linears(Tensor x, Tensor layers, int in_features, int out_features) -> Tensor")
+operators.define(
     "packed_gated_mlp(Tensor x, Tensor layers, int in_features, int out_features, int activation) -> Tensor"
 )
 linears = torch.ops.deadband.linears.default
@@ -111,8 +111,8 @@ def _linear(
     return quantized_linear(x, weight, scales, minimum, bias, group_sizes[layer], *rest)
 
 
-_library.impl("linears", linears_reference, "CompositeExplicitAutograd")
-_library.impl("gated_mlp", gated_mlp_reference, "CompositeExplicitAutograd")
+operators.impl("linears", linears_reference, "CompositeExplicitAutograd")
+operators.impl("gated_mlp", gated_mlp_reference, "CompositeExplicitAutograd")
 
 
 def _check(parts, group_sizes, relative, counts):
@@ -130,13 +130,13 @@ def _out_features(parts, layer):
     return weight.shape[0] if scales is None else scales.shape[1]
 
 
-@torch.library.register_fake("deadband::linears", lib=_library)
+@torch.library.register_fake("deadband::linears", lib=operators)
 def _linears_fake(x, parts, group_sizes, relative, sparse_rows, counts):
     _check(parts, group_sizes, relative, counts)
     return x.new_empty((*x.shape[:-1], sum(_out_features(parts, layer) for layer in range(len(group_sizes)))))
 
 
-@torch.library.register_fake("deadband::gated_mlp", lib=_library)
+@torch.library.register_fake("deadband::gated_mlp", lib=operators)
 def _gated_mlp_fake(x, parts, group_sizes, relative, sparse_rows, counts, activation):
     _check(parts, group_sizes, relative, counts)
     torch._check(
@@ -146,12 +146,12 @@ def _gated_mlp_fake(x, parts, group_sizes, relative, sparse_rows, counts, activa
     return x.new_empty((*x.shape[:-1], _out_features(parts, 2)))
 
 
-@torch.library.register_fake("deadband::packed_linears", lib=_library)
+@torch.library.register_fake("deadband::packed_linears", lib=operators)
 def _packed_linears_fake(x, layers, in_features, out_features):
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@torch.library.register_fake("deadband::packed_gated_mlp", lib=_library)
+@torch.library.register_fake("deadband::packed_gated_mlp", lib=operators)
 def _packed_gated_mlp_fake(x, layers, in_features, out_features, activation):
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -398,7 +398,7 @@ def _packed_gated_mlp_on_cpu(x: Tensor, layers: Tensor, in_features: int, out_fe
 
 
 if kernels.library is not None:
-    _library.impl("packed_linears", _packed_linears_on_cpu, "CPU")
-    _library.impl("packed_gated_mlp", _packed_gated_mlp_on_cpu, "CPU")
-    _library.impl("linears", _linears_on_cpu, "CPU")
-    _library.impl("gated_mlp", _gated_mlp_on_cpu, "CPU")
+    operators.impl("packed_linears", _packed_linears_on_cpu, "CPU")
+    operators.impl("packed_gated_mlp", _packed_gated_mlp_on_cpu, "CPU")
+    operators.impl("linears", _linears_on_cpu, "CPU")
+    operators.impl("gated_mlp", _gated_mlp_on_cpu, "CPU")

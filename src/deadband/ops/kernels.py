@@ -11,10 +11,9 @@ import warnings
 from ctypes import c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
-import torch  # first: its OpenMP runtime is then the one that the kernels' library resolves to
+import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 _SIGNATURES = {
     "deadband_sparse_linear": (
         c_int,
@@ -47,8 +46,6 @@ _SIGNATURES = {
     "deadband_isa_list": (c_char_p, []),
     "deadband_set_isa": (c_int, [c_char_p]),
 }
-
-
 MISSING = (
     "none are built or loaded: no C++ compiler was found at install, or DEADBAND_KERNELS=0 is set. Everything runs on "
     "torch alone, without any gain. With a compiler, install again: pip install --force-reinstall --no-deps ."
@@ -89,8 +86,6 @@ def _load() -> ctypes.CDLL | None:
 
 library = _load()
 """The loaded library, or None: then everything runs on the torch references."""
-
-
 _isa = library.deadband_isa().decode() if library else None
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deadband.criterion import score
 from deadband.ops import kernels
+from deadband.ops.skipping import score
 
 BINS = 1 << 15  # of the upper 16 bits of a float32 without the sign: 8 of exponent, 7 of mantissa
 FIRST_NONFINITE = 0x7F80  # from here on: infinity, then NaN

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deadband.ops import _library
+from deadband.ops.linear import operators
 
 _watchers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -38,11 +38,11 @@ def watch_reference(x: Tensor, ticket: Tensor) -> None:
         watcher.see(x)
 
 
-_library.define("watch(Tensor x, Tensor(a!) ticket) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("watch", watch_reference, "CompositeExplicitAutograd")
+operators.define("watch(Tensor x, Tensor(a!) ticket) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+operators.impl("watch", watch_reference, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("deadband::watch", lib=_library)
+@torch.library.register_fake("deadband::watch", lib=operators)
 def _watch_fake(x, ticket):
     torch._check(ticket.numel() == 2, lambda: f"ticket has {ticket.numel()} elements, expected 2")
 

@@ -1,0 +1,309 @@
+"""Sensitivity: how much loss skipping entries of each site causes, from backward passes through the dense model.
+
+To second order, KL(dense ‖ sparse) of a token is half of E[(gradient · change)²], where the gradient is that of the
+log-probability of a label drawn from the model's own prediction (the Fisher information; Martens 2020, arXiv
+1412.1193) and the change is what skipping does to a site's input. One backward pass gives the gradient at every site at
+once, and so a curve of expected loss against threshold for each, for thresholds on abs(x) and on abs(x)/‖x‖ alike. A
+budget is then shared out by water-filling on the convex hulls of the curves, by loss per byte of weights.
+
+The same gradients give the criterion `sensitivity`: abs(x_i) · the root mean square of the gradient at channel i.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deadband.calibration.watcher import InputWatcher, first_tensor, require_reached
+from deadband.layers.rule import Rule
+from deadband.ops.skipping import norm_of
+from deadband.running.batches import taken
+from deadband.running.forward import run
+
+LEVELS = np.concatenate([np.arange(0.05, 0.951, 0.05), [0.975]])
+"""Sparsities at which the curves are taken, about: thresholds come from a sample, what they skip is counted."""
+_SAMPLE_ROWS = 64  # rows of each site's input that thresholds are taken from
+_FIRST_PART = 4  # one batch in so many serves the first pass, for the scales
+
+
+@dataclasses.dataclass
+class Curve:
+    """Expected loss of a site against its threshold, for one form of rule.
+
+    Attributes:
+        thresholds: ascending, [levels].
+        sparsity: what each skips, [levels].
+        harm: the loss it causes in nats a token, [levels], ascending.
+    """
+
+    thresholds: np.ndarray
+    sparsity: np.ndarray
+    harm: np.ndarray
+
+    def points(self) -> list[tuple[float, float]]:
+        """Pairs of sparsity and loss."""
+        return list(zip(self.sparsity.tolist(), self.harm.tolist(), strict=True))
+
+    def harm_at(self, sparsity: float) -> float:
+        """The loss at a sparsity, between levels by interpolation."""
+        return float(np.interp(sparsity, np.r_[0, self.sparsity], np.r_[0, self.harm]))
+
+    def threshold_at(self, sparsity: float) -> float:
+        """The threshold for a sparsity, between levels by interpolation."""
+        return float(np.interp(sparsity, np.r_[0, self.sparsity], np.r_[0, self.thresholds]))
+
+
+@dataclasses.dataclass
+class SiteSensitivity:
+    """What backward passes tell of one site.
+
+    Attributes:
+        scale: root mean square of the gradient by channel, float32 [in_features].
+        curves: by form: False for a threshold on `|x| * scale`, True for one on `|x| * scale / ‖x‖`.
+    """
+
+    scale: Tensor
+    curves: dict[bool, Curve]
+
+
+def measure_sensitivity(
+    model: nn.Module, batches: Iterable[Any], names: Sequence[str], *, seed: int = 0, progress: bool = True
+) -> dict[str, SiteSensitivity]:
+    """Curves of expected loss for the named sites, from a forward and a backward pass over every batch.
+
+    Nothing in the model changes. A quarter of the batches is seen once more, first, for the scales. Memory: one batch's
+    activations, as in training, without any gradients of parameters.
+
+    Args:
+        model: its output has `logits` (labels are drawn from them), or is a tensor (of which the squared error counts).
+        batches: calibration data, as for `deadband.calibrate`.
+        names: of sites.
+        seed: of the labels.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: no batch, or gradients that are NaN or infinite.
+        NotReachedError: sites that no gradient reaches.
+    """
+    batches, names = taken(batches), list(names)
+    first, rest = batches[::_FIRST_PART], [batch for i, batch in enumerate(batches) if i % _FIRST_PART]
+    with _frozen(model):
+        scales = _Scales(seed)
+        scales.watch(model, first, names, "gradients", progress)
+        if rest and not all(map(scales.reached, names)):  # experts that few tokens are sent to
+            scales.watch(model, rest, names, "gradients", progress)
+        require_reached(names, set(filter(scales.reached, names)), "no gradient reached {}")
+        measured = {}
+        for name in names:
+            squares, rows = scales.squares[name]
+            scale = (squares / rows).sqrt().float()
+            _require_finite(name, scale)
+            measured[name] = SiteSensitivity(scale, _empty_curves(scale, torch.cat(scales.samples[name])))
+        curves = _Curves(measured, seed + 1)
+        curves.watch(model, batches, names, "sensitivity", progress)
+    for name, site in measured.items():
+        for relative, curve in site.curves.items():
+            harm, skipped, entries = curves.totals[name][relative]
+            _require_finite(name, harm)
+            curve.harm = np.maximum.accumulate(harm.cpu().numpy() / (2 * max(curves.tokens, 1)))
+            curve.sparsity = skipped.cpu().numpy() / max(entries, 1)
+    return measured
+
+
+def _require_finite(name: str, figures: Tensor) -> None:
+    if not figures.isfinite().all():
+        raise ValueError(
+            f"the gradients at site {name!r} have NaN or infinity, so the model's outputs do, or nearly; "
+            "look for broken weights or inputs, or calibrate in a wider dtype"
+        )
+
+
+def sensitivity_shares(
+    measured: Mapping[str, SiteSensitivity], weights: Mapping[str, float], budget: float, relative: bool | None
+) -> tuple[dict[str, float], dict[str, Rule], dict[str, float]]:
+    """Sparsity, rule (for dense activations) and expected loss of each site at a model-wide budget.
+
+    Args:
+        measured: what `measure_sensitivity` returned.
+        weights: bytes of each site's weight.
+        budget: model-wide sparsity.
+        relative: the form of all rules; None to choose the one that harms less at each site.
+    """
+    forms = (False, True) if relative is None else (relative,)
+    points = {name: [each for form in forms for each in site.curves[form].points()] for name, site in measured.items()}
+    shares = water_fill(points, weights, budget)
+    reached = sum(shares[name] * weights[name] for name in shares) / sum(weights[name] for name in shares)
+    if reached < budget - 1e-6:
+        raise ValueError(f"sparsity {budget} is out of reach; the curves of method 'sensitivity' end at {reached:.3f}")
+    rules, harm = {}, {}
+    for name, site in measured.items():
+        form = min(forms, key=lambda form: site.curves[form].harm_at(shares[name]))
+        rules[name] = Rule(site.curves[form].threshold_at(shares[name]), site.scale, None, form)
+        harm[name] = site.curves[form].harm_at(shares[name])
+    return shares, rules, harm
+
+
+def water_fill(
+    points: Mapping[str, Sequence[tuple[float, float]]], weights: Mapping[str, float], budget: float
+) -> dict[str, float]:
+    """Water-filling: the sparsity of each site at which one more byte skipped costs the same everywhere.
+
+    Args:
+        points: (sparsity, loss) of each site, in any order; their lower convex hull with (0, 0) counts.
+        weights: bytes of each site.
+        budget: the weighted mean of the sparsities; more than all hulls reach gives their ends.
+
+    Example:
+        >>> water_fill({"a": [(0.5, 1.0), (1.0, 4.0)], "b": [(0.5, 10.0), (1.0, 20.0)]}, {"a": 1, "b": 1}, 0.4)
+        {'a': 0.8, 'b': 0.0}
+    """
+    segments = []
+    for name, given in points.items():
+        hull = _lower_hull(given)
+        for (low, before), (high, after) in itertools.pairwise(hull):
+            segments.append(((after - before) / ((high - low) * weights[name]), low, high, name))
+    shares = dict.fromkeys(points, 0.0)
+    left = budget * sum(weights[name] for name in points)
+    for _, low, high, name in sorted(segments):
+        part = min((high - low) * weights[name], left)
+        shares[name] = low + part / weights[name]
+        left -= part
+        if left <= 0:
+            break
+    return shares
+
+
+def _lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    hull = [(0.0, 0.0)]
+    for x, y in sorted(points):
+        if x <= hull[-1][0]:
+            continue
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) >= (y - hull[-2][1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
+def _empty_curves(scale: Tensor, sample: Tensor) -> dict[bool, Curve]:
+    curves = {}
+    for relative in (False, True):
+        rule = Rule(0.0, scale, None, relative)
+        scores = (rule.compared(sample).abs().float() * scale).flatten().sort().values
+        position = torch.as_tensor(LEVELS * (len(scores) - 1), device=scores.device).long()
+        thresholds = np.unique(scores[position].double().cpu().numpy())
+        curves[relative] = Curve(thresholds, np.zeros_like(thresholds), np.zeros_like(thresholds))
+    return curves
+
+
+class _Gradients(InputWatcher):
+    """Runs batches forward and backward; `take` gets input and gradient of every call of a site, in rows."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tokens = 0  # outputs that were predicted
+
+    def take(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        raise NotImplementedError
+
+    def see(self, name: str, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            if not x.requires_grad:
+                x = x.detach().requires_grad_()
+            own = x.view_as(x)  # q, k and v get the same tensor; each has to see its own gradient
+            rows = self.rows(name, x.detach()).clone()  # some blocks change it in place before the gradient comes
+            own.register_hook(lambda gradient: self.take(name, rows, self.rows(name, gradient)))
+        return own
+
+    def step(self, model: nn.Module, batch: Any) -> None:
+        with torch.enable_grad():
+            output = run(model, batch, use_cache=False)
+            logits = getattr(output, "logits", None)
+            tensor = logits if logits is not None else first_tensor(output)
+        with torch.no_grad():
+            gradient = self._draw(tensor, categorical=logits is not None)
+        if tensor.requires_grad:
+            tensor.backward(gradient)
+
+    def _draw(self, output: Tensor, categorical: bool) -> Tensor:
+        """The gradient of the loss for labels drawn from the model's own prediction, zero where padded."""
+        keep = self.counted.outputs(output.shape[:-1])
+        self.tokens += int(keep.sum())
+        if categorical:
+            gradient = output.float().softmax(-1)
+            rows = gradient.view(-1, gradient.shape[-1])
+            draw = torch.rand(len(rows), 1, generator=self.generator).to(rows.device)
+            labels = (rows.cumsum(-1) < draw).sum(-1, keepdim=True).clamp_(max=rows.shape[-1] - 1)
+            rows.scatter_add_(1, labels, torch.full_like(draw, -1.0))
+        else:  # a normal distribution of variance one around the output: half the squared error is its loss
+            gradient = torch.randn(output.shape, generator=self.generator).to(output.device)
+        return (gradient * keep.to(output.device)[..., None]).to(output.dtype)
+
+
+class _Scales(_Gradients):
+    """Sums of squared gradients by channel, and some rows of the inputs."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.squares: dict[str, tuple[Tensor, int]] = {}
+        self.samples: dict[str, list[Tensor]] = {}
+
+    def reached(self, name: str) -> bool:
+        """Whether any gradient came to a site."""
+        return name in self.squares and self.squares[name][1] > 0
+
+    def take(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        before, rows = self.squares.get(name, (torch.zeros((), dtype=torch.float64), 0))
+        total = gradient.float().square().sum(0).double()
+        self.squares[name] = (before.to(total.device) + total, rows + len(x))
+        kept = self.samples.setdefault(name, [])
+        missing = _SAMPLE_ROWS - sum(map(len, kept))
+        if missing > 0:
+            kept.append(x[:: max(len(x) // min(missing, _SAMPLE_ROWS // 4), 1)][:missing].clone())
+
+
+class _Curves(_Gradients):
+    """Sums over tokens of (gradient · change)² at each threshold of each curve, and what the thresholds skip."""
+
+    def __init__(self, sites: Mapping[str, SiteSensitivity], seed: int) -> None:
+        super().__init__(seed)
+        self.sites = sites
+        self.totals: dict[str, dict[bool, tuple[Tensor, Tensor, int]]] = {}
+
+    def take(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        site = self.sites[name]
+        totals = self.totals.setdefault(name, {})
+        product = gradient.float() * x.float()  # [rows, in_features]: what dropping an entry changes, to first order
+        scores = x.abs().float() * site.scale
+        for relative, curve in site.curves.items():
+            if relative:
+                scores = scores / norm_of(x).clamp_min(torch.finfo(torch.float32).tiny)
+            limits = torch.as_tensor(curve.thresholds, dtype=torch.float32, device=x.device)
+            level = torch.bucketize(scores, limits)  # the first threshold that skips the entry
+            changes = torch.zeros(len(x), len(limits) + 1, device=x.device).scatter_add_(1, level, product)
+            harm = changes.cumsum(1)[:, :-1].double().square().sum(0)
+            skipped = torch.bincount(level.flatten(), minlength=len(limits) + 1).cumsum(0)[:-1]
+            before = totals.get(relative, (torch.zeros_like(harm), torch.zeros_like(skipped), 0))
+            totals[relative] = (before[0] + harm, before[1] + skipped, before[2] + x.numel())
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter needs a gradient inside the block."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""The command line, the demo, and models by folder or name."""

@@ -1,0 +1,178 @@
+"""Passes of data through a model that show what each site gets, and masks on it, by hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from deadband.layers.hooks import attach, detach, take_input, with_input
+from deadband.layers.rule import Rule
+from deadband.layers.scope import for_here, scope
+from deadband.ops.nested import parts_of_rows, rows_of_parts
+from deadband.running.batches import Counted, checked
+from deadband.running.forward import evaluating, progress_bar, run
+
+Result = TypeVar("Result")
+
+
+class NotReachedError(ValueError):
+    """Sites saw nothing of the data, such as experts that no token was sent to.
+
+    Attributes:
+        sites: their names, in the order of the model.
+    """
+
+    def __init__(self, message: str, sites: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.sites = tuple(sites)
+
+
+UNREACHED = ("error", "dense")
+"""What becomes of sites that no token reached: an error that names them, or they are left dense."""
+
+
+def check_unreached(choice: str) -> str:
+    """Return a choice of `UNREACHED`, or raise a ValueError."""
+    if choice not in UNREACHED:
+        raise ValueError(f"unreached={choice!r}; expected one of {', '.join(map(repr, UNREACHED))}")
+    return choice
+
+
+def require_reached(names: Iterable[str], reached: Container[str], what: str = "{} {} never reached") -> None:
+    """A NotReachedError names all sites that are missing in `reached`; `what` says so of "site 'a'" or "3 sites"."""
+    missing = [name for name in names if name not in reached]
+    if not missing:
+        return
+    alone = len(missing) == 1
+    found = what.format(f"site {missing[0]!r}" if alone else f"{len(missing)} sites", "was" if alone else "were")
+    it, listed = ("it", "") if alone else ("them", ": " + ", ".join(missing))
+    raise NotReachedError(
+        f"{found}; leave {it} out with exclude= or unreached='dense' in calibrate, or give data that reaches "
+        f"{it}{listed}",
+        missing,
+    )
+
+
+class InputWatcher:
+    """One pass of data through a model that gives each site's input to `see`, from forward pre-hooks."""
+
+    def __init__(self) -> None:
+        self.counted = Counted()  # of the batch that is run
+        self.encoded: Tensor | None = None  # what the encoder of an encoder-decoder model returned
+        # q, k and v (gate and up) get the same tensor: it is looked at once. Holding it keeps its identity from reuse.
+        self.last: tuple[Tensor, int | None, Any] | None = None
+
+    def see(self, name: str, x: Tensor) -> Tensor | None:
+        """What to do with the input [..., in_features] of one call of a site; returns what the site gets instead."""
+        raise NotImplementedError
+
+    def rows(self, name: str, x: Tensor) -> Tensor:
+        """The unpadded rows [rows, in_features] of what a site sees, or of anything of that shape."""
+        encoded = self.encoded is not None and _same(x, self.encoded)  # keys and values of cross-attention
+        return self.counted.rows(name, x, encoded=encoded)
+
+    def step(self, model: nn.Module, batch: Any) -> None:
+        """Run one batch, without gradients."""
+        run(model, batch, use_cache=False, logits_to_keep=1)  # neither is looked at
+
+    def look(self, name: str, x: Tensor, function: Callable[[Tensor], Result], *, shared: bool = True) -> Result:
+        """`function` of the unpadded rows [rows, in_features] of `x`.
+
+        With `shared`, a call with the tensor of the call before gives the result of then.
+        """
+        version = None if x.is_inference() else x._version  # changed in place: not the same input any more
+        if shared and self.last is not None and self.last[0] is x and self.last[1] == version:
+            return self.last[2]
+        result = function(self.rows(name, x))
+        self.last = (x, version, result) if shared and version is not None else None
+        return result
+
+    def watch(self, model: nn.Module, batches: Iterable[Any], names: list[str], what: str, progress: bool) -> None:
+        """Run all batches in eval mode, without gradients, with hooks on the named sites; `what` labels the progress.
+
+        Raises:
+            ValueError: no batch.
+        """
+        modules = {name: model.get_submodule(name) for name in names}
+        given = checked(batches)
+        with self._watching(modules, encoders_of(model)), evaluating(model):
+            for batch in progress_bar(given, what, progress, total=operator.length_hint(batches) or None):
+                self.counted, self.encoded, self.last = Counted.of(model, batch), None, None
+                self.step(model, batch)
+        self.encoded = self.last = None
+
+    @contextlib.contextmanager
+    def _watching(self, modules: Mapping[str, nn.Module], encoders: Iterable[nn.Module]) -> Iterator[None]:
+        handles, others = [], []
+        with scope():
+            try:
+                for name, module in modules.items():
+                    handles.append(attach(module, for_here(self._hook(name))))
+                for encoder in encoders:
+                    others.append(encoder.register_forward_hook(for_here(self._remember)))
+                yield
+            finally:
+                for handle in handles:
+                    detach(handle)
+                for other in others:
+                    other.remove()
+
+    def _remember(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.encoded = first_tensor(output)
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            x = take_input(name, args, kwargs)
+            instead = self.see(name, rows_of_parts(x))
+            return None if instead is None else with_input(args, kwargs, parts_of_rows(instead, x))
+
+        return hook
+
+
+def encoders_of(model: nn.Module) -> list[nn.Module]:
+    """The encoders whose output a decoder gets: modules of that name outside of any decoder, or of another encoder."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return []
+    paths = {name: name.split(".") for name, _ in model.named_modules()}
+    found = [
+        name for name, path in paths.items() if path[-1] == "encoder" and not {"encoder", "decoder"} & set(path[:-1])
+    ]
+    return [model.get_submodule(name) for name in found]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first tensor in what a module returned."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    return output
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x is y or (x.data_ptr() == y.data_ptr() and x.shape == y.shape)
+
+
+@contextlib.contextmanager
+def masking(sites: Mapping[str, nn.Module], rules: Mapping[str, Rule]) -> Iterator[None]:
+    """Inside the block, hooks apply the rules to the input of each site: the sparse model, without changing a layer."""
+    handles = []
+
+    def hook(name: str) -> Any:
+        def mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            x = take_input(name, args, kwargs)
+            return with_input(args, kwargs, parts_of_rows(rules[name].apply(rows_of_parts(x)), x))
+
+        return mask
+
+    with scope():
+        try:
+            for name, module in sites.items():
+                if rules[name].threshold > 0:
+                    handles.append(attach(module, for_here(hook(name))))
+            yield
+        finally:
+            for handle in handles:
+                detach(handle)

@@ -1,0 +1,336 @@
+"""compact_: input features that a static mask drops are removed for real, from weights and from what made them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from deadband.compaction.plan import tensors_in
+from deadband.compaction.resize import Example, Gathered, Resize, apply_, layout_of, restoring
+from deadband.running.copies import copy_arguments, copy_model
+from deadband.running.forward import evaluating
+from deadband.running.timing import interleave, median
+
+ROUNDS = 5  # calls that the latency in a report is the median of
+
+
+# ------------------------------------------------------------------------------------------------------------- the verb
+
+
+@dataclasses.dataclass(frozen=True)
+class CompactionReport:
+    """What compaction did: figures before and after, and what happened to each masked layer.
+
+    Attributes:
+        parameters: their number.
+        flops: of one call on the example, as torch counts them; 0 where it cannot, as with nested tensors.
+        seconds: median latency of one call on the example; before is the dense model, without masks.
+        removed: masked input features that are gone, along with what made them, by layer.
+        gathered: masked input features that are still made, but not read, by layer.
+        left: why a layer is as it was, by layer.
+        note: why producers stay whole that might have shrunk; empty if none do.
+    """
+
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+    seconds: tuple[float, float]
+    removed: dict[str, int]
+    gathered: dict[str, int]
+    left: dict[str, str]
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def __str__(self) -> str:
+        before, after = (values[0] * 1e3 for values in (self.seconds, self.seconds[::-1]))
+        rows = (("parameters", *self.parameters), ("FLOPs", *self.flops), ("milliseconds", before, after))
+        lines = [f"{'':12}  {'before':>18}  {'after':>18}   ratio"]
+        for name, old, new in rows:
+            shown = (f"{value:18,.3f}" if isinstance(value, float) else f"{value:18,}" for value in (old, new))
+            lines.append("  ".join([f"{name:12}", *shown, f"{old / new:5.2f}x" if new else ""]).rstrip())
+        for what, counts in (("removed", self.removed), ("gathered", self.gathered)):
+            lines += [f"{what:12}  {count:18,}  {name}" for name, count in counts.items()]
+        lines += [f"{'left':12}  {name}: {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines + [f"{'note':12}  {self.note}"] * bool(self.note))
+
+
+def compact_(
+    model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, producers: bool = True
+) -> CompactionReport:
+    """Remove the input features that `masks` drops, in place, so that the model gives what the masked one gives.
+
+    The columns of a masked layer's weight go. Where nothing else reads a feature, what makes it goes, too: rows of a
+    linear layer or convolution, columns of an embedding, with the batch normalization in between. Elsewhere, as on a
+    residual stream, the layer gathers the features that it keeps (`GatheredLinear`, ...). What can go is found through
+    Torch-Pruning and counts only if copies of the model, in float64, give the same output without it, on the example
+    and on random variations of it and of the parameters.
+
+    Outputs are those of the model in eval mode with `torch.where(mask, x, 0)` in front of each masked layer. Modules
+    keep their identity, hooks, device and dtype; parameters that shrink are new objects without a gradient, so make
+    the optimizer afterwards. On any exception the model is as before.
+
+    Args:
+        model: any module, without hooks of its own that mask.
+        masks: by layer, a bool tensor [in_features] or [in_channels], True = keep. The layers are nn.Linear,
+            nn.Conv1d to nn.Conv3d in one group, and transformers' Conv1D; others are left, and the report says why.
+        example: arguments of one call of the model, `(positional, keyword)`. The layers it does not call are left.
+        producers: with False, layers that make features stay whole, and Torch-Pruning is not needed.
+
+    Returns:
+        A `CompactionReport`.
+
+    Raises:
+        ValueError: a layer that the model does not have, a mask of the wrong length, or an example that the model does
+            not run on.
+        TypeError: a mask that is not a bool tensor, an example that is not such a pair, or a model that cannot be
+            copied.
+        ImportError: Torch-Pruning is missing: `pip install "deadband[compact]"`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
+        >>> report = compact_(model, {"2": torch.arange(16) < 4}, ((torch.ones(1, 8),), {}))
+        >>> model
+        Sequential(
+          (0): Linear(in_features=8, out_features=4, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=4, out_features=2, bias=True)
+        )
+        >>> report.parameters, report.removed
+        ((178, 46), {'2': 12})
+    """
+    from deadband.compaction.plan import find_plan, require_torch_pruning
+
+    if producers:
+        require_torch_pruning()
+    masks = _checked(model, masks)
+    if not (isinstance(example, tuple) and list(map(type, example)) == [tuple, dict]):
+        raise TypeError(f"example is {type(example).__name__}; expected (positional tuple, keyword dict) of one call")
+    dense = copy_model(model)
+    outputs_of(dense, example)
+    plan = find_plan(dense, masks, example, producers)
+    with restoring(model.get_submodule(name) for name in plan.resizes):
+        apply_(model, plan.resizes)
+        compacted = copy_model(model)  # calls may leave something behind in the model, which is not the user's
+        return CompactionReport(
+            parameters=(_count(dense), _count(compacted)),
+            flops=(_flops(dense, example), _flops(compacted, example)),
+            seconds=_seconds(dense, compacted, example),
+            removed=plan.removed,
+            gathered=plan.gathered,
+            left=plan.left,
+            note=plan.note,
+        )
+
+
+def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks on the CPU; an error names the first bad one."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    seen: dict[nn.Module, str] = {}
+    for name, mask in masks.items():
+        if name not in modules:
+            near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3) or list(modules)[1:4]
+            raise ValueError(f"masks has {name!r}, which is not a layer of the model; there are for example {near}")
+        if modules[name] in seen:
+            raise ValueError(f"{seen[modules[name]]!r} and {name!r} are one layer of the model; pass one mask for it")
+        seen[modules[name]] = name
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"the mask of {name!r} is {got}; expected a bool tensor, True = keep: pass mask != 0")
+        layout = layout_of(modules[name])
+        width = getattr(modules[name], layout.inputs) if layout is not None and layout.inputs else mask.numel()
+        if mask.shape != (width,) and not isinstance(modules[name], Gathered):
+            raise ValueError(f"the mask of {name!r} has shape {list(mask.shape)}; expected [{width}], one per input")
+    return {name: mask.detach().cpu() for name, mask in masks.items()}
+
+
+def few_rows(model: nn.Module, example: Example) -> Example:
+    """The first two rows of an example where that changes nothing but the time that calls take; else the example.
+
+    The first dimension need not be a batch's: it may be nodes of a graph, features, channels, or time. So the model is
+    run on both, and two rows have to give the first two rows of the output. What may be indices into the first
+    dimension is not tried, as kernels may read outside of their memory.
+
+    Raises:
+        ValueError: the model does not run on the example.
+    """
+    whole, rows = outputs_of(model, example), _rows_to_try(example)
+    if rows <= 2:
+        return example
+    short = copy_arguments(tree_map(lambda leaf: leaf[:2] if _has_rows(leaf, rows) else leaf, example))
+    try:
+        found = outputs_of(model, short)
+    except ValueError:
+        return example
+    wanted = [each[:2] if _has_rows(each, rows) else each for each in whole]
+    return short if len(found) == len(wanted) and all(map(_near, found, wanted)) else example
+
+
+def _rows_to_try(example: Example) -> int:
+    """The length of the first dimension that all tensors share; 0 if some may index into it, or have no such thing."""
+    tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()]
+    if any(tensor.layout is not torch.strided or tensor.is_nested for tensor in tensors):
+        return 0
+    kinds = {tensor.is_floating_point() for tensor in tensors if tensor.dtype != torch.bool}
+    indices = len(kinds) > 1 or any(tensor.dim() == 1 and not tensor.is_floating_point() for tensor in tensors)
+    sizes = {tensor.shape[0] for tensor in tensors}
+    return sizes.pop() if len(sizes) == 1 and not indices else 0
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    found, expected = found.double(), expected.double()
+    scale = expected.abs().nan_to_num(0, 0, 0).mean().item() if expected.numel() else 0.0
+    return torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * scale, equal_nan=True)
+
+
+def outputs_of(model: nn.Module, example: Example) -> list[Tensor]:
+    """All tensors that one call in eval mode returns, dense.
+
+    Raises:
+        ValueError: the model does not run on the example.
+    """
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # not torch.manual_seed, which would seed GPUs, too
+            return tensors_in(_call(model, copy_arguments(example)))
+    except Exception as error:
+        raise ValueError(
+            f"the model does not run on the example, {_shown(example)}: {type(error).__name__}: {error}. Pass "
+            "example=: the arguments of one call of the model as it is now (a tensor, a tuple of positional arguments, "
+            "or a mapping of keyword arguments)"
+        ) from error
+
+
+def _shown(example: Example) -> str:
+    def shown(value: Any) -> str:
+        if not isinstance(value, Tensor):
+            return type(value).__name__
+        return f"{str(value.dtype).removeprefix('torch.')} {'nested' if value.is_nested else list(value.shape)}"
+
+    named = [f"{name}={shown(value)}" for name, value in example[1].items()]
+    return f"({', '.join([*map(shown, example[0]), *named])})"
+
+
+def _call(model: nn.Module, example: Example) -> Any:
+    return model(*example[0], **example[1])
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _flops(model: nn.Module, example: Example) -> int:
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        try:
+            _call(model, copy_arguments(example))
+        except Exception:  # the model runs; what cannot be counted are nested tensors
+            return 0
+    return counter.get_total_flops()
+
+
+def _seconds(dense: nn.Module, compacted: nn.Module, example: Example) -> tuple[float, float]:
+    ours, theirs = copy_arguments(example), copy_arguments(example)  # a cache among the arguments grows with each call
+    with evaluating(dense), evaluating(compacted):
+        calls = {"dense": lambda: _call(dense, theirs), "compacted": lambda: _call(compacted, ours)}
+        times = interleave(calls, rounds=ROUNDS, progress=False)
+    return median(times["dense"]), median(times["compacted"])
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_compact_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """Give a dense model the shapes of a compacted one and load its parameters, in place and all or nothing.
+
+    This is also the way for transformers models, whose `from_pretrained` knows no other shapes than the config's:
+    make the dense model from its config, then load the state dict.
+
+    Args:
+        model: a fresh model of the architecture that was compacted.
+        state_dict: of the compacted model. Of parameters that the model ties, one name is enough, as in safetensors.
+
+    Returns:
+        The model, for chaining.
+
+    Raises:
+        ValueError: an entry is missing, unknown or of a shape that compaction does not lead to; the model is as before.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
+        >>> _ = compact_(model, {"2": torch.arange(16) < 4}, ((torch.ones(1, 8),), {}))
+        >>> fresh = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> load_compact_(fresh, model.state_dict())[0]
+        Linear(in_features=8, out_features=4, bias=True)
+    """
+    held: dict[int, list[str]] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        held.setdefault(id(value), []).append(key)
+    found = dict(state_dict)
+    for keys in held.values():
+        given = next((key for key in keys if key in found), None)
+        found |= {key: found[given] for key in keys if given is not None and key not in found}
+    shapes = {name: _shape_of(module, f"{name}." if name else "", found) for name, module in model.named_modules()}
+    plan = {name: to for name, to in shapes.items() if to is not None}
+    values = [value.detach() for value in (*model.parameters(), *model.buffers())]
+    before = [value.clone() for value in values]
+    with restoring(model.get_submodule(name) for name in plan):
+        try:
+            apply_(model, plan)
+            _check_shapes(model, found)
+            model.load_state_dict(found)
+        except BaseException:
+            for value, saved in zip(values, before, strict=True):
+                value.copy_(saved)
+            raise
+    return model
+
+
+def _shape_of(module: nn.Module, prefix: str, found: Mapping[str, Any]) -> Resize | None:
+    """What `module` is cut down to, from its entries of a state dict; None: to nothing less than it is."""
+    layout = layout_of(module)
+    weight = found.get(f"{prefix}weight", found.get(f"{prefix}running_mean"))
+    if layout is None or not isinstance(weight, Tensor):
+        return None
+
+    def narrowed(attribute: str | None, dim: int) -> Tensor | None:
+        size = weight.shape[dim] if weight.dim() > dim else sys.maxsize
+        return torch.arange(size) if attribute is not None and size < getattr(module, attribute) else None
+
+    kept = found.get(f"{prefix}kept") if layout.gathered is not None else None
+    to = Resize(narrowed(layout.outputs, layout.out_dim), narrowed(layout.inputs, layout.in_dim), kept)
+    if kept is not None:
+        width = sys.maxsize if isinstance(module, Gathered) else getattr(module, layout.inputs or "")
+        if kept.dtype != torch.int64 or kept.dim() != 1 or not all(0 <= index < width for index in kept.tolist()):
+            raise ValueError(f"{prefix}kept is {kept}; expected int64 indices below {width}")
+        if weight.dim() <= layout.in_dim or weight.shape[layout.in_dim] != max(len(kept), 1):
+            raise ValueError(f"{prefix}weight has shape {list(weight.shape)}, but {prefix}kept has {len(kept)} entries")
+    return None if to == Resize() else to
+
+
+def _check_shapes(model: nn.Module, found: Mapping[str, Any]) -> None:
+    own = model.state_dict()
+    for what, keys in (("lacks", own.keys() - found.keys()), ("has an unknown", found.keys() - own.keys())):
+        if keys:
+            raise ValueError(f"the state dict {what} {min(keys)!r}; build the model as it was before compact_")
+    for key, value in own.items():
+        if isinstance(value, Tensor) and value.shape != found[key].shape:
+            raise ValueError(
+                f"{key!r} has shape {list(found[key].shape)}; expected {list(value.shape)} or, where compact_ removes "
+                "features, less of them: build the model as it was before compact_"
+            )

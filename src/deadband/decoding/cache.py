@@ -1,0 +1,145 @@
+"""Keys and values of one sequence with room to grow, behind transformers' own DynamicCache.
+
+While the compiled graph of `deadband.decoding.decoder` writes there, the cache's layers are of a twin class that looks
+into a `Store`; they turn into plain ones as soon as anything else writes to them.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+BLOCK = 64
+"""Attention looks at a whole number of so many tokens, the last of them masked: tails of vectors cost more. Two blocks
+at least, as torch.export takes a size of 1 for a constant."""
+
+
+class Store:
+    """Keys and values of all layers of one sequence, with room to grow: what the compiled graph reads and writes.
+
+    Keys lie as [1, heads, head_dim, capacity], so that the scores of many tokens are computed side by side.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], length: int) -> None:
+        self.length = length
+        self.capacity = 0
+        self.owner: Any = None  # the decoder that reads and writes here
+        self.intact = True  # whether every layer of the cache still has its keys and values here
+        self.keys, self.values = keys, values
+        self.inputs: list[Tensor] = []
+        self.reserve(length + BLOCK)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens in all."""
+        if length <= self.capacity:
+            return
+        capacity = max(2 * BLOCK, 1 << (length - 1).bit_length())
+        self.keys = [grown(each, 3, capacity) for each in self.keys]
+        self.values = [grown(each, 2, capacity) for each in self.values]
+        self.inputs = [*self.keys, *self.values]
+        self.capacity = capacity
+
+
+def grown(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """The tensor, longer by zeros along `dim`."""
+    shape = list(tensor.shape)
+    shape[dim] = size
+    grown = tensor.new_zeros(shape)  # zeros, as what is masked is still multiplied by a weight of zero
+    grown.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    return grown
+
+
+def _window(layer: Any) -> int:
+    """How many of the last tokens the plain layer would hold."""
+    length = layer.__dict__["store"].length
+    return min(length, layer.sliding_window - 1) if layer.is_sliding else length
+
+
+def _keys(layer: Any) -> Tensor:
+    store, window = layer.__dict__["store"], _window(layer)
+    return store.keys[layer.__dict__["index"]].narrow(3, store.length - window, window).transpose(2, 3)
+
+
+def _values(layer: Any) -> Tensor:
+    store, window = layer.__dict__["store"], _window(layer)
+    return store.values[layer.__dict__["index"]].narrow(2, store.length - window, window)
+
+
+def _length(layer: Any) -> int:
+    return layer.__dict__["store"].length
+
+
+def _states(layer: Any) -> dict[str, Any]:
+    return {name: getattr(layer, name) for name in _STATES[: 3 if layer.is_sliding else 2]}
+
+
+def _reduce_layer(layer: Any, protocol: Any) -> Any:
+    """Copies and pickles are plain layers with states of their own."""
+    state = {name: value for name, value in layer.__dict__.items() if name not in ("store", "index")}
+    state |= {name: value.clone() if isinstance(value, Tensor) else value for name, value in _states(layer).items()}
+    return copyreg._reconstructor, (type(layer).__base__, object, None), state  # type: ignore[attr-defined]
+
+
+def _detach(layer: Any) -> None:
+    """Make the plain layer of a stored one again, with the same states."""
+    state = _states(layer)
+    layer.__dict__.pop("store").intact = False
+    del layer.__dict__["index"]
+    layer.__class__ = type(layer).__base__
+    layer.__dict__.update(state)
+
+
+def _stored(name: str, view: Callable[[Any], Any]) -> property:
+    """An attribute that lies in the Store, until it is assigned to: then the layer is a plain one again."""
+
+    def assign(layer: Any, value: Any) -> None:
+        _detach(layer)
+        setattr(layer, name, value)
+
+    return property(view, assign)
+
+
+_STATES = ("keys", "values", "cumulative_length")
+
+
+@functools.cache
+def layer_classes() -> dict[type, type]:
+    """transformers' cache layers that can keep their states in a Store, and their twins that do."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    body = {
+        "keys": _stored("keys", _keys),
+        "values": _stored("values", _values),
+        "__reduce_ex__": _reduce_layer,
+    }
+    sliding = {**body, "cumulative_length": _stored("cumulative_length", _length)}
+    return {
+        DynamicLayer: type("StoredLayer", (DynamicLayer,), body),
+        DynamicSlidingWindowLayer: type("StoredSlidingWindowLayer", (DynamicSlidingWindowLayer,), sliding),
+    }
+
+
+def attach(cache: Any, owner: Any = None) -> Store:
+    """Move the states of a DynamicCache into a new Store, in place."""
+    length = cache.get_seq_length()
+    keys, values = [], []
+    for layer in cache.layers:
+        if "store" in layer.__dict__:
+            _detach(layer)
+        key, value = layer.keys, layer.values
+        missing = length - key.shape[2]  # what a sliding window has forgotten; masked in every case
+        keys.append(nn.functional.pad(key.transpose(2, 3), (missing, 0)))
+        values.append(nn.functional.pad(value, (0, 0, missing, 0)))
+    store = Store(keys, values, length)
+    store.owner = owner
+    twins = layer_classes()
+    for index, layer in enumerate(cache.layers):
+        for name in _STATES:
+            layer.__dict__.pop(name, None)
+        layer.__dict__.update(store=store, index=index)
+        layer.__class__ = twins[type(layer)]
+    return store

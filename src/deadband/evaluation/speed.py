@@ -1,0 +1,123 @@
+"""The timing harness that the command line and benchmarks/ share: candidates interleaved in one process."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deadband.layers.quantized import QuantizedMatrix
+from deadband.layers.sites import sparse_sites
+from deadband.layers.sparse import tensor_of
+from deadband.ops import kernels
+from deadband.running.forward import (
+    cache_argument,
+    cache_of,
+    evaluating,
+)
+from deadband.running.timing import interleave, machine, median
+from deadband.sparsify.report import sparsity
+
+
+def bytes_per_token(model: nn.Module) -> int:
+    """Bytes of weights that decoding one token reads: all parameters, codes and scales but those of embeddings, of
+    which it reads a row, less what the sparse layers skipped since they last began to count."""
+    skipped = sparsity(model, warn=False).sites if sparse_sites(model) else {}
+    read, seen = 0.0, set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            continue  # one row; the whole of it where an output layer is tied to it, which counts there
+        for tensor in (*module.parameters(recurse=False), *_quantised_tensors(module)):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            left_out = skipped.get(name, 0.0) if tensor.dim() > 1 and tensor is tensor_of(module) else 0.0
+            read += tensor.nbytes * (1.0 if math.isnan(left_out) else 1.0 - left_out)
+    return int(read)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights as they are stored, parameters and quantised ones.
+
+    Example:
+        >>> model_bytes(nn.Linear(4, 2))
+        40
+    """
+    tensors = [*model.parameters(), *(tensor for module in model.modules() for tensor in _quantised_tensors(module))]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _quantised_tensors(module: nn.Module) -> list[Tensor]:
+    if not isinstance(module, QuantizedMatrix):
+        return []
+    return [tensor for tensor in (module.codes, module.scales, module.minimum) if tensor is not None]
+
+
+class Decoder:
+    """Greedy decoding of one sequence, one token a call, with the model's own key-value cache."""
+
+    def __init__(self, model: Any, prompt: Tensor) -> None:
+        self.model = model
+        self.length = prompt.shape[-1]
+        with evaluating(model):
+            output = model(prompt, use_cache=True)
+        self.cache = {cache_argument(model): cache_of(output)}
+        self.token = output.logits[:, -1:].argmax(-1)
+        self.tokens = [self.token]
+
+    def step(self) -> None:
+        """Decode one token."""
+        position = torch.tensor([[self.length]])
+        with torch.no_grad():
+            output = self.model(self.token, **self.cache, use_cache=True, position_ids=position)
+        self.length += 1
+        self.token = output.logits[:, -1:].argmax(-1)
+        self.tokens.append(self.token)
+
+
+def decode_seconds(
+    models: Mapping[str, Any], prompt: Tensor, *, tokens: int, what: str = "decode", progress: bool = True
+) -> dict[str, list[float]]:
+    """Seconds per decoded token of each model, taking turns token by token."""
+    decoders = {name: Decoder(model, prompt) for name, model in models.items()}
+    steps = {name: decoder.step for name, decoder in decoders.items()}
+    return interleave(steps, rounds=tokens, what=what, progress=progress)
+
+
+def compare_decoding(
+    model: Any, tokenizer: Any, *, tokens: int, compiled: bool = True, progress: bool = True
+) -> dict[str, Any]:
+    """Decoding speed of a model as it is beside transformers' own on a dense copy of its weights, taking turns.
+
+    With `compiled`, the sparse model is prepared for decoding first (`deadband.prepare_decode_`).
+    """
+    import copy
+
+    from deadband.decoding.decoder import prepare_decode_
+    from deadband.sparsify.sparsify import densify_
+
+    models = {"as it is": model}
+    if sparse_sites(model):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that quantised weights stay rounded: the same ones are compared
+            models = {"dense": densify_(copy.deepcopy(model)), "sparse": model}
+        sparsity(model, reset=True, warn=False)
+        if compiled:
+            prepare_decode_(model)
+    prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
+    times = decode_seconds(models, prompt, tokens=tokens, progress=progress)
+    rows = {name: decoding_figures(models[name], seconds) for name, seconds in times.items()}
+    return {"models": rows, "read_bandwidth": kernels.read_bandwidth(), "machine": machine()}
+
+
+def decoding_figures(model: nn.Module, seconds: list[float]) -> dict[str, float]:
+    """Tokens per second, bytes of weights read per token, and both together as bytes per second."""
+    one, size = median(seconds), bytes_per_token(model)
+    return {"tokens_per_second": 1 / one, "bytes_per_token": size, "bandwidth": size / one}
+
+
+PROMPT = "A language model reads a prompt and continues it, one token at a time. Most of the time of that goes into"

@@ -1,0 +1,446 @@
+"""SparseLinear: an nn.Linear that skips what lies inside the deadband, when decoding, evaluating or training."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, parametrize, prune
+
+from deadband.layers import scope
+from deadband.layers.rule import Rule
+from deadband.ops.kernels import advise_huge_pages
+from deadband.ops.linear import COUNTS, count_, current_offset, dense_linear, make_offset, sparse_linear, transformed
+from deadband.ops.skipping import apply_mask, keep_mask
+
+DECODE_ROWS = 4
+"""Inputs of up to so many rows (tokens) count as decoding and skip. Beyond, nearly every weight is needed by some row:
+at sparsity 0.5 the rows of the weight that 4 tokens need together are 94 % of it."""
+ALL_ROWS = sys.maxsize
+GRADIENTS = ("exact", "straight_through")
+
+
+class SparseSite(nn.Module):
+    """What the sparse twins of linear layers share: a threshold beside the weight, and the forward that applies it.
+
+    A dense layer becomes its twin by changing class in place (`make_sparse_`), so it keeps its identity, its place in
+    the model, its hooks and the names in its state dict; `make_dense_` goes back. The weight stays the one parameter it
+    was; only its strides change, so that the weights of one input lie side by side.
+    """
+
+    dense_class: type[nn.Module]
+    stored_in_out = False  # whether the parameter itself is [in_features, out_features]
+    weight: Any  # nn.Parameter, as the dense class declares it
+    bias: Any
+    threshold: Tensor  # [] float32
+    scale: Tensor | None  # [in_features] float32
+    center: Tensor | None  # [in_features] float32
+    offset: Tensor | None  # [out_features] float32, the product of weight and center; not saved
+    relative: bool
+    mask: Tensor | None  # [in_features] bool, False where an input feature is always skipped
+    counts: Tensor | None  # [3] int64: entries skipped, seen and not finite
+    sparse_rows: int
+    gradient: str
+    # what it skipped of calibration data, and between which sparsities it has to stay on data like that; see
+    # deadband.allocation.thresholds.Thresholds
+    expected: float = math.nan
+    site_range: tuple[float, float] | None = None
+
+    @classmethod
+    def matrix_view(cls, weight: Tensor) -> Tensor:
+        """The stored weight as [out_features, in_features]."""
+        return weight.t() if cls.stored_in_out else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = W · (x where kept, else the center, or 0) + bias; skips in training, else up to `sparse_rows` rows."""
+        # attribute access to parameters and buffers goes through nn.Module.__getattr__, 1 us in all
+        parameters: Any = self._parameters
+        buffers: Any = self._buffers
+        try:
+            weight, bias, offset = parameters["weight"], parameters["bias"], buffers["offset"]
+        except KeyError:  # parametrised or pruned: computed for each call, so that there is no offset
+            weight, bias, offset = self.weight, self.bias, None
+        if self.stored_in_out:
+            weight = weight.t()
+        threshold, scale, center = buffers["threshold"], buffers["scale"], buffers["center"]
+        rows, counts = self.sparse_rows, buffers["counts"]
+        if scope.any_open:
+            rows, counts = scope.setting_of(self, rows, counts)
+        if buffers["mask"] is not None and rows:
+            x = apply_mask(x, buffers["mask"])  # true zeros, which the product skips
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        mixed = x.dtype is not weight.dtype  # autocast: torch's own linear knows what to do, or to say
+        plain = transformed()
+        if self.training or mixed or plain or (needs_gradient and not torch.compiler.is_exporting()):
+            if rows and (self.training or x.shape[:-1].numel() <= rows):
+                keep = keep_mask(x.detach(), threshold, scale, center, self.relative)
+                if counts is not None and not self.training and not plain:
+                    count_(counts, x.detach(), keep)
+                x = fill_skipped(x, keep, center, self.gradient)
+            return F.linear(x, weight, bias)
+        if counts is None:
+            counts = uncounted(x.device)
+        return sparse_linear(x, weight, bias, threshold, scale, center, offset, self.relative, rows, counts)
+
+    def dense_matrix(self) -> Tensor:
+        """The weight as [out_features, in_features], detached."""
+        return self.matrix_view(self.weight.detach())
+
+    @property
+    def rule(self) -> Rule:
+        """What the layer skips."""
+        return Rule(self.threshold.item(), self.scale, self.center, self.relative)
+
+    def refresh_offset_(self) -> None:
+        """Compute `offset` again, after the center changed. Writes to the weight are seen without this."""
+        stored = tensor_of(self)
+        if self.center is None or self.center.is_meta or stored.is_meta:
+            return
+        if not _keeps_version(stored):  # the operator does without an offset, which costs time
+            self._keep("offset", None)
+            return
+        if type(stored) in (nn.Parameter, LaidOutWeight):
+            stored.__class__ = CentredWeight
+        self._keep("offset", make_offset(self.dense_matrix(), self.center, self.offset))
+
+    def _keep(self, name: str, value: Tensor | None) -> None:
+        """Set a buffer that is not saved. One that is None does not count as such: accelerate looks at its device."""
+        self.register_buffer(name, value, persistent=value is None)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module; lays out a new weight, and what it is computed from as usual.
+
+        torch.nn.utils registers that (`weight_orig`, `weight_v`) and flattens it.
+        """
+        super().register_parameter(name, param)
+        if name == "weight":
+            lay_out_(self)
+        elif param is not None and not param.is_contiguous():
+            param.data = param.data.contiguous()
+
+    def renew_offset_(self) -> None:
+        """Compute `offset` again, in its place, if the weight was written to since."""
+        weight, offset = self._parameters.get("weight"), self.offset
+        if weight is not None and offset is not None and self.center is not None:
+            current_offset(self.matrix_view(weight.detach()), self.center, offset)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that `make_sparse_` sets, for `restore`."""
+        return {name: getattr(self, name) for name in (*BUFFERS, *_ATTRIBUTES)}
+
+    def restore(self, settings: dict[str, Any]) -> None:
+        """Undo a `make_sparse_` on a layer that was sparse before."""
+        for name, value in settings.items():
+            if name in _NOT_SAVED:
+                self._keep(name, value)
+            else:
+                setattr(self, name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseSite:
+        exact = {name: getattr(self, name) for name in ("threshold", "scale", "center", "offset")}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():  # model.to(bfloat16) must not round a threshold
+            after = getattr(self, name)
+            if after is not None and after.dtype != torch.float32:
+                setattr(self, name, before.to(after.device))
+        self.refresh_offset_()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        lay_out_(self)  # load_state_dict(assign=True) brings the strides of the checkpoint
+        self.refresh_offset_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if type(self._parameters.get("weight")) is nn.Parameter:  # pickling loses the class
+            lay_out_(self)
+            self.refresh_offset_()
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        threshold = "meta" if self.threshold.is_meta else f"{self.threshold.item():.4g}"
+        form = "".join(
+            f", {word}"
+            for word, used in (
+                ("relative", self.relative),
+                ("scaled", self.scale is not None),
+                ("centered", self.center is not None),
+            )
+            if used
+        )
+        masked = "" if self.mask is None or self.mask.is_meta else f", masked={int((~self.mask).sum())}"
+        return f"{super().extra_repr()}, threshold={threshold}{form}{masked}"
+
+
+class LaidOutWeight(nn.Parameter):
+    """The weight of a sparse layer, whose strides are not the usual ones. Where torch wants those, it gets them.
+
+    A parameter becomes one by changing class, as its layer does.
+    """
+
+    def view(self, *shape: Any) -> Tensor:
+        """As of every tensor; `parameters_to_vector`, which only reads it, gets the entries in their order.
+
+        Raises:
+            RuntimeError: the strides allow no such view; what else to call.
+        """
+        try:
+            return super().view(*shape)
+        except RuntimeError as error:
+            if _called_from(parameters_to_vector.__module__):
+                if _called_from(prune.__name__, above=1):  # its masks have to have the usual strides, too
+                    self.data = self.data.contiguous()
+                return self.reshape(*shape)
+            raise RuntimeError(
+                f"{error} The weights of a sparse layer are stored by input: read them with reshape() or flatten(), "
+                "which copy, or store them as usual with deadband.densify_"
+            ) from None
+
+    def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
+        """As of every tensor; what FSDP is about to shard becomes so."""
+        if not torch.compiler.is_compiling() and _called_from("torch.distributed.fsdp"):
+            self.data = self.data.contiguous()
+        return super().is_contiguous(*args, **kwargs)
+
+    def detach(self) -> Tensor:
+        """As of every tensor; of this class where `nn.Parameter(weight)` wants it."""
+        plain = Tensor.detach(self)
+        wanted = not torch.compiler.is_compiling() and _called_from(nn.Parameter.__module__)
+        return plain.as_subclass(type(self)) if wanted else plain
+
+
+class CentredWeight(LaidOutWeight):
+    """The weight of a layer that keeps its product with a center: writes through `data` count as writes, too.
+
+    A parameter's own `data` hides them from its version.
+    """
+
+    @property
+    def data(self) -> Tensor:
+        """As of every tensor, but sharing the version that tells of writes."""
+        return Tensor.detach(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        nn.Parameter.data.__set__(self, value)  # type: ignore[attr-defined]
+        increment_version(self)
+
+
+def _called_from(module: str, above: int = 0) -> bool:
+    """Whether the code that called the caller of this (or the code so many calls above) is of a module or package."""
+    name = sys._getframe(2 + above).f_globals.get("__name__", "")
+    return f"{name}.".startswith(f"{module}.")
+
+
+class SparseLinear(SparseSite, nn.Linear):
+    """`nn.Linear` whose input entries inside the deadband are treated as zero; made by `deadband.sparsify_`.
+
+    The state dict has nn.Linear's names, plus `threshold`, and where they are in use `scale` and `center` (see
+    `deadband.layers.rule.Rule`) and `mask` (a static mask).
+
+    With a center, the layer keeps its product with the weight, and computes it again once the weight was written to.
+
+    Example:
+        >>> layer = make_sparse_(nn.Linear(3, 2, bias=False), Rule(0.5))
+        >>> x = torch.tensor([[0.1, 2.0, -0.3]])
+        >>> with torch.no_grad():
+        ...     torch.equal(layer(x), layer(torch.tensor([[0.0, 2.0, 0.0]])))
+        True
+    """
+
+    dense_class = nn.Linear
+
+
+class DenseLinear(nn.Linear):
+    """`nn.Linear` that decodes on deadband's dense product, which reads weights faster than torch's; skips nothing.
+
+    `sparsify_` puts it in the place of a model's output layer. The weight stays as it is, so it can be tied to an
+    embedding.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = W · x + bias."""
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if (needs_gradient and not torch.compiler.is_exporting()) or x.dtype is not self.weight.dtype or transformed():
+            return F.linear(x, self.weight, self.bias)
+        return dense_linear(x, self.weight, self.bias)
+
+
+SPARSE_CLASSES: dict[type[nn.Module], type[SparseSite]] = {nn.Linear: SparseLinear, DenseLinear: SparseLinear}
+"""The sparse twin of each dense class. `deadband.integrations.transformers` adds transformers' Conv1D."""
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Masked forward; the gradient passes as if nothing had been masked (Bengio et al. 2013, arXiv 1308.3432)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, keep: Tensor, center: Tensor | None) -> Tensor:
+        return _masked(x, keep, center)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].view_as(tangents[0])
+
+
+def fill_skipped(x: Tensor, keep: Tensor, center: Tensor | None, gradient: str) -> Tensor:
+    """`x` where it is kept, elsewhere the center or zero, with one of `GRADIENTS`."""
+    return _StraightThrough.apply(x, keep, center) if gradient == "straight_through" else _masked(x, keep, center)
+
+
+def _masked(x: Tensor, keep: Tensor, center: Tensor | None) -> Tensor:
+    return torch.where(keep, x, 0 if center is None else center.to(x.dtype))
+
+
+def make_sparse_(
+    module: nn.Module,
+    rule: Rule,
+    *,
+    mask: Tensor | None = None,
+    gradient: str = "exact",
+    count: bool = True,
+    expected: float = math.nan,
+    site_range: tuple[float, float] | None = None,
+) -> SparseSite:
+    """Turn a dense linear layer into its sparse twin, in place, or give a sparse one new settings."""
+    device = tensor_of(module).device
+    limit = torch.full((), rule.threshold, dtype=torch.float32, device=device)
+    center = rule.center
+    if center is not None and mask is not None and not center.is_meta:
+        center = torch.where(mask, center, 0)  # what a mask skips counts as zero
+    counts = new_counts(device) if count else None
+    if not isinstance(module, SparseSite):
+        change_class_(module, SPARSE_CLASSES[type(module)])
+    assert isinstance(module, SparseSite)
+    module.register_buffer("threshold", limit)
+    module.register_buffer("scale", rule.scale)
+    module.register_buffer("center", center)
+    module._keep("offset", None)
+    module.register_buffer("mask", mask)
+    module._keep("counts", counts)
+    module.sparse_rows = DECODE_ROWS
+    module.gradient = gradient
+    module.relative = rule.relative
+    module.expected, module.site_range = expected, site_range
+    lay_out_(module)
+    module.refresh_offset_()
+    return module
+
+
+def tensor_of(module: nn.Module) -> Tensor:
+    """What a layer stores its weight in: the parameter, or the codes of a quantised one."""
+    return cast(Tensor, module.codes if "codes" in module._buffers else module.weight)
+
+
+def _keeps_version(tensor: Tensor) -> bool:
+    """Whether writes show in its version: not those to what was made under inference mode, whatever `data` is now."""
+    try:
+        return tensor._version >= 0
+    except RuntimeError:
+        return False
+
+
+BUFFERS = ("threshold", "scale", "center", "offset", "mask", "counts")
+"""What `make_sparse_` adds to a layer."""
+_NOT_SAVED = ("offset", "counts")
+_ATTRIBUTES = ("relative", "sparse_rows", "gradient", "expected", "site_range")
+
+
+def new_counts(device: torch.device) -> Tensor:
+    """A sparse layer's counters, at zero."""
+    return torch.zeros(COUNTS, dtype=torch.int64, device=device)
+
+
+def uncounted(device: torch.device) -> Tensor | None:
+    """What an operator gets in the place of counters: None, or, as torch.compile cannot leave out what an operator
+    writes to, some that nobody reads."""
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return new_counts(device) if compiling else None
+
+
+def make_dense_(module: SparseSite) -> nn.Module:
+    """Turn a sparse layer back into its dense class, in place, with the weight's usual strides and the same bits.
+
+    One with a quantised weight keeps that.
+
+    Raises:
+        ValueError: its weight or bias is parametrised, which is a class of its own.
+    """
+    require_no_parametrization(module)
+    for name in BUFFERS:
+        delattr(module, name)
+    for name in _ATTRIBUTES:
+        module.__dict__.pop(name, None)
+    change_class_(module, module.dense_class)
+    if "weight" in module._parameters:
+        if isinstance(module.weight, LaidOutWeight):
+            cast(Any, module.weight).__class__ = nn.Parameter
+        module.weight.data = module.weight.data.contiguous()
+    return module
+
+
+def require_no_parametrization(*modules: nn.Module) -> None:
+    """A ValueError says how to go on if a layer was parametrised since it became sparse."""
+    for module in modules:
+        if parametrize.is_parametrized(module):
+            raise ValueError(
+                f"{type(module).__name__} has a parametrised weight or bias; take the parametrization off before "
+                "sparsify_ or densify_: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+            )
+
+
+def use_dense_product_(module: nn.Module) -> None:
+    """Turn an nn.Linear into a DenseLinear, in place."""
+    change_class_(module, DenseLinear)
+    advise_huge_pages(cast(Tensor, module.weight.data))
+
+
+def lay_out_(module: SparseSite) -> None:
+    """Store the weights of one input side by side, [in, out], keeping the parameter's identity, shape and values.
+
+    Safetensors, `assign=True` and tying lose strides, so this runs again after loading. Costs a copy, or nothing when
+    the weight lies that way already.
+    """
+    if "weight" not in module._parameters:
+        return  # quantised: codes always lie so
+    weight = module._parameters["weight"]
+    if weight is None:
+        return
+    if type(weight) is nn.Parameter and not module.stored_in_out:
+        cast(Any, weight).__class__ = LaidOutWeight
+    matrix = module.matrix_view(weight.data)
+    if matrix.is_meta or matrix.t().is_contiguous():
+        return
+    stored = torch.empty_strided(matrix.shape, (1, matrix.shape[0]), dtype=matrix.dtype, device=matrix.device)
+    advise_huge_pages(stored)
+    stored.copy_(matrix)
+    weight.data = module.matrix_view(stored)
+
+
+def change_class_(module: nn.Module, new: type[nn.Module]) -> None:
+    """Make `module` an instance of another class, under accelerate's hook (device_map, offload) if it has one."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        module.__class__ = new
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(module)
+    module.__dict__.pop("forward", None)  # the old class's forward, which accelerate leaves bound to the instance
+    module.__class__ = new
+    add_hook_to_module(module, hook)

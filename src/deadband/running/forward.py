@@ -1,0 +1,135 @@
+"""Run a model over batches without changing it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from deadband.running.batches import forward_parameters, misfit
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside the block; each module's own training flag once no thread is in such a block.
+
+    The training flag belongs to the module, for all threads: the first block takes it and the last one gives it back.
+    """
+    modules = list(model.modules())
+    switched: list[nn.Module] = []
+    try:
+        with _lock:
+            for module in modules:
+                if module.training or module in _evaluated:
+                    _evaluated[module] = _evaluated.get(module, 0) + 1
+                    switched.append(module)
+                    module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        with _lock:
+            for module in switched:
+                _evaluated[module] -= 1
+                if not _evaluated[module]:
+                    del _evaluated[module]
+                    module.training = True
+
+
+_lock = threading.Lock()
+_evaluated: dict[nn.Module, int] = {}  # modules that were in training mode, and how many blocks they are in
+
+
+def run(model: nn.Module, batch: Any, **extra: Any) -> Any:
+    """Call a model on a batch: a mapping by keyword, a tuple or list by position, anything else as the one argument.
+
+    Tensors move to the model's device. `extra` is passed where the model's forward takes it, unless the batch has it.
+
+    Raises:
+        ValueError: the model failed, as it has fewer positions or fewer tokens than the batch.
+    """
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping) and batch.get("labels") is not None:
+        extra.pop("logits_to_keep", None)  # the loss needs them all
+    extra = {name: value for name, value in extra.items() if name in forward_parameters(cast(Hashable, type(model)))}
+    try:
+        if isinstance(batch, Mapping):
+            return model(**{**extra, **{name: moved(value) for name, value in batch.items()}})
+        if isinstance(batch, (tuple, list)):
+            return model(*map(moved, batch), **extra)
+        return model(moved(batch), **extra)
+    except (IndexError, RuntimeError) as error:
+        if (reason := misfit(model, batch)) is None:
+            raise
+        raise ValueError(f"{reason} ({error})") from error
+
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What transformers calls a key-value cache: since 5.24, before, and before in state-space models."""
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which a model of transformers, or what is wrapped in `model`, takes its key-value cache.
+
+    Raises:
+        ValueError: it takes none.
+
+    Example:
+        >>> cache_argument(nn.Linear(2, 2))
+        Traceback (most recent call last):
+        ValueError: Linear takes no key-value cache: its forward has none of cache, past_key_values, cache_params
+    """
+    for kind in map(type, model.modules()):
+        taken = forward_parameters(cast(Hashable, kind))
+        for name in CACHE_NAMES:
+            if name in taken:
+                return name
+    raise ValueError(
+        f"{type(model).__name__} takes no key-value cache: its forward has none of {', '.join(CACHE_NAMES)}"
+    )
+
+
+def cache_of(output: Any) -> Any:
+    """The key-value cache in a model's output, under the name that it has there; None without one.
+
+    Example:
+        >>> cache_of({"logits": 1, "past_key_values": "the cache"})
+        'the cache'
+    """
+    fields = dict(output) if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    return next((fields[name] for name in CACHE_NAMES if name in fields), None)
+
+
+def progress_bar(items: Iterable[Any], what: str, show: bool, total: int | None = None) -> Iterable[Any]:
+    """`items` with a progress bar on a terminal; nothing where the output is a file or `show` is false."""
+    return tqdm(items, desc=what, total=total, disable=None if show else True, leave=False)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's number of threads inside the block."""
+    mine = threading.get_ident()
+    with _lock:
+        # what one thread sets, torch tells every thread that asks for the first time
+        told = [number for ident, number in _threads if ident != mine]
+        nested = len(told) < len(_threads)
+        before = told[0] if told and not nested else torch.get_num_threads()
+        _threads.append((mine, before))
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        with _lock:
+            _threads.remove((mine, before))
+
+
+_threads: list[tuple[int, int]] = []  # the open blocks: whose, and the number outside

@@ -1,0 +1,88 @@
+import contextlib
+import logging
+import warnings
+
+import pytest
+import torch
+import transformers
+from conftest import VOCABULARY, mlp, tiny_model
+
+from deadband.evaluation.speed import Decoder
+from deadband.running.forward import CACHE_NAMES, cache_argument, cache_of
+
+ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "mamba"]
+
+
+def model_of(name):
+    if name != "mamba":
+        return tiny_model(name)
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2)
+    return transformers.MambaForCausalLM(config).eval()
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def nothing_deprecated():
+    """Neither a warning nor a line in the log, where transformers writes each of them once a process."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    transformers.utils.logging.warning_once.cache_clear()
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+    finally:
+        logger.removeHandler(handler)
+    assert not [line for line in lines if "deprecated" in line]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_forward_takes_the_cache_under_this_name(name):
+    model = model_of(name)
+    tokens = torch.randint(3, VOCABULARY, (1, 9))
+    with torch.no_grad():
+        expected = model(tokens).logits[:, -1]
+        with nothing_deprecated():
+            cache = cache_of(model(tokens[:, :-1], use_cache=True))
+            actual = model(tokens[:, -1:], **{cache_argument(model): cache}).logits[:, -1]
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_generate_hands_the_cache_over_under_this_name(name):
+    model = model_of(name)
+    given = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
+    model.generate(torch.randint(3, VOCABULARY, (1, 5)), max_new_tokens=4, do_sample=False)
+    argument = cache_argument(model)
+    assert len(given) == 4
+    assert all(each[argument] is not None for each in given[1:])
+    assert all(each.get(other) is None for each in given for other in {*CACHE_NAMES} - {argument})
+
+
+def test_decoding_prints_nothing_deprecated():
+    with nothing_deprecated():
+        decoder = Decoder(tiny_model("llama"), torch.randint(3, VOCABULARY, (1, 5)))
+        for _ in range(3):
+            decoder.step()
+
+
+def test_wrapped_models_and_models_without_a_cache():
+    model = tiny_model("llama")
+    assert cache_argument(Wrapper(model)) == cache_argument(model)
+    with pytest.raises(ValueError, match="Sequential takes no key-value cache"):
+        cache_argument(mlp())
+    assert cache_of((1, 2)) is None
+    assert cache_of({"logits": 1}) is None
