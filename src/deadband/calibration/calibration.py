@@ -66,7 +66,7 @@ class Calibration:
             }
         about = {"version": VERSION, "criterion": self.criterion, "sites": facts, "unreached": list(self.unreached)}
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"deadband.calibration.calibration": json.dumps(about)})
+            save_file(tensors, temporary, metadata={"deadband.calibration": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Calibration:
@@ -80,7 +80,7 @@ class Calibration:
             raise FileNotFoundError(f"there is no calibration file {os.fspath(path)!r}")
         try:
             with safetensors.safe_open(path, "numpy") as file:
-                about = json.loads((file.metadata() or {}).get("deadband.calibration.calibration", "null"))
+                about = json.loads((file.metadata() or {}).get("deadband.calibration", "null"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
         except (safetensors.SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)!r} is not a calibration file: {error}") from None

@@ -25,7 +25,7 @@ from deadband.masks.schedule import Schedule
 if TYPE_CHECKING:
     from deadband.masks.sparsifier import ActivationSparsifier
 
-FORMAT = "deadband.masks.sparsifier"
+FORMAT = "deadband.activation_sparsifier"
 VERSION = 1
 _ROLES = ("aggregate_fn", "reduce_fn", "mask_fn")
 _READY_MADE: dict[str, Any] = {
