@@ -141,3 +141,15 @@ def characters():
 def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Transformers' order of rows to the file's: halves of a head are interleaved."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def state_of(model):
+    return {key: (id(value), value.clone(), value.stride()) for key, value in model.state_dict(keep_vars=True).items()}
+
+
+def same_state(model, before):
+    now = model.state_dict(keep_vars=True)
+    return now.keys() == before.keys() and all(
+        id(now[key]) == identity and torch.equal(now[key], value) and now[key].stride() == stride
+        for key, (identity, value, stride) in before.items()
+    )

@@ -137,7 +137,7 @@ def calibration():
 def test_calibrations(calibration, tmp_path_factory, data):
     path = tmp_path_factory.mktemp("fuzz") / "calibration.safetensors"
     calibration.save(path)
-    path.write_bytes(damaged(data.draw, path.read_bytes(), "deadband.calibration.calibration"))
+    path.write_bytes(damaged(data.draw, path.read_bytes(), "deadband.calibration"))
     result = soon(Calibration.load, path, errors=ValueError)
     if isinstance(result, ValueError):
         assert path.name in str(result)
@@ -176,18 +176,22 @@ def test_thresholds(calibration, tmp_path_factory, data):
 @settings(FUZZ, max_examples=300)
 @given(st.data())
 def test_configs(data):
-    good = SparsityConfig(
-        sites=("a", "b"),
-        sparsity=0.4,
-        scaled=("a",),
-        weights={"a": "int8"},
-        expected={"a": 0.3},
-        site_range={"b": (0, 1)},
-    ).to_dict()
-    result = soon(lambda: SparsityConfig(**changed(data.draw, good)), errors=(ValueError, TypeError))
+    sites = {"a": {"scaled": True, "weights": "int8", "expected": 0.3}, "b": {"range": [0, 1]}}
+    good = {"version": 5, "sparsity": 0.4, "sites": sites, "quantized": {"c": "int4"}}
+    flat = {
+        "version": 4,
+        "sites": ["a", "b"],
+        "scaled": ["a"],
+        "weights": {"a": "int8", "c": "int4"},
+        "expected": {"a": 0.3},
+        "site_range": {"b": [0, 1]},
+    }
+    assert SparsityConfig.from_dict(flat).sites == SparsityConfig.from_dict(good).sites
+    given = changed(data.draw, data.draw(st.sampled_from([good, flat])))
+    result = soon(lambda: SparsityConfig.from_dict(given), errors=(ValueError, TypeError))
     if not isinstance(result, Exception):
         written = json.dumps(result.to_dict())
-        assert json.dumps(SparsityConfig(**json.loads(written)).to_dict()) == written
+        assert json.dumps(SparsityConfig.from_dict(json.loads(written)).to_dict()) == written
 
 
 @pytest.fixture(scope="module", params=[None, "int8"], ids=["sparse", "int8"])

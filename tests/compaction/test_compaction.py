@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import same_state, state_of, tiny_model
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from torch.nn import functional as F
@@ -713,15 +713,10 @@ def test_report():
 )
 def test_bad_masks(masks, error, words):
     model = mlp()
-    before = copy.deepcopy(model.state_dict())
+    before = state_of(model)
     with pytest.raises(error, match=words):
         compact_(model, masks, ((ROWS,), {}))
     assert same_state(model, before)
-
-
-def same_state(model, before):
-    now = model.state_dict()
-    return now.keys() == before.keys() and all(torch.equal(now[name], value) for name, value in before.items())
 
 
 def test_bad_example():
@@ -741,7 +736,7 @@ def test_bad_example():
 def test_on_an_exception_the_model_is_as_before(monkeypatch, error, where):
     model = cnn()
     identities = {name: id(value) for name, value in model.state_dict(keep_vars=True).items()}
-    before, shown, modules = copy.deepcopy(model.state_dict()), repr(model), list(model.modules())
+    before, shown, modules = state_of(model), repr(model), list(model.modules())
     home = {"resize_": deadband.compaction.resize, "_seconds": deadband.compaction.compact}[where]
     original = getattr(home, where)
     done = []
@@ -796,7 +791,7 @@ def test_bad_state_dicts(change, words):
     state = compacted_cnn().state_dict()
     change(state)
     model = cnn()
-    before, shown = copy.deepcopy(model.state_dict()), repr(model)
+    before, shown = state_of(model), repr(model)
     with pytest.raises(ValueError, match=words):
         load_compact_(model, state)
     assert repr(model) == shown
@@ -805,7 +800,7 @@ def test_bad_state_dicts(change, words):
 
 def test_loading_is_all_or_nothing(monkeypatch):
     state, model = compacted_cnn().state_dict(), cnn()
-    before = copy.deepcopy(model.state_dict())
+    before = state_of(model)
     load = nn.Linear._load_from_state_dict
 
     def interrupted(self, *args):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -107,7 +108,7 @@ class Simulation:
     @property
     def sparsity(self) -> SparsityReport:
         sites = {name: skipped / seen if seen else math.nan for name, (skipped, seen) in self.counted.items()}
-        weights = {name: math.prod(self.thresholds.shapes[name]) for name in sites}
+        weights = {name: math.prod(self.thresholds.sites[name].shape) for name in sites}
         total = sum(sites[name] * weights[name] for name in sites) / sum(weights.values())
         return SparsityReport(sites, total, 0)
 
@@ -143,9 +144,9 @@ class NotANumber(Uniform):
     def fit(self, setup: Any, budgets: list[float]) -> list[Any]:
         fits = super().fit(setup, budgets)
         for fitted in fits:
-            for name in fitted.rules:
-                center = torch.full((fitted.shapes[name][1],), 3e38)
-                fitted.rules[name] = deadband.Rule(3.3e38, None, center)
+            for name, site in fitted.sites.items():
+                rule = deadband.Rule(3.3e38, None, torch.full((site.shape[1],), 3e38))
+                fitted.sites[name] = dataclasses.replace(site, rule=rule)
         return fits
 
 

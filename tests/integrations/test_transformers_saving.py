@@ -315,35 +315,58 @@ def test_without_deadband_quantised_weights_are_refused(shards, tmp_path):
     assert found[:6] == ["refused"] * 5 + ["no such file"]
 
 
-def to_format_3(folder):
-    """As the format was before."""
+def to_format(version, folder):
+    """As formats 3 and 4 were."""
     config = written(folder)
     ours = config["quantization_config"]
-    tied = ours.pop("tied_embeddings")
-    del ours["gradients"]
-    ours |= {"version": 3, "tied_embedding": next(iter(tied), None)}
-    config.pop("transformers_weights", None)
-    config["tie_word_embeddings"] = config.get("tie_word_embeddings", True) and not tied
+    sites = ours.pop("sites")
+
+    def values(key):
+        return {name: site[key] for name, site in sites.items() if key in site}
+
+    ours |= {key: list(values(key)) for key in ("scaled", "centered", "relative", "masked")}
+    ours |= {"version": version, "sites": list(sites), "gradient": "exact", "gradients": values("gradient")}
+    ours |= {"weights": values("weights") | ours.pop("quantized"), "expected": values("expected")}
+    ours["site_range"] = values("range")
+    if version == 3:
+        tied = ours.pop("tied_embeddings")
+        del ours["gradients"]
+        ours["tied_embedding"] = next(iter(tied), None)
+        config.pop("transformers_weights", None)
+        config["tie_word_embeddings"] = config.get("tie_word_embeddings", True) and not tied
+        if (folder / "deadband.safetensors").exists():
+            (folder / "deadband.safetensors").rename(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    if (folder / "deadband.safetensors").exists():
-        (folder / "deadband.safetensors").rename(folder / "model.safetensors")
 
 
+@pytest.mark.parametrize("version", [3, 4])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("name", ["llama", "qwen2_moe", "gpt2"])
-def test_format_3_is_read(name, weights, tmp_path):
+def test_older_formats_are_read(name, weights, version, tmp_path):
     model = made(name, weights)
-    to_format_3(saved(model, tmp_path))
+    to_format(version, saved(model, tmp_path))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_same(model, loaded)
     assert_same(model, AutoModelForCausalLM.from_pretrained(saved(loaded, tmp_path / "again")))
-    assert written(tmp_path / "again")["quantization_config"]["version"] == 4
+    assert written(tmp_path / "again")["quantization_config"]["version"] == 5
     assert written(tmp_path / "again").get("tie_word_embeddings", True) == model.config.tie_word_embeddings
 
 
+UP = "model.layers.0.mlp.up_proj"
 LIES = {
-    "sites": [["model.layers.0.nowhere"], ["model.layers.0"], ["model.embed_tokens"], "model", 3, [3], None],
-    "weights": [
+    "sites": [
+        {"model.layers.0.nowhere": {}},
+        {"model.layers.0": {}},
+        {"model.embed_tokens": {}},
+        *({UP: lie} for lie in ([], 3, {"unknown": 1}, {"gradient": "other"}, {"gradient": []}, {"weights": "int9"})),
+        *({UP: lie} for lie in ({"weights": 8}, {"scaled": 1}, {"masked": []}, {"expected": "0.5"}, {"range": [0.1]})),
+        *({UP: lie} for lie in ({"expected": float("nan")}, {"range": 0.1}, {"range": [0.1, None]})),
+        "model",
+        3,
+        [3],
+        None,
+    ],
+    "quantized": [
         {"lm_head": "int9"},
         {"lm_head": "int4-g-4"},
         {"model.norm": "int8"},
@@ -353,14 +376,20 @@ LIES = {
     ],
     "tied_embeddings": [{"model.embed_tokens": "model.norm"}, {"model.norm": "lm_head"}, {"a": "lm_head"}, 1],
     "version": [99, None, "4", [4]],
-    "gradient": ["other", None],
-    "gradients": [{"lm_head": "exact"}, []],
     "criterion": ["none", 1],
     "sparsity": ["0.5", 2, float("nan"), True],
+    "output_layer": [1],
+    "unknown": [1],
+}
+FLAT_LIES = {
+    "sites": [["model.layers.0.nowhere"], ["model.layers.0"], ["model.embed_tokens"], "model", 3, [3], None],
+    "weights": [{"lm_head": "int9"}, {"model.norm": "int8"}, {"lm_head": 8}, ["lm_head"], None],
+    "gradient": ["other", None],
+    "gradients": [{"lm_head": "exact"}, []],
     "scaled": [["lm_head"], {}],
     "masked": [["lm_head"]],
-    "expected": [{"model.layers.0.mlp.up_proj": "0.5"}, {"model.layers.0.mlp.up_proj": float("nan")}, 1],
-    "site_range": [{"model.layers.0.mlp.up_proj": [0.1]}, {"model.layers.0.mlp.up_proj": 0.1}],
+    "expected": [{UP: "0.5"}, {UP: float("nan")}, 1],
+    "site_range": [{UP: [0.1]}, {UP: 0.1}],
     "unknown": [1],
 }
 
@@ -371,10 +400,16 @@ def checkpoint(tmp_path_factory):
     return saved(made("llama", "int8"), folder)
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field in LIES for value in LIES[field]])
-def test_configurations_that_lie(field, value, checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("version", "field", "value"),
+    [(5, field, value) for field in LIES for value in LIES[field]]
+    + [(4, field, value) for field in FLAT_LIES for value in FLAT_LIES[field]],
+)
+def test_configurations_that_lie(version, field, value, checkpoint, tmp_path):
     for name in ("config.json", "deadband.safetensors"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    if version == 4:
+        to_format(4, tmp_path)
     config = written(tmp_path)
     config["quantization_config"][field] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -572,4 +607,4 @@ def test_what_sparsify_was_told_is_written_by_every_part(tmp_path):
         ours = written(saved(part, tmp_path / str(number)))["quantization_config"]
         assert (ours["sparsity"], ours["method"]) == (0.3, thresholds.method)
         assert all(isinstance(part.get_submodule(name), SparseSite) for name in ours["sites"])
-        assert ours["expected"].keys() == set(ours["sites"])
+        assert all("expected" in site for site in ours["sites"].values())

@@ -444,8 +444,9 @@ def test_saved_and_loaded_bit_for_bit(name, form, tmp_path):
     for prefill in (sparse_prefill, dense):
         with prefill(model), prefill(loaded):
             assert torch.equal(logits(loaded), logits(model))
-    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["weights"]
-    assert written == {name: each.weight_format for name, each in matrices(model).items()}
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    formats = {name: site["weights"] for name, site in written["sites"].items()} | written["quantized"]
+    assert formats == {name: each.weight_format for name, each in matrices(model).items()}
     loaded.save_pretrained(tmp_path / "again")
     assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
     stored, before = (load_file(folder / "deadband.safetensors") for folder in (tmp_path / "again", tmp_path))

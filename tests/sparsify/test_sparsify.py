@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import mlp, sparse_model, tiny_batches, tiny_model
+from conftest import mlp, same_state, sparse_model, state_of, tiny_batches, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_model, save_model
@@ -30,18 +30,6 @@ def masked_mlp(model, x, thresholds):
         x = F.linear(x, model[index].weight, model[index].bias)
         x = x.relu() if index != 4 else x
     return x
-
-
-def state_of(model):
-    return {key: (id(value), value.clone(), value.stride()) for key, value in model.state_dict(keep_vars=True).items()}
-
-
-def same_state(model, before):
-    now = model.state_dict(keep_vars=True)
-    return now.keys() == before.keys() and all(
-        id(now[key]) == identity and torch.equal(now[key], value) and now[key].stride() == stride
-        for key, (identity, value, stride) in before.items()
-    )
 
 
 def test_plain_mapping_and_names():

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from deadband.allocation.sensitivity import SiteSensitivity, sensitivity_shares
-from deadband.allocation.thresholds import Thresholds, check_model, identity_of
+from deadband.allocation.thresholds import SiteAllocation, Thresholds, check_model
 from deadband.calibration.calibration import Calibration
 from deadband.calibration.drift import range_of
 from deadband.calibration.site_statistics import SiteStatistics, observe_model, observe_sparse, skipped_means
@@ -41,14 +41,16 @@ def allocate_shares(
     fitted = Fitted(rules)
     if budget > 0:
         fitted = fit(model, batches, rules, share, center=center, progress=progress)
-    return thresholds_of(calibration, budget, share, *fitted, method=method, corrected=True)
+    return thresholds_of(calibration, budget, share, fitted, method=method, corrected=True)
 
 
 def allocate_uniform(calibration: Calibration, budget: float, reason: str = "") -> Thresholds:
     """The same sparsity everywhere, by the calibration alone: without a model, nothing corrects it."""
     rules = {name: Rule(site.threshold(budget)) for name, site in calibration.sites.items()}
     expected = {name: round(site.sparsity(rules[name].threshold), 4) for name, site in calibration.sites.items()}
-    return thresholds_of(calibration, budget, uniform_shares(calibration, budget), rules, expected, reason=reason)
+    return thresholds_of(
+        calibration, budget, uniform_shares(calibration, budget), Fitted(rules, expected), reason=reason
+    )
 
 
 def check_method(method: str) -> str:
@@ -61,7 +63,7 @@ def check_method(method: str) -> str:
 def prepare(calibration: Calibration, model: nn.Module, method: str) -> None:
     """Raise a ValueError unless `model` is the dense model that was calibrated, and the method known."""
     check_method(method)
-    check_model(model, *identity_of(calibration))
+    check_model(model, calibration.sites)
     if any(isinstance(module, SparseSite) for module in model.modules()):
         raise ValueError("the model is sparse already; densify_ it, then allocate on the dense model")
 
@@ -89,8 +91,10 @@ def allocate_sensitivity(
     fitted = Fitted(rules)
     if budget > 0:
         fitted = fit(model, batches, rules, share, center=center is not False, progress=progress)
-    about = thresholds_of(calibration, budget, share, *fitted, method="sensitivity", corrected=True)
-    return dataclasses.replace(about, harm=harm, criterion="sensitivity" if scaled else "magnitude")
+    criterion = "sensitivity" if scaled else "magnitude"
+    return thresholds_of(
+        calibration, budget, share, fitted, harm, method="sensitivity", corrected=True, criterion=criterion
+    )
 
 
 class Fitted(NamedTuple):
@@ -152,17 +156,23 @@ def uniform_shares(calibration: Calibration, budget: float) -> dict[str, float]:
 def thresholds_of(
     calibration: Calibration,
     budget: float,
-    share: dict[str, float],
-    rules: dict[str, Rule],
-    expected: dict[str, float] | None = None,
-    site_range: dict[str, tuple[float, float]] | None = None,
+    shares: Mapping[str, float],
+    fitted: Fitted,
+    harm: Mapping[str, float] | None = None,
     **about: Any,
 ) -> Thresholds:
     """`Thresholds` of rules that were fitted to a budget."""
-    shapes, samples = identity_of(calibration)
-    criterion = check_criterion(calibration.criterion)
-    return Thresholds(
-        rules=rules, sparsity=budget, site_sparsity=share, shapes=shapes, samples=samples,
-        expected=expected or {}, site_range=site_range or {},
-        **{"criterion": criterion, "method": "uniform", **about},
-    )  # fmt: skip
+    sites = {
+        name: SiteAllocation(
+            rule=rule,
+            share=shares[name],
+            shape=calibration.sites[name].shape,
+            sample=calibration.sites[name].sample,
+            harm=(harm or {}).get(name),
+            expected=fitted.expected.get(name),
+            range=fitted.site_range.get(name),
+        )
+        for name, rule in fitted.rules.items()
+    }
+    check_criterion(calibration.criterion)
+    return Thresholds(sites=sites, sparsity=budget, **{"criterion": calibration.criterion, **about})

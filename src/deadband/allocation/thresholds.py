@@ -3,155 +3,210 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from deadband.calibration.calibration import Calibration
-from deadband.files import replacing
 from deadband.layers.rule import LARGEST, Rule
 from deadband.layers.sites import is_site, shape_of, weight_sample
+from deadband.tensor_files import read_tensors, write_tensors
 
 VERSION = 2
+_KEY = "deadband.thresholds"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteAllocation:
+    """What one site was given, and the layer that it was given to.
+
+    Attributes:
+        rule: the threshold, and what it is compared with.
+        share: the sparsity that it was given of the model's budget.
+        shape: (out_features, in_features), and
+        sample: some of its weights, to tell a model that the rule does not belong to.
+        harm: the loss (in nats a token) that it is estimated to cause; None where the method estimates none.
+        expected: what it skipped of the calibration data; more than its share where zeros alone are more.
+        range: between which sparsities it stays on data like that, by `deadband.calibration.drift.range_of`; only if
+            thresholds come from the sparse model.
+    """
+
+    rule: Rule
+    share: float
+    shape: tuple[int, int]
+    sample: tuple[float, ...] = ()
+    harm: float | None = None
+    expected: float | None = None
+    range: tuple[float, float] | None = None
+
+    def check(self) -> None:
+        """Raise a ValueError where it holds something else than that."""
+        numbers = (self.share, *(each for each in (self.harm, self.expected) if each is not None))
+        if not all(map(_is_number, (*numbers, *self.shape, *self.sample, *(self.range or ())))):
+            raise ValueError("a sparsity, a harm, a shape, a sample or a range holds what is no number")
+        if len(self.shape) != 2 or (self.range is not None and len(self.range) != 2):
+            raise ValueError("the shape or the range is not of two numbers")
+        if not _is_number(self.rule.threshold) or not 0 <= self.rule.threshold <= LARGEST:
+            raise ValueError(f"threshold {self.rule.threshold!r} is not finite, negative, or does not fit float32")
+        if type(self.rule.relative) is not bool:
+            raise ValueError(f"relative={self.rule.relative!r} is no bool")
+        for part in _parts(self.rule):
+            tensor = getattr(self.rule, part)
+            if tensor.dtype != torch.float32 or tensor.shape != self.shape[1:] or not bool(tensor.isfinite().all()):
+                raise ValueError(f"the {part} is no vector of {self.shape[1]} finite float32")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Thresholds(Mapping[str, Rule]):
-    """One rule per site, as `Calibration.allocate` gives them: a mapping to rules, with what it was made for.
+    """One rule per site, as `deadband.allocate` gives them: a mapping to rules, with what it was made for.
 
     Attributes:
-        rules: by site name: the threshold, and what it is compared with.
+        sites: a `SiteAllocation` by site name.
         sparsity: model-wide sparsity asked for (or found for a quality asked for), weighted by weight bytes.
-        site_sparsity: the share of it that each site was given.
         criterion, method: how scores are taken, and how the budget was shared out.
         corrected: whether thresholds come from activations of the sparse model.
         reason: why `auto` picked what it picked, else empty.
-        harm: the loss (in nats a token) that each site is estimated to cause; only where a method estimates it.
-        shapes: [out_features, in_features] of each site, and
-        samples: some of its weights, to tell a model that these do not belong to.
-        expected: what each site skipped of the calibration data; more than its share where zeros alone are more.
-        site_range: between which sparsities each site stays on data like that, for `deadband.sparsity` to tell when a
-            model meets other data; only if `corrected`, by `deadband.calibration.drift.range_of`.
+
+    `rules`, `site_sparsity`, `harm`, `expected` and `site_range` are one part of all sites by name, where it is known.
 
     Example:
         >>> from deadband import Rule
-        >>> about = {"sparsity": 0.4, "site_sparsity": {"fc": 0.4}, "shapes": {"fc": (2, 4)}}
-        >>> thresholds = Thresholds(rules={"fc": Rule(0.5)}, **about)
+        >>> thresholds = Thresholds(sites={"fc": SiteAllocation(rule=Rule(0.5), share=0.4, shape=(2, 4))}, sparsity=0.4)
         >>> thresholds["fc"].threshold
         0.5
     """
 
-    rules: dict[str, Rule]
+    sites: dict[str, SiteAllocation]
     sparsity: float
-    site_sparsity: dict[str, float]
-    shapes: dict[str, tuple[int, int]]
-    samples: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-    harm: dict[str, float] = dataclasses.field(default_factory=dict)
-    expected: dict[str, float] = dataclasses.field(default_factory=dict)
-    site_range: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     criterion: str = "magnitude"
     method: str = "uniform"
     corrected: bool = False
     reason: str = ""
 
     def __getitem__(self, site: str) -> Rule:
-        return self.rules[site]
+        return self.sites[site].rule
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.rules)
+        return iter(self.sites)
 
     def __len__(self) -> int:
-        return len(self.rules)
+        return len(self.sites)
+
+    @property
+    def rules(self) -> dict[str, Rule]:
+        """The rules by site."""
+        return {name: site.rule for name, site in self.sites.items()}
+
+    @property
+    def site_sparsity(self) -> dict[str, float]:
+        """The share of the budget that each site was given."""
+        return {name: site.share for name, site in self.sites.items()}
+
+    @property
+    def harm(self) -> dict[str, float]:
+        """The loss that each site is estimated to cause, in nats a token."""
+        return {name: site.harm for name, site in self.sites.items() if site.harm is not None}
+
+    @property
+    def expected(self) -> dict[str, float]:
+        """What each site skipped of the calibration data."""
+        return {name: site.expected for name, site in self.sites.items() if site.expected is not None}
+
+    @property
+    def site_range(self) -> dict[str, tuple[float, float]]:
+        """Between which sparsities each site stays on data like the calibration's."""
+        return {name: site.range for name, site in self.sites.items() if site.range is not None}
 
     def __str__(self) -> str:
         pass_ = ", corrected on the sparse model" if self.corrected else ""
         head = f"{self.sparsity:.0%} of the weight bytes over {len(self)} sites, {self.method}, {self.criterion}{pass_}"
-        lines = [f"{self.site_sparsity[name]:7.1%} {self.rules[name]}  {name}" for name in self]
+        lines = [f"{site.share:7.1%} {site.rule}  {name}" for name, site in self.sites.items()]
         return "\n".join([head, *([self.reason] if self.reason else []), *lines])
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file."""
-        about = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        rules = about.pop("rules")
-        about["rules"] = {
-            name: {"threshold": rule.threshold, "relative": rule.relative, "parts": _parts(rule)}
-            for name, rule in rules.items()
+        about = {
+            "version": VERSION,
+            "sparsity": self.sparsity,
+            "site_sparsity": self.site_sparsity,
+            "shapes": {name: site.shape for name, site in self.sites.items()},
+            "samples": {name: site.sample for name, site in self.sites.items()},
+            "harm": self.harm,
+            "expected": self.expected,
+            "site_range": self.site_range,
+            "criterion": self.criterion,
+            "method": self.method,
+            "corrected": self.corrected,
+            "reason": self.reason,
+            "rules": {
+                name: {"threshold": rule.threshold, "relative": rule.relative, "parts": _parts(rule)}
+                for name, rule in self.rules.items()
+            },
         }
         tensors = {
             f"{name}.{part}": getattr(rule, part).cpu().clone()  # q, k and v may share one
-            for name, rule in rules.items()
+            for name, rule in self.rules.items()
             for part in _parts(rule)
         }
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, {"deadband.thresholds": json.dumps({"version": VERSION, **about})})
+        write_tensors(path, tensors, _KEY, about)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Thresholds:
         """Read what `save` wrote; a ValueError says so if it is something else."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file of thresholds {os.fspath(path)!r}")
+        what = "a file of thresholds"
+        about, tensors = read_tensors(path, _KEY, what, VERSION)
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["deadband.thresholds"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-            if about.pop("version") != VERSION:
-                raise ValueError("another version")
-            about["rules"] = {name: _rule(name, each, tensors) for name, each in about["rules"].items()}
-            for key in ("shapes", "samples", "site_range"):
-                about[key] = {name: tuple(values) for name, values in about.get(key, {}).items()}
-            made = cls(**about)
-            made._check()
-            return made
-        except (
-            ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, safetensors.SafetensorError,
-        ) as error:  # fmt: skip
-            raise ValueError(f"{os.fspath(path)!r} is not a file of thresholds of version {VERSION}: {error}") from None
+            return cls._of_file(about, tensors)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{os.fspath(path)!r} is not {what} of version {VERSION}: {error}") from None
 
-    def _check(self) -> None:
-        """Raise a ValueError where the parts do not fit each other."""
-        for what in ("method", "reason", "criterion"):
-            if not isinstance(getattr(self, what), str):
-                raise ValueError(f"{what} is {getattr(self, what)!r}, expected text")
-        if self.shapes.keys() != self.rules.keys() or self.site_sparsity.keys() != self.rules.keys():
+    @classmethod
+    def _of_file(cls, about: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Thresholds:
+        """What a file says, looked at before it is believed."""
+        rules, shares, shapes = (about.pop(key) for key in ("rules", "site_sparsity", "shapes"))
+        if shapes.keys() != rules.keys() or shares.keys() != rules.keys():
             raise ValueError("rules, shapes and site_sparsity are of different sites")
-        for what in ("samples", "harm", "expected", "site_range"):
-            if getattr(self, what).keys() - self.rules.keys():
+        others = {key: about.pop(key, {}) for key in ("samples", "harm", "expected", "site_range")}
+        for what, by_site in others.items():
+            if by_site.keys() - rules.keys():
                 raise ValueError(f"{what} is of other sites than the rules")
-        numbers = (*self.site_sparsity.values(), *self.expected.values(), *self.harm.values())
-        if not all(map(_is_number, (self.sparsity, *numbers))):
-            raise ValueError("a sparsity or a harm is no number")
-        check_sparsity(self.sparsity)
-        for values in (*self.shapes.values(), *self.site_range.values(), *self.samples.values()):
-            if not all(map(_is_number, values)):
-                raise ValueError(f"{values!r} holds what is no number")
-        for name, rule in self.rules.items():
-            if len(self.shapes[name]) != 2 or len(self.site_range.get(name, (0, 0))) != 2:
-                raise ValueError(f"the shape or the range of site {name!r} is not of two numbers")
-            for part in _parts(rule):
-                if getattr(rule, part).shape != self.shapes[name][1:]:
-                    raise ValueError(f"the {part} of site {name!r} is not of {self.shapes[name][1]} channels")
+        made = cls(
+            sites={
+                name: SiteAllocation(
+                    rule=_rule(rules[name], name, tensors),
+                    share=shares[name],
+                    shape=cast(Any, tuple(shapes[name])),
+                    sample=tuple(others["samples"].get(name, ())),
+                    harm=others["harm"].get(name),
+                    expected=others["expected"].get(name),
+                    range=cast(Any, tuple(others["site_range"][name])) if name in others["site_range"] else None,
+                )
+                for name in rules
+            },
+            **about,
+        )
+        for what in ("method", "reason", "criterion"):
+            if not isinstance(getattr(made, what), str):
+                raise ValueError(f"{what} is {getattr(made, what)!r}, expected text")
+        if not _is_number(made.sparsity):
+            raise ValueError(f"sparsity is {made.sparsity!r}, expected a number")
+        check_sparsity(made.sparsity)
+        for name, site in made.sites.items():
+            try:
+                site.check()
+            except ValueError as error:
+                raise ValueError(f"site {name!r}: {error}") from None
+        return made
 
 
-def _rule(name: str, about: Any, tensors: Mapping[str, torch.Tensor]) -> Rule:
-    """A rule of a file, looked at before it is believed."""
+def _rule(about: Any, name: str, tensors: Mapping[str, torch.Tensor]) -> Rule:
     if about.keys() != {"threshold", "relative", "parts"} or not {*about["parts"]} <= {"scale", "center"}:
         raise ValueError(f"the rule of site {name!r} is {about}")
     parts = {part: tensors[f"{name}.{part}"] for part in about["parts"]}
-    rule = Rule(**parts, threshold=about["threshold"], relative=about["relative"])
-    if not _is_number(rule.threshold) or not 0 <= rule.threshold <= LARGEST or type(rule.relative) is not bool:
-        raise ValueError(f"site {name!r} has threshold {rule.threshold!r} and relative={rule.relative!r}")
-    for part, tensor in parts.items():
-        if tensor.dtype != torch.float32 or tensor.dim() != 1 or not bool(tensor.isfinite().all()):
-            raise ValueError(f"the {part} of site {name!r} is no vector of finite float32")
-    return rule
+    return Rule(**parts, threshold=about["threshold"], relative=about["relative"])
 
 
 def _is_number(value: Any) -> bool:
@@ -162,12 +217,6 @@ def _parts(rule: Rule) -> list[str]:
     return [part for part in ("scale", "center") if getattr(rule, part) is not None]
 
 
-def identity_of(calibration: Calibration) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[float, ...]]]:
-    """Shapes and samples of the weights that a calibration belongs to, for `check_model`."""
-    shapes = {name: (site.out_features, site.in_features) for name, site in calibration.sites.items()}
-    return shapes, {name: site.sample for name, site in calibration.sites.items()}
-
-
 def check_sparsity(sparsity: float) -> float:
     """Return a sparsity as a float, or raise a ValueError."""
     if not 0 <= float(sparsity) < 1:
@@ -175,23 +224,33 @@ def check_sparsity(sparsity: float) -> float:
     return float(sparsity)
 
 
-def check_model(
-    model: nn.Module, shapes: Mapping[str, tuple[int, int]], samples: Mapping[str, tuple[float, ...]]
-) -> None:
-    """Raise a ValueError unless `model` has these sites, of these shapes and with about these weights.
+class Measured(Protocol):
+    """A site that something was measured of: its shape, (out_features, in_features), and a sample of its weights."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+
+    @property
+    def sample(self) -> tuple[float, ...]:
+        """What `deadband.layers.sites.weight_sample` gives."""
+
+
+def check_model(model: nn.Module, sites: Mapping[str, Measured]) -> None:
+    """Raise a ValueError unless `model` has these sites, of their shapes and with about their weights.
 
     Weights may differ by rounding to another dtype or by a little training, not more.
     """
     modules = dict(model.named_modules())
-    for name, shape in shapes.items():
+    for name, site in sites.items():
         module = modules.get(name)
         if module is None or not is_site(module):
             raise ValueError(f"the calibration is of another model: this {type(model).__name__} has no site {name!r}")
-        if shape_of(module) != tuple(shape):
+        if shape_of(module) != site.shape:
             raise ValueError(
                 f"the calibration is of another model: site {name!r} is {shape_of(module)} here and was "
-                f"{tuple(shape)} there ([out_features, in_features])"
+                f"{site.shape} there ([out_features, in_features])"
             )
-        here, there = torch.tensor(weight_sample(module)), torch.tensor(samples.get(name, ()))
+        here, there = torch.tensor(weight_sample(module)), torch.tensor(site.sample)
         if len(here) == len(there) and bool((here - there).norm() > 0.1 * there.norm()):
             raise ValueError(f"the calibration is of another model: site {name!r} has other weights here")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import safetensors
 import torch
-from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from deadband.calibration.site_statistics import SiteStatistics, observe_model
@@ -21,8 +18,11 @@ from deadband.files import replacing
 from deadband.layers.rule import Rule, check_criterion, scale_of
 from deadband.layers.sites import Patterns, find_sites, matrix_of
 from deadband.ops.observe import FIRST_NONFINITE
+from deadband.tensor_files import read_tensors, write_tensors
 
 VERSION = 1
+
+_KEY = "deadband.calibration"
 
 
 @dataclasses.dataclass
@@ -65,8 +65,7 @@ class Calibration:
                 "sample": list(site.sample),
             }
         about = {"version": VERSION, "criterion": self.criterion, "sites": facts, "unreached": list(self.unreached)}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"deadband.calibration": json.dumps(about)})
+        write_tensors(path, tensors, _KEY, about)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Calibration:
@@ -76,17 +75,7 @@ class Calibration:
             FileNotFoundError: there is no such file.
             ValueError: the file is not a calibration, or of another version.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no calibration file {os.fspath(path)!r}")
-        try:
-            with safetensors.safe_open(path, "numpy") as file:
-                about = json.loads((file.metadata() or {}).get("deadband.calibration", "null"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        except (safetensors.SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{os.fspath(path)!r} is not a calibration file: {error}") from None
-        if not isinstance(about, dict) or about.get("version") != VERSION:
-            found = about.get("version") if isinstance(about, dict) else "something else"
-            raise ValueError(f"{os.fspath(path)!r} is not a calibration of version {VERSION} (found: {found})")
+        about, tensors = read_tensors(path, _KEY, "a calibration", VERSION, "numpy")
         try:
             sites = {name: _loaded(name, facts, tensors) for name, facts in about["sites"].items()}
             unreached = tuple(about.get("unreached", ()))

@@ -90,6 +90,11 @@ class SiteStatistics:
         self.discrete &= discrete
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of the site's layer."""
+        return self.out_features, self.in_features
+
+    @property
     def in_features(self) -> int:
         """Channels of the site's input."""
         return len(self.sum)

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from deadband.compaction.plan import tensors_in
-from deadband.compaction.resize import Example, Gathered, Resize, apply_, layout_of, restoring
+from deadband.compaction.resize import Example, Gathered, Resize, apply_, layout_of
+from deadband.layers.transaction import all_or_nothing
 from deadband.running.copies import copy_arguments, copy_model
 from deadband.running.forward import evaluating
 from deadband.running.timing import interleave, median
@@ -119,7 +120,7 @@ def compact_(
     dense = copy_model(model)
     outputs_of(dense, example)
     plan = find_plan(dense, masks, example, producers)
-    with restoring(model.get_submodule(name) for name in plan.resizes):
+    with all_or_nothing(model.get_submodule(name) for name in plan.resizes):
         apply_(model, plan.resizes)
         compacted = copy_model(model)  # calls may leave something behind in the model, which is not the user's
         return CompactionReport(
@@ -287,17 +288,10 @@ def load_compact_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Modu
         found |= {key: found[given] for key in keys if given is not None and key not in found}
     shapes = {name: _shape_of(module, f"{name}." if name else "", found) for name, module in model.named_modules()}
     plan = {name: to for name, to in shapes.items() if to is not None}
-    values = [value.detach() for value in (*model.parameters(), *model.buffers())]
-    before = [value.clone() for value in values]
-    with restoring(model.get_submodule(name) for name in plan):
-        try:
-            apply_(model, plan)
-            _check_shapes(model, found)
-            model.load_state_dict(found)
-        except BaseException:
-            for value, saved in zip(values, before, strict=True):
-                value.copy_(saved)
-            raise
+    with all_or_nothing(map(model.get_submodule, plan), values=(*model.parameters(), *model.buffers())):
+        apply_(model, plan)
+        _check_shapes(model, found)
+        model.load_state_dict(found)
     return model
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -195,21 +194,3 @@ def apply_(model: nn.Module, plan: Mapping[str, Resize]) -> None:
     """Resize the layers that `plan` names."""
     for name, to in plan.items():
         resize_(model.get_submodule(name), to)
-
-
-@contextlib.contextmanager
-def restoring(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """On any exception in the block, Ctrl-C included, the modules have their class, attributes and tensors again."""
-    before = []
-    for module in dict.fromkeys(modules):
-        contents: list[Any] = [vars(module), module._parameters, module._buffers]
-        before.append((module, type(module), [(values, dict(values)) for values in contents]))
-    try:
-        yield
-    except BaseException:
-        for module, kind, saved in before:
-            module.__class__ = kind
-            for values, copied in saved:
-                values.clear()
-                values.update(copied)
-        raise

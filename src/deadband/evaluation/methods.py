@@ -28,7 +28,7 @@ from deadband.calibration.site_statistics import SiteStatistics
 from deadband.calibration.watcher import InputWatcher
 from deadband.evaluation.simulation import Gate, GatedMLP, LowRank, Part, Simulation, TopK, require_dense
 from deadband.layers.rule import scale_of
-from deadband.layers.sites import find_sites, matrix_of, shape_of, weight_bytes, weight_sample
+from deadband.layers.sites import find_sites, identity_of, matrix_of, shape_of, weight_bytes
 from deadband.ops.skipping import apply_mask, keep_mask
 from deadband.running.batches import taken
 
@@ -169,9 +169,7 @@ class Setup:
 
     def simulation(self, parts: Sequence[Part], added: Mapping[str, float]) -> Simulation:
         """A simulation on this model; `added` are bytes read in addition, by site."""
-        shapes = {name: shape_of(m) for name, m in self.sites.items()}
-        samples = {name: weight_sample(module) for name, module in self.sites.items()}
-        return Simulation(parts, self.weights, added, shapes, samples)
+        return Simulation(parts, self.weights, added, {name: identity_of(each) for name, each in self.sites.items()})
 
     def _on_device(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.to(matrix_of(self.sites[name]).device)

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from deadband.allocation.thresholds import check_model
 from deadband.layers.hooks import forget_compiled, take_input, with_input
 from deadband.layers.scope import Scope, for_here, is_open, scope
+from deadband.layers.sites import Identity
 from deadband.layers.sparse import SparseSite
 from deadband.ops.skipping import apply_mask, keep_mask, score
 from deadband.sparsify.report import SparsityReport
@@ -63,11 +64,10 @@ class Simulation:
         parts: Sequence[Part],
         weights: Mapping[str, int],
         added: Mapping[str, float],
-        shapes: Mapping[str, tuple[int, int]],
-        samples: Mapping[str, tuple[float, ...]],
+        sites: Mapping[str, Identity],
     ) -> None:
         self.parts, self.weights, self.added = list(parts), dict(weights), dict(added)
-        self._shapes, self._samples = shapes, samples
+        self._sites = sites
         self._model: nn.Module | None = None
         self._entered = 0
         self._handles: list[RemovableHandle] = []
@@ -124,7 +124,7 @@ class Simulation:
             raise ValueError("the simulation is on in another thread, whose tensors it holds; fit another one")
         if not self._entered:
             require_dense(model)
-            check_model(model, self._shapes, self._samples)
+            check_model(model, self._sites)
             self._model = model
             memory = _Memory()
             try:

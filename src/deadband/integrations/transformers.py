@@ -44,7 +44,7 @@ from deadband.layers.sparse import (
     tensor_of,
     use_dense_product_,
 )
-from deadband.sparsify.config import RECIPE, SparsityConfig
+from deadband.sparsify.config import RECIPE, SparsityConfig, config_of
 from deadband.sparsify.sparsify import FOLLOWERS, densify_
 
 METHOD = "deadband"
@@ -90,11 +90,8 @@ class DeadbandConfig(QuantizationConfigMixin):
     def __init__(self, **fields: Any) -> None:
         fields.pop("quant_method", None)
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers takes names it does not know
-        tied = fields.pop("tied_embedding", None)  # format 3: to the output layer, whatever its name
-        if tied is not None:
-            fields["tied_embeddings"] = {tied: ""}
         try:
-            self.sparsity_config = SparsityConfig(**fields)
+            self.sparsity_config = SparsityConfig.from_dict(fields)
         except (TypeError, ValueError) as error:
             raise ValueError(f"quantization_config in config.json: {error}") from None
 
@@ -290,20 +287,20 @@ class _Finder:
 def _make_site_(module: nn.Module, written: str, config: SparsityConfig) -> None:
     if type(module) not in SPARSE_CLASSES:
         raise ValueError(f"site {written!r} is a {type(module).__name__}, expected a linear layer")
-    features = shape_of(module)[1]
+    features, site = shape_of(module)[1], config.sites[written]
     vectors = {
-        part: torch.empty(features, dtype=dtype, device="meta") if written in getattr(config, part) else None
+        part: torch.empty(features, dtype=dtype, device="meta") if getattr(site, part) else None
         for part, dtype in (("scaled", torch.float32), ("centered", torch.float32), ("masked", torch.bool))
     }
     # -1 keeps everything: a threshold that the checkpoint lacks is told apart from one that is zero
-    rule = Rule(-1.0, vectors["scaled"], vectors["centered"], written in config.relative)
+    rule = Rule(-1.0, vectors["scaled"], vectors["centered"], site.relative)
     make_sparse_(
         module,
         rule,
         mask=vectors["masked"],
-        gradient=config.gradients.get(written, config.gradient),
-        expected=config.expected.get(written, math.nan),
-        site_range=config.site_range.get(written),
+        gradient=site.gradient,
+        expected=math.nan if site.expected is None else site.expected,
+        site_range=site.range,
     )
 
 
@@ -431,8 +428,7 @@ def _tell(model: Any, recipe: SparsityConfig | None) -> None:
         if recipe is None and existing is not None:
             existing.remove_quantization_config(each)
         elif recipe is not None:
-            weights = {name: m.weight_format for name, m in each.named_modules() if isinstance(m, QuantizedMatrix)}
-            now = DeadbandConfig(**{**recipe.to_dict(), "weights": weights})
+            now = DeadbandConfig(**(config_of(each) or recipe).to_dict())
             each.hf_quantizer = DeadbandQuantizer(now, pre_quantized=True)
 
 

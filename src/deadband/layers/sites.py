@@ -7,7 +7,7 @@ import fnmatch
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,18 @@ def weight_sample(module: nn.Module) -> tuple[float, ...]:
     index = torch.linspace(0, matrix.numel() - 1, 16, dtype=torch.float64).long()
     rows, columns = index // matrix.shape[1], index % matrix.shape[1]
     return tuple(matrix[rows.to(matrix.device), columns.to(matrix.device)].double().tolist())
+
+
+class Identity(NamedTuple):
+    """What tells a layer from those of other models: (out_features, in_features), and some of its weights."""
+
+    shape: tuple[int, int]
+    sample: tuple[float, ...]
+
+
+def identity_of(module: nn.Module) -> Identity:
+    """The `Identity` of a linear layer."""
+    return Identity(shape_of(module), weight_sample(module))
 
 
 def is_site(module: nn.Module) -> bool:

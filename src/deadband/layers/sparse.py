@@ -410,6 +410,11 @@ def use_dense_product_(module: nn.Module) -> None:
     advise_huge_pages(cast(Tensor, module.weight.data))
 
 
+def use_torchs_product_(module: DenseLinear) -> None:
+    """Turn a DenseLinear back into an nn.Linear, in place."""
+    change_class_(module, nn.Linear)
+
+
 def lay_out_(module: SparseSite) -> None:
     """Store the weights of one input side by side, [in, out], keeping the parameter's identity, shape and values.
 

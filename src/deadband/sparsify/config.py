@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -15,42 +15,98 @@ from deadband.layers.quantized import QuantizedMatrix, QuantizedTable
 from deadband.layers.rule import check_criterion
 from deadband.layers.sparse import GRADIENTS, DenseLinear, SparseSite
 
-VERSION = 4
-READ_VERSIONS = (3, 4)
+VERSION = 5
+READ_VERSIONS = (3, 4, 5)
+RECIPE = "_deadband_recipe"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteConfig:
+    """What was done to one site; what is as here by default is left out of config.json.
+
+    Attributes:
+        scaled, centered, relative: whether its `deadband.Rule` has such a part.
+        masked: whether it has a static mask.
+        gradient: of its masked input.
+        weights: the format of its weight if that is quantised.
+        expected, range: as in `deadband.Thresholds`, where they are known.
+
+    Raises:
+        ValueError: a field that holds anything else than that.
+    """
+
+    scaled: bool = False
+    centered: bool = False
+    relative: bool = False
+    masked: bool = False
+    gradient: str = "exact"
+    weights: str | None = None
+    expected: float | None = None
+    range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("scaled", "centered", "relative", "masked"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}={getattr(self, name)!r}, expected true or false")
+        if self.gradient not in GRADIENTS:
+            raise ValueError(f"gradient={self.gradient!r} is not known; expected one of {GRADIENTS}")
+        if self.weights is not None:
+            _check_format(self.weights)
+        if self.expected is not None and not _is_number(self.expected):
+            raise ValueError(f"expected={self.expected!r}, expected a number")
+        if self.range is not None:
+            pair = self.range
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(map(_is_number, pair)):
+                raise ValueError(f"range={pair!r}, expected a pair of numbers")
+            object.__setattr__(self, "range", (float(pair[0]), float(pair[1])))
+
+    @classmethod
+    def of(cls, site: SparseSite) -> SiteConfig:
+        """What a layer is now."""
+        return cls(
+            scaled=site.scale is not None,
+            centered=site.center is not None,
+            relative=site.relative,
+            masked=site.mask is not None,
+            gradient=site.gradient,
+            weights=site.weight_format if isinstance(site, QuantizedMatrix) else None,
+            expected=None if math.isnan(site.expected) else site.expected,
+            range=site.site_range,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, without the defaults."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given = {name: value for name, value in fields.items() if value != getattr(_DEFAULT, name)}
+        return {name: list(value) if name == "range" else value for name, value in given.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
     """What was done to a model, in plain JSON values. Stored in `config.json`; the thresholds lie beside the weights.
 
-    `sites` are all sparse layers by name; `scaled`, `centered` and `relative` those whose `deadband.Rule` has such a
-    part, `masked` those with a static mask, `gradients` those whose gradient is another than `gradient`.
-    `weights` has the formats of quantised layers by name, and `tied_embeddings` the quantised layer that each tied
-    embedding reads its rows from. `expected` and `site_range` are those of `deadband.Thresholds`, where they are known.
+    Attributes:
+        sites: a `SiteConfig` for each sparse layer by name (or names alone).
+        criterion, sparsity, method: what the thresholds were made by, where that is known.
+        output_layer: the name of the output layer, where that decodes on deadband's kernels without being a site.
+        quantized: the formats of quantised layers that are no sites, by name.
+        tied_embeddings: the quantised layer that each tied embedding reads its rows from, by the embedding's name.
 
     Raises:
         ValueError: a field that holds anything else than that.
 
     Example:
-        >>> SparsityConfig(sites=("fc",), sparsity=0.4).criterion
-        'magnitude'
+        >>> SparsityConfig(sites=["fc"], sparsity=0.4).sites["fc"].gradient
+        'exact'
     """
 
-    sites: tuple[str, ...]
+    sites: Mapping[str, SiteConfig] = dataclasses.field(hash=False)
     criterion: str = "magnitude"
     sparsity: float | None = None
     method: str | None = None
-    gradient: str = "exact"
-    gradients: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
     output_layer: str | None = None
-    scaled: tuple[str, ...] = ()
-    centered: tuple[str, ...] = ()
-    relative: tuple[str, ...] = ()
-    masked: tuple[str, ...] = ()
-    weights: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    quantized: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
     tied_embeddings: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
-    expected: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
-    site_range: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict, hash=False)
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -59,74 +115,101 @@ class SparsityConfig:
                 f"the model was written with format version {self.version}, this deadband reads versions "
                 f"{READ_VERSIONS}; use the deadband that wrote it, or sparsify the dense model again"
             )
-        for name in _NAMES:
-            value = getattr(self, name)
-            if not isinstance(value, (list, tuple)) or not all(isinstance(each, str) for each in value):
-                raise ValueError(f"{name}={value!r}, expected a list of names of layers")
-            object.__setattr__(self, name, tuple(value))
-        for name, (right, what) in _FIELDS.items():
-            value = getattr(self, name)
-            if not right(value):
-                raise ValueError(f"{name}={value!r}, expected {what}")
+        object.__setattr__(self, "sites", _sites_of(self.sites))
+        if not isinstance(self.criterion, str):
+            raise ValueError(f"criterion={self.criterion!r}, expected the name of a criterion")
         check_criterion(self.criterion)
         if self.sparsity is not None:
+            if not _is_number(self.sparsity):
+                raise ValueError(f"sparsity={self.sparsity!r}, expected a number or null")
             check_sparsity(self.sparsity)
-        for gradient in (self.gradient, *self.gradients.values()):
-            if gradient not in GRADIENTS:
-                raise ValueError(f"gradient={gradient!r} is not known; expected one of {GRADIENTS}")
-        for form in self.weights.values():
-            WeightFormat.parse(form)
-        for name in ("scaled", "centered", "relative", "masked", "gradients", "expected", "site_range"):
-            unknown = sorted(set(getattr(self, name)) - set(self.sites))
-            if unknown:
-                raise ValueError(f"{name} names {unknown[0]!r}, which is not among the sites")
-        ranges = {name: (float(low), float(high)) for name, (low, high) in self.site_range.items()}
-        object.__setattr__(self, "site_range", ranges)
+        for name in ("method", "output_layer"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ValueError(f"{name}={getattr(self, name)!r}, expected a name or null")
+        for name in ("quantized", "tied_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, dict) or not all(isinstance(each, str) for each in (*value, *value.values())):
+                raise ValueError(f"{name}={value!r}, expected names by layer")
+        for form in self.quantized.values():
+            _check_format(form)
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """The formats of all quantised layers by name."""
+        return {name: site.weights for name, site in self.sites.items() if site.weights is not None} | self.quantized
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> SparsityConfig:
+        """What `to_dict` returned, now or in versions 3 and 4; a ValueError where it is something else."""
+        flat = fields.get("version") in (3, 4) and isinstance(fields.get("sites"), (list, tuple))
+        try:
+            return cls(**(_nested(dict(fields)) if flat else fields))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        ranges = {name: list(both) for name, both in self.site_range.items()}
-        names = {name: list(getattr(self, name)) for name in _NAMES}
-        return {**dataclasses.asdict(self), **names, "site_range": ranges}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        sites = {name: site.to_dict() for name, site in self.sites.items()}
+        return {**fields, "sites": sites, "quantized": {**self.quantized}, "tied_embeddings": {**self.tied_embeddings}}
 
 
-_NAMES = ("sites", "scaled", "centered", "relative", "masked")
+_DEFAULT = SiteConfig()
+
+
+def _sites_of(given: Any) -> dict[str, SiteConfig]:
+    if isinstance(given, (list, tuple)):
+        given = dict.fromkeys(given, _DEFAULT) if all(isinstance(name, str) for name in given) else None
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ValueError(f"sites={given!r}, expected objects by the names of layers")
+    sites = {}
+    for name, site in given.items():
+        try:
+            sites[name] = site if isinstance(site, SiteConfig) else SiteConfig(**site)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"sites: {name!r}: {error}") from None
+    return sites
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Versions 3 and 4 had a list or a mapping of sites for each field of a site."""
+    names = {key: flat.pop(key, ()) for key in ("sites", "scaled", "centered", "relative", "masked")}
+    by_name = {key: flat.pop(key, {}) for key in ("gradients", "weights", "expected", "site_range")}
+    for key, value in names.items():
+        if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+            raise ValueError(f"{key}={value!r}, expected a list of names of layers")
+    for key, value in by_name.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{key}={value!r}, expected an object by the names of layers")
+    tied = flat.pop("tied_embedding", None)  # version 3: to the output layer, whatever its name
+    if tied is not None:
+        flat["tied_embeddings"] = {tied: ""}
+    gradient, sites = flat.pop("gradient", "exact"), names.pop("sites")
+    weights = by_name.pop("weights")
+    for key, value in (names | by_name).items():
+        if unknown := sorted({*value} - {*sites}):
+            raise ValueError(f"{key} names {unknown[0]!r}, which is not among the sites")
+    flat["sites"] = {
+        name: {
+            **{key: name in value for key, value in names.items()},
+            "gradient": by_name["gradients"].get(name, gradient),
+            "weights": weights.get(name),
+            "expected": by_name["expected"].get(name),
+            "range": by_name["site_range"].get(name),
+        }
+        for name in sites
+    }
+    return {**flat, "quantized": {name: form for name, form in weights.items() if name not in sites}}
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_optional_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_range(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
-
-
-def _by_name(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, dict) and all(isinstance(name, str) and right(each) for name, each in value.items())
-    )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "criterion": (_is_text, "the name of a criterion"),
-    "sparsity": (lambda value: value is None or _is_number(value), "a number or null"),
-    "method": (_is_optional_text, "the name of a method or null"),
-    "gradient": (_is_text, "the name of a gradient"),
-    "gradients": (_by_name(_is_text), "names of gradients by site"),
-    "output_layer": (_is_optional_text, "the name of a layer or null"),
-    "weights": (_by_name(_is_text), "names of formats by layer"),
-    "tied_embeddings": (_by_name(_is_text), "names of layers by embedding"),
-    "expected": (_by_name(_is_number), "numbers by site"),
-    "site_range": (_by_name(_is_range), "pairs of numbers by site"),
-}
+def _check_format(name: Any) -> None:
+    if not isinstance(name, str):
+        raise ValueError(f"weights={name!r}, expected the name of a format")
+    WeightFormat.parse(name)
 
 
 def config_of(model: nn.Module) -> SparsityConfig | None:
@@ -135,34 +218,25 @@ def config_of(model: nn.Module) -> SparsityConfig | None:
     Criterion, sparsity and method are what the last `sparsify_` was told, where a transformers model remembers it.
     """
     modules = dict(model.named_modules())
-    sites = {name: module for name, module in modules.items() if isinstance(module, SparseSite)}
-    weights = {name: module.weight_format for name, module in modules.items() if isinstance(module, QuantizedMatrix)}
-    if not sites and not weights:
+    sites = {name: SiteConfig.of(module) for name, module in modules.items() if isinstance(module, SparseSite)}
+    quantized = {
+        name: module.weight_format
+        for name, module in modules.items()
+        if isinstance(module, QuantizedMatrix) and name not in sites
+    }
+    if not sites and not quantized:
         return None
     names = {id(module): name for name, module in modules.items()}
     tables = {name: module.source for name, module in modules.items() if isinstance(module, QuantizedTable)}
     recipe = next((module.__dict__[RECIPE] for module in modules.values() if RECIPE in module.__dict__), None)
-    gradient = next((site.gradient for site in sites.values()), "exact")
+    told = {key: getattr(recipe, key) for key in ("criterion", "sparsity", "method")} if recipe is not None else {}
     return SparsityConfig(
-        sites=tuple(sites),
-        criterion=recipe.criterion if recipe is not None else "magnitude",
-        sparsity=recipe.sparsity if recipe is not None else None,
-        method=recipe.method if recipe is not None else None,
-        gradient=gradient,
-        gradients={name: site.gradient for name, site in sites.items() if site.gradient != gradient},
+        sites=sites,
         output_layer=next((name for name, module in modules.items() if is_output(module)), None),
-        scaled=tuple(name for name, site in sites.items() if site.scale is not None),
-        centered=tuple(name for name, site in sites.items() if site.center is not None),
-        relative=tuple(name for name, site in sites.items() if site.relative),
-        masked=tuple(name for name, site in sites.items() if site.mask is not None),
-        weights=weights,
+        quantized=quantized,
         tied_embeddings={name: names[id(source)] for name, source in tables.items() if id(source) in names},
-        expected={name: site.expected for name, site in sites.items() if not math.isnan(site.expected)},
-        site_range={name: site.site_range for name, site in sites.items() if site.site_range is not None},
+        **told,
     )
-
-
-RECIPE = "_deadband_recipe"
 
 
 def is_output(module: nn.Module) -> bool:

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, cast
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from deadband.allocation.thresholds import Thresholds, check_model
 from deadband.layers.formats import QuantizedWeight
-from deadband.layers.quantized import (
-    QuantizedMatrix,
-    QuantizedTable,
-    make_quantized_,
-    tie_table_,
-    unmake_quantized_,
-    untie_table_,
-)
+from deadband.layers.quantized import QuantizedMatrix, QuantizedTable, make_quantized_, tie_table_
 from deadband.layers.rule import Rule
-from deadband.layers.sites import Patterns, find_sites, sparse_sites
+from deadband.layers.sites import Patterns
 from deadband.layers.sparse import (
-    SparseSite,
+    DenseLinear,
     make_dense_,
     make_sparse_,
     require_no_parametrization,
-    tensor_of,
     use_dense_product_,
-)
-from deadband.sparsify.config import SparsityConfig
-from deadband.sparsify.names import resolve, resolve_masks, rule_of
-from deadband.sparsify.report import require_sparse
-from deadband.sparsify.weights import (
-    dequantise_,
-    find_output_layer,
-    find_tied_embeddings,
-    formats_of,
-    quantise,
     use_torchs_product_,
 )
+from deadband.layers.transaction import all_or_nothing
+from deadband.sparsify.config import SparsityConfig
+from deadband.sparsify.plan import Plan, Quantization, plan_of, resolve_sites
+from deadband.sparsify.report import number_of_layers, require_sparse
+from deadband.sparsify.weights import dequantise_
 
 FOLLOWERS: list[Callable[[nn.Module, SparsityConfig | None], None]] = []
 """Told each model that became sparse, and how, or with None dense again: transformers' configurations follow."""
@@ -108,108 +93,61 @@ def sparsify_(
           (2): SparseLinear(in_features=16, out_features=2, bias=True, threshold=0)
         )
     """
-    if exact == (thresholds is not None) and (exact or masks is None):
-        raise ValueError(
-            "pass either thresholds (from Calibration.allocate, or a mapping by site), or masks=, or exact=True"
-        )
     sharded = next((name for name, each in model.named_parameters() if hasattr(each, "device_mesh")), None)
     if sharded is not None:
         raise ValueError(
             f"{sharded!r} is a DTensor: a model under tensor parallelism or FSDP cannot be made sparse; "
             "load it whole on each device, without distributed_config or tp_plan"
         )
-    if not exact and thresholds is None:
-        thresholds = {}
-    if thresholds is None:
-        thresholds = dict.fromkeys(find_sites(model, include, exclude), 0.0)
-    elif include is not None or exclude is not None:
-        raise ValueError("include= and exclude= choose sites for exact=True; thresholds name their sites themselves")
-    allocated = thresholds if isinstance(thresholds, Thresholds) else None
-    if allocated is not None:
-        check_model(model, allocated.shapes, allocated.samples)
-        if criterion not in (None, allocated.criterion):
-            raise ValueError(f"the thresholds are for criterion {allocated.criterion!r}, got criterion={criterion!r}")
-        criterion = allocated.criterion
-        thresholds = allocated.rules
-    kept = resolve_masks(model, masks) if masks is not None else {}
-    chosen = resolve(model, {**dict.fromkeys(kept, 0.0), **thresholds}) if kept else resolve(model, thresholds)
-    modules = {name: model.get_submodule(name) for name in chosen}
-    for name, module in modules.items():
-        if tensor_of(module).is_meta:
-            raise ValueError(f"site {name!r} is on the meta device or offloaded; load its weight before sparsify_")
-    rules = {name: rule_of(name, chosen[name], modules[name], criterion or "magnitude") for name in chosen}
-    output = find_output_layer(model, chosen) if output_layer else None
-    formats = formats_of(model, chosen, weights, output, output_layer)
-    tied = find_tied_embeddings(model, formats)
-    recipe = SparsityConfig(
-        sites=tuple(chosen),
-        criterion=criterion or "magnitude",
-        sparsity=allocated.sparsity if allocated is not None else None,
-        method=allocated.method if allocated is not None else None,
-        gradient=gradient,
+    sites, config = resolve_sites(model, thresholds, masks, exact, criterion, gradient, include, exclude)
+    quantization = Quantization(
+        weights=weights,
+        output_layer=output_layer,
+        second_moments=second_moments,
+        hessians=hessians,
+        progress=progress,
     )
-    expectations = _expectations(allocated, [name for name in chosen if name not in kept])
-    left = {name: module for name, module in sparse_sites(model).items() if name not in chosen}
-    touched = (*modules.values(), *left.values())
-    require_no_parametrization(*touched)
-    settings = {module: module.settings() for module in touched if isinstance(module, SparseSite)}
-    quantised = quantise(model, formats, second_moments, hessians, progress)  # before anything changes
-    parameters: dict[nn.Module, nn.Parameter] = {}  # what was quantised
-    try:
-        for name, module in modules.items():
+    plan = plan_of(model, sites, config, quantization)
+    _apply_(model, plan, gradient, count)
+    return model
+
+
+def _apply_(model: nn.Module, plan: Plan, gradient: str, count: bool) -> None:
+    """Change the layers as planned."""
+    sites = {model.get_submodule(name): wanted for name, wanted in plan.sites.items()}
+    quantised = {model.get_submodule(name): weight for name, weight in plan.quantised.items()}
+    output = () if plan.output is None else (plan.output,)
+    with all_or_nothing((*sites, *plan.dense, *quantised, *plan.tied, *output, *plan.undone)):
+        for module, wanted in sites.items():
             make_sparse_(
                 module,
-                rules[name],
-                mask=kept.get(name),
+                wanted.rule,
+                mask=wanted.mask,
                 gradient=gradient,
                 count=count,
-                **expectations.get(name, {}),
+                expected=wanted.expected,
+                site_range=wanted.range,
             )
-        for each in left.values():
-            make_dense_(each)
-        for name, weight in quantised.items():
-            module = model.get_submodule(name)
-            parameters[module] = cast(nn.Parameter, module._parameters["weight"])
+        for site in plan.dense:
+            make_dense_(site)
+        for module, weight in quantised.items():
             make_quantized_(module, weight)
-        for embedding, layer in tied.items():
-            tie_table_(embedding, layer)
-        _tell(model, recipe)
-    except BaseException:
-        for embedding, layer in tied.items():
-            if isinstance(embedding, QuantizedTable):
-                untie_table_(embedding, parameters[layer])
-        for module, parameter in parameters.items():
-            if isinstance(module, QuantizedMatrix):
-                unmake_quantized_(module, parameter)
-        for module in touched:
-            if module in settings:
-                make_sparse_(module, Rule(0.0)).restore(settings[module])
-            elif isinstance(module, SparseSite):
-                make_dense_(module)
-        raise
-    use_torchs_product_(model)
-    if output is not None and output not in formats:
-        use_dense_product_(model.get_submodule(output))
+        for embedding, source in plan.tied.items():
+            tie_table_(embedding, source)
+        for layer in plan.undone:
+            use_torchs_product_(layer)
+        if plan.output is not None:
+            use_dense_product_(plan.output)
+        _tell(model, plan.config)
     _unprepare(model)
-    return model
 
 
 def _unprepare(model: nn.Module) -> None:
     """Drop the compiled graph of `prepare_decode_`, if there is one: it has the tensors from before."""
-    if "_deadband_decoder" in model.__dict__:
+    if any("_deadband_decoder" in module.__dict__ for module in model.modules()):
         from deadband.decoding.decoder import unprepare_decode_
 
         unprepare_decode_(model)
-
-
-def _expectations(allocated: Thresholds | None, names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """What is known of what the named sites will skip; nothing of masked ones, which skip more than was calibrated."""
-    if allocated is None:
-        return {}
-    return {
-        name: {"expected": allocated.expected.get(name, math.nan), "site_range": allocated.site_range.get(name)}
-        for name in names
-    }
 
 
 @torch.inference_mode(False)
@@ -229,13 +167,23 @@ def densify_(model: nn.Module) -> nn.Module:
         ValueError: no layer of the model is sparse.
     """
     sites = require_sparse(model).values()
-    require_no_parametrization(*sites)  # before anything changes
-    for site in sites:
-        make_dense_(site)
+    require_no_parametrization(*sites)
+    touched = [each for each in model.modules() if isinstance(each, (QuantizedMatrix, QuantizedTable, DenseLinear))]
+    with all_or_nothing((*sites, *touched)):
+        for site in sites:
+            make_dense_(site)
+        quantised = dequantise_(model)
+        for each in touched:
+            if type(each) is DenseLinear:
+                use_torchs_product_(each)
+        _tell(model, None)
     _unprepare(model)
-    dequantise_(model)
-    use_torchs_product_(model)
-    _tell(model, None)
+    if quantised:
+        warnings.warn(
+            f"densify_ dequantised {number_of_layers(quantised)}: their weights stay rounded, not those from before "
+            "sparsify_(weights=...)",
+            stacklevel=3,  # densify_ is decorated
+        )
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -17,12 +16,10 @@ from deadband.layers.quantized import (
     untie_table_,
 )
 from deadband.layers.rounding import quantize
-from deadband.layers.rule import Rule
 from deadband.layers.sites import matrix_of, shape_of, sites_of
-from deadband.layers.sparse import DenseLinear, change_class_
+from deadband.layers.sparse import DenseLinear
 from deadband.running.forward import progress_bar, threads
 from deadband.sparsify.names import full_name
-from deadband.sparsify.report import number_of_layers
 
 OUTPUT_FORMAT = "int8-g32"
 """Of the output layer, where `weights` is one format for all: 6 % more bytes than int8, and little of its error."""
@@ -30,7 +27,7 @@ OUTPUT_FORMAT = "int8-g32"
 
 def formats_of(
     model: nn.Module,
-    chosen: Mapping[str, float | Rule],
+    chosen: Collection[str],
     weights: str | Mapping[str, str | QuantizedWeight] | None,
     output: str | None,
     output_layer: bool | str,
@@ -123,27 +120,15 @@ def find_tied_embeddings(model: nn.Module, formats: Collection[str]) -> dict[nn.
     return {module: layers[weight] for module, weight in weights.items() if weight in layers}
 
 
-def dequantise_(model: nn.Module) -> None:
-    """Give quantised layers a weight of their own again, with a warning."""
+def dequantise_(model: nn.Module) -> int:
+    """Give quantised layers a weight of their own again; returns how many there were."""
     quantised = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedMatrix)}
     for module in quantised.values():
         unmake_quantized_(module)
     for table in [module for module in model.modules() if isinstance(module, QuantizedTable)]:
         weight = table.source.weight  # a dense layer's again, if that is in the model
         untie_table_(table, weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight))
-    if quantised:
-        warnings.warn(
-            f"densify_ dequantised {number_of_layers(len(quantised))}: their weights stay rounded, not those from "
-            "before sparsify_(weights=...)",
-            stacklevel=4,  # densify_ is decorated
-        )
-
-
-def use_torchs_product_(model: nn.Module) -> None:
-    """Give dense layers that decode on our kernel their class back."""
-    for module in model.modules():
-        if type(module) is DenseLinear:
-            change_class_(module, nn.Linear)
+    return len(quantised)
 
 
 def find_output_layer(model: nn.Module, sites: Collection[str]) -> str | None:
