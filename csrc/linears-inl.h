@@ -92,23 +92,31 @@ void multiply(const deadband_layer& layer, const Task<T>& task, int64_t rows, in
   }
 }
 
+// What the rules of the layers need to know of x.
 template <class T>
-int linears_of(const T* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer* layers, int count, T* y,
-               int64_t y_stride, int threads) {
-  Input<T> input = {x, rows, x_stride, in, {}, 0};
-  size_t bytes = round_up(count * sizeof(Task<T>), 64), most = 0;
+Input<T> input_of(const T* x, int64_t rows, int64_t stride, int64_t in, const deadband_layer* layers, int count) {
+  Input<T> input = {x, rows, stride, in, {}, 0};
   bool relative = false, counted = false;
   for (int l = 0; l < count; ++l) {
-    bytes += task_bytes(layers[l], rows, in, threads);
-    most = max_of(most, share_bytes(layers[l], rows, in));
     relative |= layers[l].threshold && layers[l].relative;
     counted |= layers[l].threshold && layers[l].counts;
   }
+  for (int64_t r = 0; relative && r < rows; ++r) input.norm[r] = norm_of(x + r * stride, in);
+  for (int64_t r = 0; counted && r < rows; ++r) input.nonfinite += count_nonfinite(x + r * stride, in);
+  return input;
+}
+
+template <class T>
+int linears_of(const T* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer* layers, int count, T* y,
+               int64_t y_stride, int threads) {
+  size_t bytes = round_up(count * sizeof(Task<T>), 64), most = 0;
+  for (int l = 0; l < count; ++l) {
+    bytes += task_bytes(layers[l], rows, in, threads);
+    most = max_of(most, share_bytes(layers[l], rows, in));
+  }
   char* memory = (char*)workspace(kSharedSlot, bytes);
   if (!memory) return DEADBAND_NO_MEMORY;
-  for (int64_t r = 0; relative && r < rows; ++r) input.norm[r] = norm_of(x + r * x_stride, in);
-  for (int64_t r = 0; counted && r < rows; ++r) input.nonfinite += count_nonfinite(x + r * x_stride, in);
-
+  Input<T> input = input_of(x, rows, x_stride, in, layers, count);
   Task<T>* tasks = (Task<T>*)memory;
   memory += round_up(count * sizeof(Task<T>), 64);
   int64_t work = 0, first = 0;
