@@ -1,4 +1,5 @@
 // The exported functions of the kernels: check the arguments, then call the kernel of the instruction set in use.
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
