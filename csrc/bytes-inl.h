@@ -3,6 +3,22 @@
 //
 // Codes of weights are unsigned bytes here (signed ones where the dot product wants them so: kCodeZero tells), entries
 // of x are 16-bit integers. Four of them travel as two 32-bit words, in whatever form the product takes.
+#ifndef DEADBAND_BYTES_INL_H
+#define DEADBAND_BYTES_INL_H
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "sizes-inl.h"
+#include "vector-inl.h"
+
+namespace deadband {
+namespace {
 
 typedef int32_t Vi __attribute__((vector_size(kVectorBytes)));
 typedef uint8_t Vb __attribute__((vector_size(kVectorBytes)));
@@ -184,3 +200,8 @@ DEADBAND_INLINE Vf load_half(const uint16_t* p) {
   return (Vf)((Vu)magnitude | (bits & 0x8000) << 16);
 #endif
 }
+
+}  // namespace
+}  // namespace deadband
+
+#endif

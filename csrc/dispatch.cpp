@@ -1,125 +1,29 @@
-// The exported functions: check the arguments, choose the instruction set, call its kernel.
-#include <pthread.h>
-#include <stdlib.h>
+// The exported functions of the kernels: check the arguments, then call the kernel of the instruction set in use.
+#include <stddef.h>
+#include <stdint.h>
 #include <string.h>
-#include <sys/mman.h>
-#if defined(__linux__) && !defined(MADV_COLLAPSE)
-#define MADV_COLLAPSE 25  // Linux 6.1; the C library here may be older than the kernel that runs
-#endif
 #include <time.h>
-#include <unistd.h>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(__aarch64__)
-#include <asm/hwcap.h>
-#include <sys/auxv.h>
-#endif
 
 #include "kernel_table.h"
+#include "kernels.h"
 
 namespace deadband {
 namespace {
 
-// Freed when its thread ends. Through a pthread key: a C++ destructor would bring in the C++ runtime library.
-struct Workspaces {
-  void* data[kSlots];
-  size_t bytes[kSlots];
-};
-__thread Workspaces workspaces;
-pthread_key_t workspaces_key;
-pthread_once_t workspaces_once = PTHREAD_ONCE_INIT;
-
-void free_workspaces(void* own) {
-  for (void* p : ((Workspaces*)own)->data) free(p);
-}
-void make_workspaces_key() { pthread_key_create(&workspaces_key, free_workspaces); }
-
-// From the least to the best.
-const KernelTable* const kTables[] = {
-    &kernels_baseline,
-#if defined(__x86_64__)
-    &kernels_x86_64_v3, &kernels_x86_64_v3_vnni, &kernels_x86_64_v4, &kernels_x86_64_v4_vnni, &kernels_x86_64_v4_bf16,
-#elif defined(__aarch64__)
-    &kernels_aarch64_dotprod,
-#endif
-};
-
-#if defined(__x86_64__)
-// What gcc 12's __builtin_cpu_supports has no name for.
-bool has_f16c() {
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-}
-bool has_avx_vnni() {
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
-}
-#endif
-
-bool supported(const KernelTable* table) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-            __builtin_cpu_supports("bmi2") && has_f16c();
-  bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl");
-  if (table == &kernels_x86_64_v3) return v3;
-  if (table == &kernels_x86_64_v3_vnni) return v3 && has_avx_vnni();
-  if (table == &kernels_x86_64_v4) return v4;
-  bool vnni = v4 && __builtin_cpu_supports("avx512vnni");
-  if (table == &kernels_x86_64_v4_vnni) return vnni;
-  if (table == &kernels_x86_64_v4_bf16) return vnni && __builtin_cpu_supports("avx512bf16");
-#elif defined(__aarch64__)
-  if (table == &kernels_aarch64_dotprod) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
-#endif
-  return table == &kernels_baseline;
-}
-
-// Supported is not always faster: Intel's vdpbf16ps does half the work of its float32 multiply-adds (gemm-inl.h has the
-// figures), since bfloat16 is meant for AMX there. AMD's does twice the work.
-bool suits(const KernelTable* table) {
-#if defined(__x86_64__)
-  if (table == &kernels_x86_64_v4_bf16) return __builtin_cpu_is("amd");
-#endif
-  (void)table;
-  return true;
-}
-
-const KernelTable* find(const char* name) {
-  if (name)
-    for (const KernelTable* table : kTables)
-      if (!strcmp(table->name, name) && supported(table)) return table;
-  return nullptr;
-}
-
-struct Choice {
-  const KernelTable* table = &kernels_baseline;
-  char list[128] = "";
-
-  Choice() {
-    for (const KernelTable* candidate : kTables)
-      if (supported(candidate)) {
-        if (list[0]) strcat(list, ",");
-        strcat(list, candidate->name);
-        if (suits(candidate)) table = candidate;
-      }
-    if (const KernelTable* forced = find(getenv("DEADBAND_ISA"))) table = forced;
-  }
-};
-Choice choice;
-
-const KernelTable* kernels() { return __atomic_load_n(&choice.table, __ATOMIC_RELAXED); }
-
 // Sizes whose products overflow are refused with those that are negative.
 constexpr int64_t kLargest = INT32_MAX;
-bool is_size(int64_t size) { return size >= 0 && size <= kLargest; }
+template <class... Sizes>
+bool are_sizes(Sizes... sizes) {
+  return ((sizes >= 0 && sizes <= kLargest) && ...);
+}
+
+bool is_float32_or_bfloat16(int dtype) { return dtype == DEADBAND_FLOAT32 || dtype == DEADBAND_BFLOAT16; }
 
 // Both linear functions.
 int check_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
                  int64_t weight_stride, int64_t runs, int64_t run, const void* y, int64_t out) {
-  if (dtype != DEADBAND_FLOAT32 && dtype != DEADBAND_BFLOAT16) return DEADBAND_BAD_DTYPE;
-  if (!is_size(rows) || !is_size(in) || !is_size(out)) return DEADBAND_BAD_SIZE;
+  if (!is_float32_or_bfloat16(dtype)) return DEADBAND_BAD_DTYPE;
+  if (!are_sizes(rows, in, out)) return DEADBAND_BAD_SIZE;
   if ((rows > 1 && x_stride < in) || (runs > 1 && weight_stride < run)) return DEADBAND_BAD_SIZE;
   if (rows && out && (!y || (in && (!x || !weight)))) return DEADBAND_BAD_POINTER;
   return 0;
@@ -127,36 +31,35 @@ int check_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64
 
 int64_t row_bytes_of(const deadband_layer& layer) { return layer.bits == 8 ? layer.out : (layer.out + 31) / 32 * 16; }
 
+// A quantised layer's, as far as it needs and takes them.
+bool has_scales(int64_t in, const deadband_layer& layer) {
+  if (in && layer.out && !layer.scales) return false;
+  return !layer.minimum || (layer.bits == 4 && layer.group_size);
+}
+
 int check_layer(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer& layer,
                 const void* y) {
   if (layer.bits != 0 && layer.bits != 8 && layer.bits != 4) return DEADBAND_BAD_DTYPE;
-  if (!is_size(layer.out)) return DEADBAND_BAD_SIZE;
+  if (!are_sizes(layer.out)) return DEADBAND_BAD_SIZE;
   int64_t run = layer.bits ? row_bytes_of(layer) : layer.out;
   if (int error = check_linear(dtype, x, rows, x_stride, in, layer.weight, layer.bits ? run : layer.weight_stride, in,
                                run, y, layer.out))
     return error;
   if (layer.group_size < 0 || (layer.threshold && rows > DEADBAND_STREAM_ROWS)) return DEADBAND_BAD_SIZE;
   if (!layer.center != !layer.offset) return DEADBAND_BAD_POINTER;
-  if (layer.bits && ((in && layer.out && !layer.scales) || (layer.minimum && (layer.bits == 8 || !layer.group_size))))
-    return DEADBAND_BAD_POINTER;
+  if (layer.bits && !has_scales(in, layer)) return DEADBAND_BAD_POINTER;
+  return 0;
+}
+
+int check_attend(int dtype, int64_t groups, int64_t heads, int64_t size, int64_t value_size, int64_t tokens,
+                 int64_t key_stride, int64_t value_stride) {
+  if (!is_float32_or_bfloat16(dtype)) return DEADBAND_BAD_DTYPE;
+  if (!are_sizes(groups, heads, size, value_size, tokens) || !are_sizes(groups * heads)) return DEADBAND_BAD_SIZE;
+  if ((size > 1 && key_stride < tokens) || (tokens > 1 && value_stride < value_size)) return DEADBAND_BAD_SIZE;
   return 0;
 }
 
 }  // namespace
-
-void* workspace(WorkspaceSlot slot, size_t bytes) {
-  Workspaces& own = workspaces;
-  if (!own.data[slot] || own.bytes[slot] < bytes) {
-    pthread_once(&workspaces_once, make_workspaces_key);
-    pthread_setspecific(workspaces_key, &own);
-    free(own.data[slot]);
-    own.bytes[slot] = 0;
-    size_t grown = (bytes + bytes / 4 + 4096) & ~(size_t)4095;
-    if (posix_memalign(&own.data[slot], 64, grown)) return own.data[slot] = nullptr;
-    own.bytes[slot] = grown;
-  }
-  return own.data[slot];
-}
 
 }  // namespace deadband
 
@@ -235,11 +138,7 @@ int deadband_attend(int dtype, const void* query, const void* keys, const void* 
                     int64_t size, int64_t value_size, int64_t tokens, int64_t key_group, int64_t key_stride,
                     int64_t value_group, int64_t value_stride, const float* mask, float scaling, float softcap, void* y,
                     int threads) {
-  if (dtype != DEADBAND_FLOAT32 && dtype != DEADBAND_BFLOAT16) return DEADBAND_BAD_DTYPE;
-  if (!is_size(groups) || !is_size(heads) || !is_size(size) || !is_size(value_size) || !is_size(tokens) ||
-      !is_size(groups * heads))
-    return DEADBAND_BAD_SIZE;
-  if ((size > 1 && key_stride < tokens) || (tokens > 1 && value_stride < value_size)) return DEADBAND_BAD_SIZE;
+  if (int error = check_attend(dtype, groups, heads, size, value_size, tokens, key_stride, value_stride)) return error;
   if (!groups || !heads || !value_size) return 0;
   if (!y || (tokens && (!values || !mask || (size && (!query || !keys))))) return DEADBAND_BAD_POINTER;
   if (!tokens) {
@@ -267,35 +166,4 @@ double deadband_read_bandwidth(const void* data, int64_t bytes, int threads) {
   kernels()->read(data, bytes, threads < 1 ? 1 : threads);
   clock_gettime(CLOCK_MONOTONIC, &end);
   return (double)bytes / ((double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec));
-}
-
-int deadband_advise_huge(void* data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-  uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1);
-  uintptr_t end = ((uintptr_t)data + (bytes > 0 ? (uintptr_t)bytes : 0)) & ~(page - 1);
-  if (data && begin < end) {
-    int taken = madvise((void*)begin, end - begin, MADV_HUGEPAGE) == 0;
-#ifdef MADV_COLLAPSE
-    // Memory that malloc hands out again has its small pages already; newer Linux joins those on request.
-    const uintptr_t huge = 2 << 20;
-    begin = (begin + huge - 1) & ~(huge - 1);
-    end &= ~(huge - 1);
-    if (taken && begin < end) madvise((void*)begin, end - begin, MADV_COLLAPSE);
-#endif
-    return taken;
-  }
-#endif
-  return 0;
-}
-
-const char* deadband_isa(void) { return kernels()->name; }
-
-const char* deadband_isa_list(void) { return choice.list; }
-
-int deadband_set_isa(const char* name) {
-  const KernelTable* table = find(name);
-  if (!table) return DEADBAND_BAD_ISA;
-  __atomic_store_n(&choice.table, table, __ATOMIC_RELAXED);
-  return 0;
 }

@@ -1,4 +1,17 @@
 // y = x . W with W stored [out, in], the usual layout, 1 to 4 rows of x: one dot product per output.
+#ifndef DEADBAND_DOT_INL_H
+#define DEADBAND_DOT_INL_H
+
+#include <stdint.h>
+
+#include "kernel_table.h"
+#include "kernels.h"
+#include "sizes-inl.h"
+#include "threads-inl.h"
+#include "vector-inl.h"
+
+namespace deadband {
+namespace {
 
 // Outputs at a time: as many streams of weights from memory.
 constexpr int kDots = 4;
@@ -39,9 +52,6 @@ DEADBAND_INLINE void dot_outputs(const float* x, int64_t stride, int64_t in, con
   for (int n = 0; n < N; ++n)
     for (int r = 0; r < R; ++r) result[n * R + r] = sum_lanes(sums[n][r].a + sums[n][r].b);
 }
-
-DEADBAND_INLINE void store_one(float* p, float value) { *p = value; }
-DEADBAND_INLINE void store_one(bf16* p, float value) { *p = (bf16)(rounded_bits(splat(value))[0] >> 16); }
 
 template <class T, int R>
 int dot_rows(const T* x, int64_t x_stride, int64_t in, const T* weight, int64_t weight_stride, int64_t out,
@@ -91,3 +101,8 @@ int dot(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, co
   return dot_typed((const bf16*)x, rows, x_stride, in, (const bf16*)weight, weight_stride, out, (const bf16*)bias,
                    (bf16*)y, threads);
 }
+
+}  // namespace
+}  // namespace deadband
+
+#endif

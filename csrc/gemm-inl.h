@@ -3,7 +3,24 @@
 // The operands are packed in steps of one 32-bit lane: one float32 input, or two bfloat16 inputs side by side where
 // this instruction set multiplies such pairs. Elsewhere bfloat16 becomes float32 in packing. That can be the faster
 // way: on Emerald Rapids vdpbf16ps starts every other cycle but float32 multiply-adds twice a cycle, and 256 tokens
-// take half the time that they take with vdpbf16ps. dispatch.cpp knows which CPUs it suits.
+// take half the time that they take with vdpbf16ps. cpu.cpp knows which CPUs it suits.
+#ifndef DEADBAND_GEMM_INL_H
+#define DEADBAND_GEMM_INL_H
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernel_table.h"
+#include "kernels.h"
+#include "sizes-inl.h"
+#include "threads-inl.h"
+#include "vector-inl.h"
+
+namespace deadband {
+namespace {
 
 // Rows of x whose sums fit the registers, next to a block of weights: with 2 vectors a row, 28 of AVX-512's 32.
 #if defined(__AVX512F__)
@@ -23,7 +40,6 @@ constexpr int64_t kPanelRows = 512;
 // Steps that are added in one chain. 64 cost 4 % of time against 256 and halve the rounding error, which is then 0.5 to
 // 1.6 times that of torch's float32 product instead of 0.8 to 3.2 times.
 constexpr int64_t kChainSteps = 64;
-constexpr int64_t kOperationsPerThread = 1 << 20;
 
 // What a step of T is: how many inputs, and how weights and x are packed and multiplied.
 template <class T>
@@ -239,3 +255,8 @@ int gemm(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, c
   return gemm_typed((const bf16*)x, rows, x_stride, in, (const bf16*)weight, weight_stride, out, (const bf16*)bias,
                     (bf16*)y, threads);
 }
+
+}  // namespace
+}  // namespace deadband
+
+#endif

@@ -1,5 +1,5 @@
-// What the translation units of the instruction sets share with dispatch.cpp: declarations only. An inline function
-// here would be compiled once per instruction set and the linker might keep the AVX-512 copy for everyone.
+// What the translation units of the instruction sets share with the others: declarations only. An inline function here
+// would be compiled once per instruction set and the linker might keep the AVX-512 copy for everyone.
 #ifndef DEADBAND_KERNEL_TABLE_H
 #define DEADBAND_KERNEL_TABLE_H
 
@@ -37,6 +37,8 @@ extern const KernelTable kernels_x86_64_v3, kernels_x86_64_v3_vnni, kernels_x86_
 extern const KernelTable kernels_aarch64_dotprod;
 #endif
 extern const KernelTable kernels_baseline;
+
+const KernelTable* kernels();  // of the instruction set in use
 
 // Scratch memory of the calling thread, aligned to 64 bytes, kept for its next call; nullptr when there is none.
 // A later call with the same slot gives the same memory, perhaps moved: contents do not survive.

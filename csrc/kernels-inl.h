@@ -1,42 +1,28 @@
-// The kernels of one instruction set. A kernels_<isa>.cpp defines DEADBAND_TABLE and DEADBAND_ISA and includes this
-// once. Everything has internal linkage, and no C++ header is used: nothing here can be merged with another instruction
-// set's copy.
-#include <stdint.h>
-#include <string.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#include "kernel_table.h"
+// The kernels of one instruction set: a kernels_<isa>.cpp includes this and defines its table. Everything in the -inl.h
+// files has internal linkage, and they use no C++ header: nothing in them can be merged with another instruction set's
+// copy.
+#ifndef DEADBAND_KERNELS_INL_H
+#define DEADBAND_KERNELS_INL_H
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 says so of its own AVX-512 intrinsics
 #endif
 
+#include "attend-inl.h"
+#include "bandwidth-inl.h"
+#include "dot-inl.h"
+#include "gated_mlp-inl.h"
+#include "gemm-inl.h"
+#include "kernel_table.h"
+#include "linears-inl.h"
+#include "observe-inl.h"
+
 namespace deadband {
 namespace {
 
-#include "vector-inl.h"  // first: the others use it
-
-#include "bytes-inl.h"
-#include "dot-inl.h"
-#include "gemm-inl.h"
-#include "observe-inl.h"
-#include "stream-inl.h"
-// after those
-#include "quantized-inl.h"
-// and after that
-#include "linears-inl.h"
-// and after that
-#include "attend-inl.h"
+constexpr KernelTable table_of(const char* isa) { return {isa, linears, gated_mlp, attend, dot, gemm, observe, read}; }
 
 }  // namespace
-
-extern const KernelTable DEADBAND_TABLE = {DEADBAND_ISA, linears, gated_mlp, attend, dot, gemm, observe, read};
-
 }  // namespace deadband
+
+#endif

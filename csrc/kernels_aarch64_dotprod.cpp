@@ -1,5 +1,8 @@
 #if defined(__aarch64__)
-#define DEADBAND_TABLE kernels_aarch64_dotprod
-#define DEADBAND_ISA "aarch64-dotprod"
+#include "kernel_table.h"
 #include "kernels-inl.h"
+
+namespace deadband {
+extern const KernelTable kernels_aarch64_dotprod = table_of("aarch64-dotprod");
+}  // namespace deadband
 #endif

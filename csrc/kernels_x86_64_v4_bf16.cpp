@@ -1,5 +1,8 @@
 #if defined(__x86_64__)
-#define DEADBAND_TABLE kernels_x86_64_v4_bf16
-#define DEADBAND_ISA "x86-64-v4-bf16"
+#include "kernel_table.h"
 #include "kernels-inl.h"
+
+namespace deadband {
+extern const KernelTable kernels_x86_64_v4_bf16 = table_of("x86-64-v4-bf16");
+}  // namespace deadband
 #endif

@@ -1,5 +1,8 @@
 #if defined(__x86_64__)
-#define DEADBAND_TABLE kernels_x86_64_v4_vnni
-#define DEADBAND_ISA "x86-64-v4-vnni"
+#include "kernel_table.h"
 #include "kernels-inl.h"
+
+namespace deadband {
+extern const KernelTable kernels_x86_64_v4_vnni = table_of("x86-64-v4-vnni");
+}  // namespace deadband
 #endif

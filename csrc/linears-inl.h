@@ -1,5 +1,24 @@
 // Several layers on one x, plain and quantised ones: selected (and encoded) one after the other, then multiplied in one
-// parallel region. And the gated MLP, which is two of those with an activation between them.
+// parallel region.
+#ifndef DEADBAND_LINEARS_INL_H
+#define DEADBAND_LINEARS_INL_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "encode-inl.h"
+#include "kernel_table.h"
+#include "kernels.h"
+#include "quantized-inl.h"
+#include "select-inl.h"
+#include "sizes-inl.h"
+#include "stream-inl.h"
+#include "threads-inl.h"
+#include "vector-inl.h"
+
+namespace deadband {
+namespace {
 
 // What is known of a layer once its inputs are selected.
 template <class T>
@@ -73,23 +92,31 @@ void multiply(const deadband_layer& layer, const Task<T>& task, int64_t rows, in
   }
 }
 
+// What the rules of the layers need to know of x.
 template <class T>
-int linears_of(const T* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer* layers, int count, T* y,
-               int64_t y_stride, int threads) {
-  Input<T> input = {x, rows, x_stride, in, {}, 0};
-  size_t bytes = round_up(count * sizeof(Task<T>), 64), most = 0;
+Input<T> input_of(const T* x, int64_t rows, int64_t stride, int64_t in, const deadband_layer* layers, int count) {
+  Input<T> input = {x, rows, stride, in, {}, 0};
   bool relative = false, counted = false;
   for (int l = 0; l < count; ++l) {
-    bytes += task_bytes(layers[l], rows, in, threads);
-    most = max_of(most, share_bytes(layers[l], rows, in));
     relative |= layers[l].threshold && layers[l].relative;
     counted |= layers[l].threshold && layers[l].counts;
   }
+  for (int64_t r = 0; relative && r < rows; ++r) input.norm[r] = norm_of(x + r * stride, in);
+  for (int64_t r = 0; counted && r < rows; ++r) input.nonfinite += count_nonfinite(x + r * stride, in);
+  return input;
+}
+
+template <class T>
+int linears_of(const T* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer* layers, int count, T* y,
+               int64_t y_stride, int threads) {
+  size_t bytes = round_up(count * sizeof(Task<T>), 64), most = 0;
+  for (int l = 0; l < count; ++l) {
+    bytes += task_bytes(layers[l], rows, in, threads);
+    most = max_of(most, share_bytes(layers[l], rows, in));
+  }
   char* memory = (char*)workspace(kSharedSlot, bytes);
   if (!memory) return DEADBAND_NO_MEMORY;
-  for (int64_t r = 0; relative && r < rows; ++r) input.norm[r] = norm_of(x + r * x_stride, in);
-  for (int64_t r = 0; counted && r < rows; ++r) input.nonfinite += count_nonfinite(x + r * x_stride, in);
-
+  Input<T> input = input_of(x, rows, x_stride, in, layers, count);
   Task<T>* tasks = (Task<T>*)memory;
   memory += round_up(count * sizeof(Task<T>), 64);
   int64_t work = 0, first = 0;
@@ -138,63 +165,7 @@ int linears(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in
   return linears_typed((const bf16*)x, rows, x_stride, in, layers, count, (bf16*)y, threads);
 }
 
-// e^v to 2 ulp. 2^n comes in two factors, as n may be beyond the exponents of normal numbers.
-DEADBAND_INLINE Vf exponential(Vf v) {
-  v = v > 89.0f ? splat(89.0f) : v;  // infinity from there on; NaN stays
-  v = v < -104.0f ? splat(-104.0f) : v;
-  Vf n = v * 1.44269504f + 12582912.0f - 12582912.0f;  // to the nearest integer
-  Vf r = v - n * 0.693145752f - n * 1.42860677e-6f;
-  Vf p =
-      1.0f +
-      r * (1.0f + r * (0.5f + r * (1.66666667e-1f + r * (4.16666667e-2f + r * (8.33333333e-3f + r * 1.38888889e-3f)))));
-  Vi half = __builtin_convertvector(n * 0.5f, Vi), rest = __builtin_convertvector(n, Vi) - half;
-  return p * (Vf)((half + 127) << 23) * (Vf)((rest + 127) << 23);
-}
+}  // namespace
+}  // namespace deadband
 
-// Both activations are v / (1 + e^-z): SiLU with z = v, and the tanh of GELU's is that of z / 2.
-template <int Activation>
-DEADBAND_INLINE Vf activation(Vf v) {
-  Vf z = Activation == DEADBAND_SILU ? v : v * 1.59576912f + v * v * v * 0.0713548163f;
-  return v / (1.0f + exponential(-z));
-}
-
-DEADBAND_INLINE Vf rounded_as(const float*, Vf v) { return v; }
-DEADBAND_INLINE Vf rounded_as(const bf16*, Vf v) { return (Vf)(rounded_bits(v) & 0xffff0000u); }
-
-// gate = activation(gate) * up
-template <int Activation, class T>
-void activate(T* gate, const T* up, int64_t count) {
-  auto step = [](T* g, const T* u) __attribute__((always_inline)) {
-    store_in_order(g, rounded_as(g, activation<Activation>(load_in_order(g))) * load_in_order(u));
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) step(gate + i, up + i);
-  if (i == count) return;
-  T last[2][kLanes] = {};
-  memcpy(last[0], gate + i, (count - i) * sizeof(T));
-  memcpy(last[1], up + i, (count - i) * sizeof(T));
-  step(last[0], last[1]);
-  memcpy(gate + i, last[0], (count - i) * sizeof(T));
-}
-
-template <class T>
-int gated_mlp_typed(const T* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer* layers, int which,
-                    T* y, int threads) {
-  int64_t inner = layers[0].out;
-  T* both = (T*)workspace(kProductSlot, 2 * rows * inner * sizeof(T));
-  if (!both) return DEADBAND_NO_MEMORY;
-  if (int error = linears_typed(x, rows, x_stride, in, layers, 2, both, threads)) return error;
-  for (int64_t r = 0; r < rows; ++r) {
-    T* gate = both + 2 * r * inner;
-    which == DEADBAND_SILU ? activate<DEADBAND_SILU>(gate, gate + inner, inner)
-                           : activate<DEADBAND_GELU_TANH>(gate, gate + inner, inner);
-  }
-  return linears_typed(both, rows, 2 * inner, inner, layers + 2, 1, y, threads);
-}
-
-int gated_mlp(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer* layers,
-              int activation, void* y, int threads) {
-  if (dtype == DEADBAND_FLOAT32)
-    return gated_mlp_typed((const float*)x, rows, x_stride, in, layers, activation, (float*)y, threads);
-  return gated_mlp_typed((const bf16*)x, rows, x_stride, in, layers, activation, (bf16*)y, threads);
-}
+#endif

@@ -1,139 +1,41 @@
 // y = x . W with W quantised to 8 or 4 bits and stored [in, out]. kernels.h says how.
 //
-// Entries of x become 16-bit integers, with a step of their own for each chunk of inputs, and the products are integer:
-// four kept inputs at a time, whose bytes are interleaved in registers, so that any four can be neighbours and a
-// skipped one costs nothing. The rounding of x (2^-16 of the chunk's largest entry) is far below that of bfloat16.
+// x comes as the integers of encode-inl.h, and the products are integer: four kept inputs at a time, whose bytes are
+// interleaved in registers, so that any four can be neighbours and a skipped one costs nothing.
 //
 // Weights are fetched twice: the next chunk's to the second-level cache, and those three blocks ahead to the first.
 // Measured on Emerald Rapids, sparsity 0.5, one thread, 2048 x 2048 to 14336 x 4096: only the next chunk's, to either
 // cache, takes 5 to 25 % longer, most with short rows: in the first-level cache they evict each other before they are
 // used. 64 or 128 bytes ahead instead of 192 take up to 4 % longer, 256 always 5 %. Fetching nothing takes 10 % longer
 // with 8 bits and 60 % with 4; not fetching scales 2 to 8 %. With several rows of x the second fetch is worth 12 to
-// 18 %. Chunks of 16 inputs cost up to 7 % with scales of groups, those of 32 cost 10 % without, and those of 64 up to
-// 20 %, nothing skipped. Rounding x to 8 bits for 4-bit weights, with half the products, gains nothing.
+// 18 %.
 //
 // One row takes the short way: a chunk's weights pass once, from memory to registers. With more rows the interleaved
 // bytes go to a panel in the first-level cache, and the rows meet it there, kPanelTile at a time.
+#ifndef DEADBAND_QUANTIZED_INL_H
+#define DEADBAND_QUANTIZED_INL_H
 
-constexpr int64_t kChunkMany = 4 * kMostQuads;
-// Inputs of one chunk: of one group, so that they share their scales, and few enough for the 32-bit sums. With few rows
-// of x there are fewer of them, as many rows of codes come from memory side by side: 128, for two rows of x, read half
-// as fast. Where sums are scaled once, in the end, even fewer. With many rows of x longer sums save time.
-DEADBAND_INLINE int64_t chunk_size(int64_t rows, bool in_groups) {
-  if (rows > 16) return kChunkMany;
-  return rows == 1 && !in_groups ? 16 : 32;
-}
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "bytes-inl.h"
+#include "encode-inl.h"
+#include "select-inl.h"
+#include "sizes-inl.h"
+#include "threads-inl.h"
+#include "vector-inl.h"
+
+namespace deadband {
+namespace {
+
 constexpr int64_t kNear = 192;  // bytes that the nearer fetch is ahead
 // Threads share out outputs if each then has so many bytes of every row of codes.
 constexpr int64_t kShortRun = 4096;
 constexpr int64_t kSumsTile = 8192;      // float32 sums of a tile of outputs: they stay in the first-level cache
 constexpr int64_t kSumsMany = 32768;     // with several rows, in the second-level
 constexpr int64_t kQuantizedRows = 256;  // rows of x that are encoded at a time
-constexpr int64_t kEncodedPerThread = 16384;
 constexpr int kPanelTile = kParts == 2 ? 3 : 6;  // rows whose sums fit the registers, 4 * kParts vectors each
-
-struct Quantized {
-  int bits;
-  const uint8_t* codes;              // [in][row_bytes]
-  const uint16_t *scales, *minimum;  // [groups][out] float16, or nullptr
-  const float* channel_scales;       // [out] where there are no groups, else nullptr
-  int64_t group_size, row_bytes, in, out;
-};
-
-DEADBAND_INLINE Quantized quantized_of(const deadband_layer& layer, int64_t in) {
-  int64_t groups = layer.group_size;
-  return {(int)layer.bits,
-          (const uint8_t*)layer.weight,
-          groups ? (const uint16_t*)layer.scales : nullptr,
-          (const uint16_t*)layer.minimum,
-          groups ? nullptr : (const float*)layer.scales,
-          groups ? groups : in + 1,
-          layer.bits == 8 ? layer.out : (layer.out + 31) / 32 * 16,
-          in,
-          layer.out};
-}
-
-DEADBAND_INLINE const uint8_t* end_of(const Quantized& w) { return w.codes + w.in * w.row_bytes; }
-
-struct Chunk {
-  int64_t entry, count;  // the kept inputs in it
-  int64_t first, quads;  // the quads that they fill
-  int64_t group;
-};
-
-// x, quantised, chunk by chunk.
-struct Encoded {
-  int64_t rows, chunks;
-  Chunk* chunk;
-  const uint8_t** codes;  // [4 * quads]: the codes of each input
-  int32_t* words;         // [chunks][rows][2][quads of the chunk], as the product takes them
-  float* step;            // [chunks][rows]: an entry is its integer times this
-  int32_t* sum;           // [chunks][rows]: of the integers
-};
-
-// Integers for the values of a chunk. Whole vectors of values are read, those beyond `count` not used. Returns the
-// step; NaN if a value is not finite.
-template <class T>
-DEADBAND_INLINE float encode_values(const T* values, int64_t count, int64_t quads, int32_t* words, int32_t* sum) {
-  Vi numbers;
-  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = lane;
-  auto value_at = [&](int64_t i) __attribute__((always_inline)) {
-    Vf value = load_in_order(values + i);
-    return i + kLanes <= count ? value : (Vf)((Vi)value & (numbers < splat_int((int32_t)(count - i))));
-  };
-  Vi largest = {};  // as bits: those of NaN and infinity are larger than those of any number
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Vi size = (Vi)magnitude(value_at(i));
-    largest = size > largest ? size : largest;
-  }
-  int32_t bits = most_of_lanes(largest);
-  *sum = 0;
-  if (bits >= 0x7f800000) {
-    memset(words, 0, 2 * quads * sizeof *words);
-    return __builtin_nanf("");
-  }
-  float most;
-  memcpy(&most, &bits, sizeof most);
-  float inverse = kLargestEntry / most;
-  if (!(inverse <= 3.40282347e38f)) inverse = 0.0f;  // all zero, or too small to matter
-  int32_t integers[kChunkMany];
-  Vi all = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Vf scaled = value_at(i) * inverse;
-    Vf half = (Vf)(((Vu)scaled & 0x80000000u) | 0x3f000000u);  // away from zero; conversion cuts off
-    Vi each = __builtin_convertvector(scaled + half, Vi);
-    memcpy(integers + i, &each, sizeof each);
-    all += each;
-  }
-  for (int64_t i = round_up(count, kLanes); i < 4 * quads; ++i) integers[i] = 0;
-  encode_entries(integers, quads, words);
-  *sum = sum_of_lanes(all);
-  return most / kLargestEntry;
-}
-
-// Cuts the kept inputs (all where `index` is NULL) into chunks of `most` or a little less, as even as can be within a
-// group, and notes where their weights lie.
-void cut_chunks(const int32_t* index, int64_t count, const Quantized& w, int64_t most, Encoded* x) {
-  int64_t chunks = 0, quads = 0, group = 0, end = w.group_size;
-  for (int64_t i = 0; i < count;) {
-    for (int64_t input = index ? index[i] : i; input >= end; end += w.group_size) ++group;
-    int64_t stop = min_of(end, count);
-    if (index && end < w.in)
-      for (stop = i; stop < count && index[stop] < end;) ++stop;
-    else if (index)
-      stop = count;
-    while (i < stop) {
-      int64_t left = stop - i, pieces = (left + most - 1) / most;
-      int64_t own = pieces == 1 ? left : round_up(left / pieces, 4), own_quads = (own + 3) / 4;
-      x->chunk[chunks++] = {i, own, quads, own_quads, group};
-      const uint8_t** to = x->codes + 4 * quads;
-      quads += own_quads;
-      for (; own; --own, ++i) *to++ = w.codes + (index ? index[i] : i) * w.row_bytes;
-      for (; to < x->codes + 4 * quads; ++to) *to = to[-1];
-    }
-  }
-  x->chunks = chunks;
-}
 
 // The vectors of columns that one vector of bytes holds: those of the bytes, or of the lower and the upper nibbles.
 template <int Bits>
@@ -420,53 +322,7 @@ void add_up(const Quantized& w, const Output<T>& target, int threads, float* sum
   finish_rows(w, target, sums, stride, 1, {0, w.out});
 }
 
-// Memory for an x that is encoded for a weight.
-struct EncodedSizes {
-  int64_t chunks, quads, rows;
+}  // namespace
+}  // namespace deadband
 
-  EncodedSizes(const Quantized& w, int64_t rows) : rows(rows) {
-    chunks = w.in / chunk_size(rows, w.scales) + w.in / w.group_size + 2;
-    quads = w.in / 4 + chunks;
-  }
-  size_t chunk() const { return round_up(chunks * sizeof(Chunk), 64); }
-  size_t codes() const { return round_up(quads * 4 * sizeof(char*), 64); }
-  size_t words() const { return round_up(quads * rows * 2 * sizeof(int32_t), 64); }
-  size_t step() const { return round_up(chunks * rows * sizeof(float), 64); }
-  size_t total() const { return chunk() + codes() + words() + 2 * step(); }
-};
-
-// `kept.index` is NULL where nothing is selected: then kept.count is the number of inputs.
-template <class T>
-Encoded encode(const Input<T>& input, const Kept& kept, const Quantized& w, int threads, char* memory) {
-  EncodedSizes sizes(w, input.rows);
-  int64_t rows = input.rows;
-  Encoded encoded = {rows,
-                     0,
-                     (Chunk*)memory,
-                     (const uint8_t**)(memory += sizes.chunk()),
-                     (int32_t*)(memory += sizes.codes()),
-                     (float*)(memory += sizes.words()),
-                     (int32_t*)(memory += sizes.step())};
-  cut_chunks(kept.index, kept.count, w, chunk_size(rows, w.scales), &encoded);
-  parallel(threads_for(rows * kept.count, kEncodedPerThread, threads), [&](int part, int parts) {
-    Range mine = share(encoded.chunks, 1, part, parts);
-    for (int64_t c = mine.begin; c < mine.end; ++c) {
-      const Chunk& chunk = encoded.chunk[c];
-      for (int64_t r = 0; r < rows; ++r) {
-        int32_t* words = encoded.words + 2 * (chunk.first * rows + chunk.quads * r);
-        int32_t* sum = encoded.sum + c * rows + r;
-        float* step = encoded.step + c * rows + r;
-        float values[kChunkMany + kLanes];
-        const float* from = values;
-        if (kept.index && rows == 1)
-          from = kept.value + chunk.entry;
-        else
-          for (int64_t k = 0; k < chunk.count; ++k)
-            values[k] = kept.index ? kept.value[(chunk.entry + k) * rows + r]
-                                   : to_float(input.x[r * input.stride + chunk.entry + k]);
-        *step = encode_values(from, chunk.count, chunk.quads, words, sum);
-      }
-    }
-  });
-  return encoded;
-}
+#endif

@@ -1,5 +1,18 @@
-// Vectors of one register, loads and stores of float32 and bfloat16, and the parallel region.
+// Vectors of one register, loads and stores of float32 and bfloat16.
 // Written with the vector extensions of gcc and clang: the same source gives SSE2, AVX2, AVX-512 and NEON.
+#ifndef DEADBAND_VECTOR_INL_H
+#define DEADBAND_VECTOR_INL_H
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "sizes-inl.h"
+
+namespace deadband {
+namespace {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -14,8 +27,6 @@ constexpr int kBlock = 2 * kLanes;  // the pair of vectors that the kernels step
 typedef float Vf __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Vu __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t bf16;
-
-#define DEADBAND_INLINE inline __attribute__((always_inline))
 
 DEADBAND_INLINE Vf splat(float value) { return value - Vf{}; }  // x - 0 is x for every x, -0 and NaN too; x + 0 is not
 DEADBAND_INLINE Vf load(const float* p) {
@@ -78,6 +89,9 @@ DEADBAND_INLINE void store_in_order(bf16* p, Vf v) {
   memcpy(p, &halves, sizeof halves);
 }
 
+DEADBAND_INLINE void store_one(float* p, float value) { *p = value; }
+DEADBAND_INLINE void store_one(bf16* p, float value) { *p = (bf16)(rounded_bits(splat(value))[0] >> 16); }
+
 // The first `count` < kBlock entries, and zeros.
 template <class T>
 DEADBAND_INLINE Pair load_pair_part(const T* p, int64_t count) {
@@ -123,37 +137,7 @@ DEADBAND_INLINE float sum_lanes(Vf v) {
   return lanes[0];
 }
 
-DEADBAND_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-DEADBAND_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-DEADBAND_INLINE int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+}  // namespace
+}  // namespace deadband
 
-// Thread `part` of `parts` takes [begin, end) of `total`, cut at multiples of `step`.
-struct Range {
-  int64_t begin, end;
-};
-DEADBAND_INLINE Range share(int64_t total, int64_t step, int part, int parts) {
-  int64_t steps = (total + step - 1) / step;
-  return {min_of(total, steps * part / parts * step), min_of(total, steps * (part + 1) / parts * step)};
-}
-
-// A thread is worth waking for this many bytes of weights.
-constexpr int64_t kBytesPerThread = 128 << 10;
-
-DEADBAND_INLINE int threads_for(int64_t work, int64_t work_per_thread, int threads) {
-  return (int)min_of(threads, 1 + work / work_per_thread);
-}
-
-// body(part, parts). One thread opens no parallel region: libgomp's threads do not survive a fork, and data loaders
-// fork.
-template <class Body>
-void parallel(int threads, Body body) {
-#ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    body(omp_get_thread_num(), omp_get_num_threads());
-    return;
-  }
 #endif
-  (void)threads;
-  body(0, 1);
-}

@@ -101,6 +101,6 @@ def test_a_wheel_serves_every_python_version(tmp_path):
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="needs a cross compiler")
 def test_the_kernels_compile_for_aarch64(tmp_path):
     sources = Path(__file__).parent.parent / "csrc"
-    for name in ("kernels_baseline.cpp", "dispatch.cpp"):
+    for name in ("kernels_baseline.cpp", "dispatch.cpp", "cpu.cpp", "memory.cpp"):
         command = ["aarch64-linux-gnu-g++", "-std=c++17", "-O3", "-fopenmp", "-c", str(sources / name)]
         subprocess.run([*command, "-o", str(tmp_path / "out.o")], check=True)
