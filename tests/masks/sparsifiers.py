@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.ao.pruning._experimental.activation_sparsifier.activation_sparsifier import (
+    ActivationSparsifier as TorchSparsifier,
+)
 
 from deadband.masks import aggregate, mask, reduce
 from deadband.masks.sparsifier import ActivationSparsifier
@@ -69,3 +72,10 @@ def same(a, b):
         assert torch.equal(a.to_dense(), b.to_dense())
     else:
         assert a == b
+
+
+def same_as_torchs(results, **keywords):
+    """What `results` gives for a model and its sparsifier is the same with torch's class, and returned."""
+    ours, theirs = (results(*only(nn.Identity(), each, **keywords)) for each in (ActivationSparsifier, TorchSparsifier))
+    same(ours, theirs)
+    return ours

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 
 import pytest
@@ -12,6 +13,7 @@ from sparsifiers import above, add, batch_mean, only, ready, same, small
 from torch import nn
 
 import deadband
+from deadband.masks.snapshot import LayerSnapshot
 from deadband.masks.sparsifier import ActivationSparsifier
 
 
@@ -174,6 +176,15 @@ def test_a_state_fits_layers_that_were_changed_since():
     deadband.sparsify_(model, {"2": 0.0})
     torch.nn.utils.parametrizations.weight_norm(model[0])
     sparsifier.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("features", [None, [0, 3]])
+def test_the_facts_of_a_snapshot_are_plain_and_complete(features):
+    model, sparsifier = small(features=features, feature_dim=1)
+    for change in (lambda: None, lambda: model(torch.randn(4, 6)), sparsifier.step, sparsifier.squash_mask):
+        change()
+        for saved in sparsifier._snapshot().layers.values():
+            assert LayerSnapshot.from_facts(saved.config, json.loads(json.dumps(saved.facts))) == saved
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])

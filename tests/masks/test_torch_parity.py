@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from sparsifiers import above, add, batch_mean, convnet, only, same, small
+from sparsifiers import above, add, batch_mean, convnet, only, same, same_as_torchs, small
 from torch import nn
 from torch.ao.pruning._experimental.activation_sparsifier.activation_sparsifier import (
     ActivationSparsifier as TorchSparsifier,
@@ -102,43 +102,39 @@ def test_state_dicts_go_both_ways():
 
 
 def test_squash_then_step_makes_masks_as_in_torch():
-    results = []
-    for sparsifier_class in (ActivationSparsifier, TorchSparsifier):
-        model, sparsifier = only(nn.Identity(), sparsifier_class)
+    def results(model, sparsifier):
         x = torch.arange(12.0).view(3, 4)
         model(x)
         sparsifier.squash_mask()
         sparsifier.step()
-        results.append(model(x))
-    same(*results)
-    assert (results[0] == 0).any()
+        return model(x)
+
+    assert (same_as_torchs(results) == 0).any()
 
 
 def test_a_mask_replaced_after_squashing_holds_from_the_next_squash():
-    results = []
-    for sparsifier_class in (ActivationSparsifier, TorchSparsifier):
-        model, sparsifier = only(nn.Identity(), sparsifier_class)
+    def results(model, sparsifier):
         x = torch.arange(12.0).view(3, 4)
         model(x)
         sparsifier.step()
         sparsifier.squash_mask()
         sparsifier.state["0"]["mask"] = torch.zeros(4)
-        results.append(model(x))
+        before = model(x)
         sparsifier.squash_mask()
-        results.append(model(x))
-    same(results[:2], results[2:])
+        return [before, model(x)]
+
+    same_as_torchs(results)
 
 
 def test_writes_into_the_data_of_features_count():
-    results = []
-    for sparsifier_class in (ActivationSparsifier, TorchSparsifier):
-        model, sparsifier = only(nn.Identity(), sparsifier_class, features=[0, 2], feature_dim=1)
+    def results(model, sparsifier):
         model(torch.ones(3, 4))
         model(torch.ones(3, 4))
         sparsifier.data_groups["0"]["data"][0] = torch.full((3, 1), 7.0)
         model(torch.ones(3, 4))
-        results.append(sparsifier.data_groups["0"]["data"])
-    same(*results)
+        return sparsifier.data_groups["0"]["data"]
+
+    same_as_torchs(results, features=[0, 2], feature_dim=1)
 
 
 def test_torch_states_of_features_compile_before_they_have_run():

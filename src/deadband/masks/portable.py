@@ -48,8 +48,8 @@ def portable_state(snapshot: Snapshot) -> dict[str, Any]:
     """
     tensors: dict[str, Tensor] = {}
     groups = {}
-    for name, layer in snapshot.layers.items():
-        config, facts = layer.config, layer.facts
+    for name, saved in snapshot.layers.items():
+        config, facts = saved.config, saved.facts
         data = config.get("data")
         if data is not None and not isinstance(data, (Tensor, list)):
             raise ValueError(f"layer {name!r} keeps statistics; save sparsifier.calibration() instead")
@@ -72,21 +72,23 @@ def portable_state(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def from_portable(saved: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]], present: Snapshot) -> Snapshot:
+def from_portable(
+    state_dict: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]], present: Snapshot
+) -> Snapshot:
     """What a portable state says; functions, and a schedule that is one, come from those given and those at hand.
 
     Args:
-        saved: the state.
+        state_dict: the state.
         functions: as for `ActivationSparsifier.load_state_dict`.
         present: the sparsifier that is to take the state over, as it is.
 
     Raises:
         ValueError: another version, or a function that nobody gave.
     """
-    if saved.get("version") != VERSION:
-        raise ValueError(f"the state has version {saved.get('version')!r}; this deadband reads version {VERSION}")
-    check_form(saved)
-    tensors = saved["tensors"]
+    if state_dict.get("version") != VERSION:
+        raise ValueError(f"the state has version {state_dict.get('version')!r}; this deadband reads version {VERSION}")
+    check_form(state_dict)
+    tensors = state_dict["tensors"]
 
     def configuration(plain: Mapping[str, Any], name: str | None) -> dict[str, Any]:
         config = defaultdict(None, {role: _find(plain[role], role, functions, present, name) for role in FUNCTIONS})
@@ -96,7 +98,7 @@ def from_portable(saved: Mapping[str, Any], functions: Mapping[str, Callable[...
         return config
 
     layers, state = {}, {}
-    for name, group in saved["groups"].items():
+    for name, group in state_dict["groups"].items():
         config = configuration(group, name)
         config["hook_state"] = group["hook_state"]
         if (data := _unpack(tensors, f"{name}.data", group["data"])) is not None:
@@ -105,8 +107,8 @@ def from_portable(saved: Mapping[str, Any], functions: Mapping[str, Callable[...
             config["rows"] = group["rows"]
         layers[name] = LayerSnapshot.from_facts(config, group["facts"])
         state[name] = {"mask": _unpack(tensors, f"{name}.mask", group["mask"])}
-    schedule = _resumed(saved["schedule"], present.schedule)
-    return Snapshot(configuration(saved["defaults"], None), layers, state, schedule)
+    schedule = _resumed(state_dict["schedule"], present.schedule)
+    return Snapshot(configuration(state_dict["defaults"], None), layers, state, schedule)
 
 
 def save(snapshot: Snapshot, path: str | os.PathLike) -> None:

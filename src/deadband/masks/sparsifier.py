@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 import deadband.masks.averaging  # noqa: F401
 from deadband.layers.hooks import arguments_of, attach, detach
-from deadband.masks import ranks as collectives
+from deadband.masks import ranks
 from deadband.masks.accumulator import Accumulator, Selection, as_features
 from deadband.masks.aggregate import Aggregate
 from deadband.masks.layers import (
@@ -341,7 +341,7 @@ class ActivationSparsifier:
         ]
         if self.data_groups and not self._watches and not waiting:
             raise LayerError("step() after squash_mask(): no layer is watched any more; register layers again first")
-        agree = self.synchronise and collectives.ranks() > 1
+        agree = self.synchronise and ranks.count() > 1
         everything = {name: self._aggregated(name, agree) for name in waiting}
         if missing := [name for name, (data, _) in everything.items() if data is None]:
             raise LayerError(f"step(): no input has reached {some(missing)} since the last step; run the model first")
@@ -354,7 +354,7 @@ class ActivationSparsifier:
                     self._state[name]["mask"] = ones_like(data)
                 self.update_mask(name, data, self.data_groups[name])
                 if agree:
-                    self._copy_mask(name, collectives.broadcast_mask(self._state[name]["mask"], self._device(name)))
+                    self._copy_mask(name, ranks.broadcast_mask(self._state[name]["mask"], self._device(name)))
         except BaseException as error:
             for other, mask in before.items():
                 if other in self.data_groups:
@@ -378,16 +378,16 @@ class ActivationSparsifier:
         aggregate_fn = config["aggregate_fn"]
         device = self._device(name)
         if isinstance(aggregate_fn, Aggregate):
-            return collectives.merge_over_ranks(data, rows, device, aggregate_fn.merge)
-        if not collectives.on_all_ranks(_adds_up(aggregate_fn, data), device):
+            return ranks.merge_over_ranks(data, rows, device, aggregate_fn.merge)
+        if not ranks.on_all_ranks(_adds_up(aggregate_fn, data), device):
             warnings.warn(
                 f"layer {name!r}: what its aggregate_fn gave on several ranks cannot be put together; all take the "
                 "first rank's mask. Use a function of deadband.aggregate, or synchronise=False",
                 stacklevel=4,
             )
-            return collectives.merge_over_ranks(data, rows, device, lambda first, *_: first)
+            return ranks.merge_over_ranks(data, rows, device, lambda first, *_: first)
         accumulator = Accumulator(name, aggregate_fn, zero_start=self.zero_start)
-        return collectives.merge_over_ranks(data, rows, device, lambda one, _, other, __: accumulator.add(one, other))
+        return ranks.merge_over_ranks(data, rows, device, lambda one, _, other, __: accumulator.add(one, other))
 
     def _device(self, name: str) -> torch.device:
         tensor = next(self.data_groups[name]["layer"].parameters(), None)
@@ -727,7 +727,7 @@ class ActivationSparsifier:
             ValueError: a layer of another type or size, an unknown function or hook state.
         """
         with self._lock, torch.inference_mode(False), refusing_damage():
-            before = self._snapshot(), self._layers()
+            before = self._snapshot(), self._modules()
             after = read_state(state_dict, functions or {}, before[0], self.model)
             try:
                 self._restore(*after)
@@ -757,20 +757,20 @@ class ActivationSparsifier:
             self._release()
             handles = {name: handle for name, handle in self._handles.items() if name in self.data_groups}
             hooks = [(name, handle.id) for each in (handles, self._mask_handles) for name, handle in each.items()]
-            return {**without(vars(self), *_MADE_ANEW), "_copied": (self._snapshot(), self._layers(), hooks)}
+            return {**without(vars(self), *_MADE_ANEW), "_copied": (self._snapshot(), self._modules(), hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        snapshot, layers, hooks = state["_copied"]
+        snapshot, modules, hooks = state["_copied"]
         vars(self).update(without(state, "_copied"), data_groups=defaultdict(dict), _example=None)
         self._begin()
         for name, number in hooks:  # they came with the copy of the model; those put up anew feed this sparsifier
-            layers[name]._forward_pre_hooks_with_kwargs.pop(number, None)
-            hook = layers[name]._forward_pre_hooks.pop(number, None)
+            modules[name]._forward_pre_hooks_with_kwargs.pop(number, None)
+            hook = modules[name]._forward_pre_hooks.pop(number, None)
             if isinstance(hook, MaskInput):
-                hook.remove_from(layers[name])
-        self._restore(snapshot, layers)
+                hook.remove_from(modules[name])
+        self._restore(snapshot, modules)
 
-    def _layers(self) -> dict[str, nn.Module]:
+    def _modules(self) -> dict[str, nn.Module]:
         return {name: config["layer"] for name, config in self.data_groups.items()}
 
     def _release(self) -> None:
@@ -799,30 +799,30 @@ class ActivationSparsifier:
             unset=masking.unset if masking is not None else watching is not None and not watching.stepped,
         )
 
-    def _restore(self, snapshot: Snapshot, layers: Mapping[str, nn.Module]) -> None:
-        """Become what a snapshot says, with these layers; hooks and masks that were there before go."""
+    def _restore(self, snapshot: Snapshot, modules: Mapping[str, nn.Module]) -> None:
+        """Become what a snapshot says, of these layers; hooks and masks that were there before go."""
         for name in list(self.data_groups):
             self._take_off(name)
         self.defaults, self._state, self._schedule = snapshot.defaults, snapshot.state, snapshot.schedule
         self.data_groups = defaultdict(dict)
-        for name, layer in snapshot.layers.items():
-            self.data_groups[name] = {**layer.config, "layer": layers[name]}
-        for name, layer in snapshot.layers.items():
-            hook_state = layer.config["hook_state"]
+        for name, saved in snapshot.layers.items():
+            self.data_groups[name] = {**saved.config, "layer": modules[name]}
+        for name, saved in snapshot.layers.items():
+            hook_state = saved.config["hook_state"]
             if hook_state == "aggregate":
                 self._watch(name)
-                self._watches[name].shape, self._watches[name].stepped = layer.shape, layer.unset is False
+                self._watches[name].shape, self._watches[name].stepped = saved.shape, saved.unset is False
             elif hook_state == "sparsify":
-                self._mask_again(name, layer)
+                self._mask_again(name, saved)
             else:
                 self.data_groups[name]["hook_state"] = "sparsify"
         if self._schedule is not None and self._watches and self._schedule.step > self._schedule.begin:
             self._put_in_force()
 
-    def _mask_again(self, name: str, layer: LayerSnapshot) -> None:
-        masking, shape = self._new_masking(name), layer.shape
-        masking.unset = bool(layer.unset)
-        masking.buffer = layer.buffer or masking.buffer  # another sparsifier may mask the same layer
+    def _mask_again(self, name: str, saved: LayerSnapshot) -> None:
+        masking, shape = self._new_masking(name), saved.shape
+        masking.unset = bool(saved.unset)
+        masking.buffer = saved.buffer or masking.buffer  # another sparsifier may mask the same layer
         if shape is not None and masking.features is not None and len(masking.features):
             index = Selection(name, masking.features.tolist(), masking.feature_dim).index(shape)
             masking.features = torch.tensor(index)

@@ -23,18 +23,18 @@ from deadband.masks.snapshot import LayerSnapshot, Snapshot, without
 def torch_state(snapshot: Snapshot) -> dict[str, Any]:
     """What torch's class returns from `state_dict`; the facts that it lacks go along as the attribute `_metadata`."""
     groups: dict[str, Any] = defaultdict()
-    groups.update((name, dict(layer.config)) for name, layer in snapshot.layers.items())
+    groups.update((name, dict(saved.config)) for name, saved in snapshot.layers.items())
     result: OrderedDict[str, Any] = OrderedDict(state=_converted(snapshot.state, Tensor.to_sparse_coo))
     result.update(data_groups=groups, defaults=snapshot.defaults)
-    result.__dict__["_metadata"] = {name: layer.facts for name, layer in snapshot.layers.items()}
+    result.__dict__["_metadata"] = {name: saved.facts for name, saved in snapshot.layers.items()}
     return result
 
 
-def from_torch_state(saved: Mapping[str, Any], schedule: Schedule | None) -> Snapshot:
+def from_torch_state(state_dict: Mapping[str, Any], schedule: Schedule | None) -> Snapshot:
     """A state of torch's class, or of ours in its form, which knows of no schedule."""
-    facts = getattr(saved, "_metadata", {})
-    defaults, groups = copy.copy(saved["defaults"]), saved["data_groups"]
-    state = _converted(saved["state"], Tensor.to_dense)
+    facts = getattr(state_dict, "_metadata", {})
+    defaults, groups = copy.copy(state_dict["defaults"]), state_dict["data_groups"]
+    state = _converted(state_dict["state"], Tensor.to_dense)
     layers = {}
     for name, group in groups.items():
         config = {key: value if _may_share(key, value) else copy.deepcopy(value) for key, value in group.items()}
@@ -43,12 +43,12 @@ def from_torch_state(saved: Mapping[str, Any], schedule: Schedule | None) -> Sna
 
 
 def read_state(
-    saved: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]], present: Snapshot, model: nn.Module
+    state_dict: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]], present: Snapshot, model: nn.Module
 ) -> tuple[Snapshot, dict[str, nn.Module]]:
     """A saved state, in either form, as it fits a model; and the layers that it is of, by name.
 
     Args:
-        saved: what `ActivationSparsifier.state_dict` returned.
+        state_dict: what `ActivationSparsifier.state_dict` returned.
         functions: as for `ActivationSparsifier.load_state_dict`.
         present: the sparsifier that is to take it over, as it is: its functions are known, its schedule may go on.
         model: whose layers are meant, by the same names or those in other wrappers.
@@ -57,21 +57,24 @@ def read_state(
         LayerError: a layer is not in the model.
         ValueError: a layer of another type or size, an unknown function or hook state.
     """
-    portable = saved.get("format") == FORMAT
-    snapshot = from_portable(saved, functions, present) if portable else from_torch_state(saved, present.schedule)
+    portable = state_dict.get("format") == FORMAT
+    if portable:
+        snapshot = from_portable(state_dict, functions, present)
+    else:
+        snapshot = from_torch_state(state_dict, present.schedule)
     modules = dict(model.named_modules(remove_duplicate=False))
     names: dict[str, str] = {}
-    for name, layer in snapshot.layers.items():
+    for name, saved in snapshot.layers.items():
         found = same_layer(name, modules)
         if found is None:
             raise LayerError(f"layer {name} not found in the model")
         names[name] = found
-        _check_layer(name, layer, modules[found])
+        _check_layer(name, saved, modules[found])
         if portable:
-            _check_contents(name, layer.config, snapshot.state[name]["mask"], modules[found])
+            _check_contents(name, saved.config, snapshot.state[name]["mask"], modules[found])
     if len(set(names.values())) < len(names):
         raise ValueError(f"several entries of the state are of one layer of the model: {some(sorted(names))}")
-    layers = {names[name]: layer for name, layer in snapshot.layers.items()}
+    layers = {names[name]: saved for name, saved in snapshot.layers.items()}
     state: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, entry in snapshot.state.items():
         target = names.get(name, name)
