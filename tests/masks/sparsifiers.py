@@ -46,6 +46,16 @@ def small(**keywords):
     return model, sparsifier
 
 
+def small_masked(**keywords):
+    """The same with its masks in force, and the input that they were made from."""
+    model, sparsifier = small(**keywords)
+    x = torch.randn(4, 6)
+    model(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    return model, sparsifier, x
+
+
 def ready(model, **keywords):
     options = {"aggregate_fn": aggregate.mean_abs, "reduce_fn": reduce.mean, "mask_fn": mask.magnitude, "sparsity": 0.5}
     return ActivationSparsifier(model, **{**options, **keywords})

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from sparsifiers import ready, same, small
+from sparsifiers import ready, same, small, small_masked
 from torch import nn
 
 from deadband.masks import aggregate, mask, reduce
@@ -73,11 +73,7 @@ def test_export_in_both_phases(features):
 
 
 def test_jit_trace():
-    model, sparsifier = small()
-    x = torch.randn(4, 6)
-    model(x)
-    sparsifier.step()
-    sparsifier.squash_mask()
+    model, sparsifier, x = small_masked()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(model, (x,))
@@ -85,11 +81,7 @@ def test_jit_trace():
 
 
 def test_function_transforms():
-    model, sparsifier = small()
-    x = torch.randn(4, 6)
-    model(x)
-    sparsifier.step()
-    sparsifier.squash_mask()
+    model, sparsifier, x = small_masked()
     torch.testing.assert_close(torch.vmap(model)(x), model(x))
     parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     torch.testing.assert_close(torch.func.functional_call(model, parameters, (x,)), model(x))

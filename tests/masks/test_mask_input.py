@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sparsifiers import above, add, batch_mean, identity_mask, only, ready, same, small
+from sparsifiers import above, add, batch_mean, identity_mask, only, ready, same, small, small_masked
 from torch import nn
 
 from deadband.masks.sparsifier import ActivationSparsifier
@@ -89,11 +89,7 @@ def test_gradients_flow_through_masks(features):
 
 
 def test_inference_and_training_may_alternate():
-    model, sparsifier = small(features=[0, 3], feature_dim=1)
-    x = torch.randn(4, 6)
-    model(x)
-    sparsifier.step()
-    sparsifier.squash_mask()
+    model, sparsifier, x = small_masked(features=[0, 3], feature_dim=1)
     sparsifier.get_mask("0")[0].fill_(0)
     with torch.inference_mode():
         model(x)
@@ -160,11 +156,7 @@ def test_scaling_masks_are_kept_as_they_are():
 
 
 def test_sparse_masks():
-    model, sparsifier = small(mask_fn=lambda d, level: above(d, level).to_sparse())
-    x = torch.randn(4, 6)
-    model(x)
-    sparsifier.step()
-    sparsifier.squash_mask()
+    model, sparsifier, x = small_masked(mask_fn=lambda d, level: above(d, level).to_sparse())
     model(x)
     assert sparsifier.get_mask("0").layout == torch.strided
 
@@ -182,11 +174,7 @@ def test_masks_of_one_shape_and_inputs_of_another():
 
 
 def test_batchless_inputs_of_masks_that_kept_dimensions():
-    model, sparsifier = small(reduce_fn=lambda data: data.mean(0, keepdim=True))
-    x = torch.randn(4, 6)
-    model(x)
-    sparsifier.step()
-    sparsifier.squash_mask()
+    model, sparsifier, x = small_masked(reduce_fn=lambda data: data.mean(0, keepdim=True))
     torch.testing.assert_close(model(x[0]), model(x)[0])
 
 

@@ -70,11 +70,23 @@ def test_bad_arguments(arguments, message):
         Schedule(**arguments)
 
 
-def test_masks_of_a_schedule_are_in_force_while_aggregation_goes_on():
+def watched_hidden(**keywords):
+    """A model whose hidden layer of ten is watched."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
-    sparsifier = ready(model, aggregate_fn=aggregate.max_abs)
+    sparsifier = ready(model, **keywords)
     sparsifier.register_layer(model[2])
+    return model, sparsifier
+
+
+def train(sparsifier, steps):
+    for _ in range(steps):
+        sparsifier.model(torch.randn(3, 4))
+        sparsifier.step()
+
+
+def test_masks_of_a_schedule_are_in_force_while_aggregation_goes_on():
+    model, sparsifier = watched_hidden(aggregate_fn=aggregate.max_abs)
     sparsifier.schedule(0.5, steps=5, curve="linear")
     kept = []
     for _ in range(8):
@@ -110,13 +122,9 @@ def test_masks_made_elsewhere_come_into_force_under_a_schedule():
 
 
 def test_a_schedule_may_follow_another_and_layers_may_come_late():
-    model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
-    sparsifier = ready(model)
-    sparsifier.register_layer(model[2])
+    model, sparsifier = watched_hidden()
     sparsifier.schedule(0.5, steps=1)
-    for _ in range(2):
-        model(torch.randn(3, 4))
-        sparsifier.step()
+    train(sparsifier, 2)
     assert sparsifier.data_groups["2"]["hook_state"] == "sparsify"
     sparsifier.register_layer(model[0])
     model(torch.randn(3, 4))
@@ -126,29 +134,20 @@ def test_a_schedule_may_follow_another_and_layers_may_come_late():
     with pytest.warns(UserWarning, match="already attached"):
         sparsifier.register_layer(model[2])
     sparsifier.schedule(0.8, steps=1)
-    for _ in range(2):
-        model(torch.randn(3, 4))
-        sparsifier.step()
+    train(sparsifier, 2)
     assert sparsifier.get_mask("2").sum() == 2
 
 
 @pytest.mark.parametrize("way", ["portable", "deepcopy", "pickle"])
 def test_a_schedule_goes_on_after_a_reload(way):
-    def make():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
-        sparsifier = ready(model)
-        sparsifier.register_layer(model[2])
-        return model, sparsifier
-
-    model, sparsifier = make()
+    model, sparsifier = watched_hidden()
     sparsifier.schedule(0.8, steps=6, begin=1, every=2)
     batches = [torch.randn(16, 4) for _ in range(9)]
     for x in batches[:4]:
         model(x)
         sparsifier.step()
     if way == "portable":
-        other_model, other = make()
+        other_model, other = watched_hidden()
         other.load_state_dict(sparsifier.state_dict(portable=True))
     else:
         other = copy.deepcopy(sparsifier) if way == "deepcopy" else pickle.loads(pickle.dumps(sparsifier))
@@ -162,13 +161,9 @@ def test_a_schedule_goes_on_after_a_reload(way):
 
 
 def test_copying_in_the_middle_of_a_schedule_with_a_late_layer():
-    model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
-    sparsifier = ready(model)
-    sparsifier.register_layer(model[2])
+    model, sparsifier = watched_hidden()
     sparsifier.schedule(0.5, steps=4)
-    for _ in range(3):
-        model(torch.randn(3, 4))
-        sparsifier.step()
+    train(sparsifier, 3)
     sparsifier.register_layer(model[0])
     other = copy.deepcopy(sparsifier)
     x = torch.randn(3, 4)

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from sparsifiers import above, add, batch_mean, only, ready, same, small
+from sparsifiers import above, add, batch_mean, only, ready, same, small, small_masked
 from torch import nn
 
 import deadband
@@ -219,11 +219,7 @@ def test_copies_of_the_sparsifier_are_independent(duplicate, stage, features):
 
 
 def test_torch_save_of_model_and_sparsifier():
-    model, sparsifier = small()
-    x = torch.randn(4, 6)
-    model(x)
-    sparsifier.step()
-    sparsifier.squash_mask()
+    model, sparsifier, x = small_masked()
     file = io.BytesIO()
     torch.save([model, sparsifier], file)
     file.seek(0)
