@@ -1,8 +1,10 @@
-"""Portable states of an ActivationSparsifier, and their files, that are damaged or lie."""
+"""Portable states of an ActivationSparsifier, and their files: whole, damaged, and such that lie."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import io
 import json
 import random
 import struct
@@ -10,6 +12,8 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from sparsifiers import above, add, batch_mean, only, ready, same, small
 from torch import nn
 
 from deadband.masks import aggregate, mask, reduce
@@ -24,7 +28,7 @@ def largest(data):
     return data.abs().amax(0)
 
 
-def above(data, sparsity):
+def above_a_tenth(data, sparsity):
     return data > sparsity / 10
 
 
@@ -33,7 +37,7 @@ def sparsifier_at(stage, own):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     sparsifier = ActivationSparsifier(model, aggregate.mean_abs, reduce.mean, mask.magnitude, sparsity=0.5)
-    functions = {"features": [1, 3], "feature_dim": 1, "reduce_fn": largest, "mask_fn": above}
+    functions = {"features": [1, 3], "feature_dim": 1, "reduce_fn": largest, "mask_fn": above_a_tenth}
     sparsifier.register_layer(model[0], **({"aggregate_fn": torch.add, **functions} if own else {}))
     sparsifier.register_layer(model[2])
     sparsifier.register_layer(model[4], aggregate_fn=aggregate.Ema(0.5))
@@ -242,3 +246,115 @@ def test_torchs_form_may_be_damaged_too(stage):
         else:
             model, sparsifier = sparsifier_at(stage, True)
             before = all_of(model, sparsifier)
+
+
+@pytest.mark.parametrize("stage", ["registered", "forward", "step", "squash"])
+@pytest.mark.parametrize("features", [None, [0, 3], [-1, 2]])
+@pytest.mark.parametrize("form", ["torch", "safetensors"])
+def test_portable_states(stage, features, form, tmp_path):
+    def make():
+        return small(
+            aggregate_fn=lambda a, b: a + b, features=features, feature_dim=1
+        )  # a function without a module path
+
+    model, sparsifier = make()
+    x, y = torch.randn(4, 6), torch.randn(4, 6)
+    if stage != "registered":
+        model(x)
+    if stage in ("step", "squash"):
+        sparsifier.step()
+    if stage == "squash":
+        sparsifier.squash_mask()
+    other_model, other = make()
+    functions = {"aggregate_fn": add}
+    if form == "torch":
+        file = io.BytesIO()
+        torch.save(sparsifier.state_dict(portable=True), file)
+        file.seek(0)
+        other.load_state_dict(torch.load(file, weights_only=True), functions)
+    else:
+        sparsifier.save(tmp_path / "s.safetensors")
+        other.load(tmp_path / "s.safetensors", functions)
+    mask_before = sparsifier.state["0"]["mask"]
+    same(other.state["0"]["mask"], mask_before)
+    assert torch.equal(model(y), other_model(y))
+    if stage != "squash":
+        same(other.data_groups["2"]["data"], sparsifier.data_groups["2"]["data"])
+        sparsifier.step()
+        other.step()
+        same(other.get_mask("0"), sparsifier.get_mask("0"))
+    assert other.data_groups["0"]["aggregate_fn"] is add
+
+
+def test_unknown_functions_have_to_be_given(tmp_path):
+    model, sparsifier = small(aggregate_fn=lambda a, b: a + b)
+    model(torch.randn(4, 6))
+    sparsifier.save(tmp_path / "s.safetensors")
+    empty = ActivationSparsifier(small()[0])
+    with pytest.raises(ValueError, match=r"aggregate_fn of layer '0' was '.*lambda.*functions="):
+        empty.load(tmp_path / "s.safetensors")
+    assert not empty.data_groups
+    empty.load(tmp_path / "s.safetensors", {"aggregate_fn": add, "reduce_fn": batch_mean, "mask_fn": above})
+    again = ActivationSparsifier(small()[0])
+    again.load(
+        tmp_path / "s.safetensors",
+        {f"{batch_mean.__module__}:batch_mean": batch_mean, "aggregate_fn": add, "mask_fn": above},
+    )
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
+        again.load(tmp_path / "nothing.safetensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "text").write_text("hello")
+    for name in ("other.safetensors", "text"):
+        with pytest.raises(ValueError, match="is not the state of an ActivationSparsifier"):
+            again.load(tmp_path / name)
+
+
+def test_functions_of_one_name_are_told_apart():
+    functions = [lambda data, level, k=k: data > k for k in range(2)]
+    model, sparsifier = small()
+    sparsifier.data_groups["0"]["mask_fn"], sparsifier.data_groups["2"]["mask_fn"] = functions
+    saved = sparsifier.state_dict(portable=True)
+    sparsifier.load_state_dict(saved)
+    assert [config["mask_fn"] for config in sparsifier.data_groups.values()] == functions
+    other = small(mask_fn=functions[0])[1]
+    with pytest.warns(UserWarning, match="already attached"):
+        other.register_layer(other.model[2], mask_fn=functions[1])
+    other.unregister_layer("0")
+    with pytest.raises(ValueError, match="several functions here have that name"):
+        other.load_state_dict(saved)
+    other.load_state_dict(saved, {"0": {"mask_fn": functions[0]}, "2": {"mask_fn": functions[1]}})
+    assert [config["mask_fn"] for config in other.data_groups.values()] == functions
+
+
+def test_ready_made_functions_are_looked_up(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    sparsifier = ready(model, aggregate_fn=aggregate.Ema(0.7), reduce_fn=functools.partial(reduce.quantile, q=0.25))
+    sparsifier.register_layer(model[2], features=[0, 1, 2, 3], mask_fn=mask.top_k, k=1, sparsity=0.1)
+    sparsifier.unregister_layer("2")
+    sparsifier.register_layer(model[2])
+    model(torch.randn(4, 6))
+    model(torch.randn(3, 6))
+    sparsifier.save(tmp_path / "s.safetensors")
+    other = ActivationSparsifier(copy.deepcopy(model))
+    other.load(tmp_path / "s.safetensors")
+    assert other.defaults["aggregate_fn"] == aggregate.Ema(0.7)
+    assert other.data_groups["2"]["reduce_fn"].keywords == {"q": 0.25}
+    x = torch.randn(5, 6)
+    for each in (sparsifier, other):
+        each.model(x)
+        each.step()
+    same(other.get_mask("2"), sparsifier.get_mask("2"))
+
+
+def test_portable_states_hold_only_plain_values():
+    model, sparsifier = small(level=torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"sparse_config of layer '0' holds level=Tensor, which JSON cannot hold"):
+        sparsifier.state_dict(portable=True)
+
+
+def test_a_portable_mask_takes_a_byte_an_entry():
+    model, sparsifier = only(nn.Identity(), reduce_fn=lambda data: data, level=0.0)
+    model(torch.randn(256, 1024))
+    sparsifier.step()
+    tensors = sparsifier.state_dict(portable=True)["tensors"]
+    assert sum(tensor.nbytes for tensor in tensors.values()) == 256 * 1024

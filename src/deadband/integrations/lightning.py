@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import Any
 
-from deadband.integrations.trainer import SteppingCallback
+from deadband.integrations.stepping import SteppingCallback
 from deadband.masks.portable import FORMAT
 
 
@@ -38,15 +38,7 @@ class SparsifierLightningCallback(SteppingCallback, _Callback):
     A Trainer may have several of these callbacks, each with a sparsifier of its own: a checkpoint gives each the state
     of its layers back and, where several have the same layers, in the order of the callbacks.
 
-    Args:
-        sparsifier: with its layers registered.
-        every: optimizer steps between two calls of `step()`; "epoch": at the end of each epoch.
-        squash: without a schedule: whether to squash the masks at the end of training, after a last `step()` for what
-            was seen since.
-
-    Raises:
-        ValueError: `every` is neither a number of at least 1 nor "epoch".
-        LayerError: while training: no input has reached a layer since the last step.
+    Its arguments are those of `SteppingCallback`.
 
     Example:
         >>> from torch import nn

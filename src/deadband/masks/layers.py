@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deadband.masks.accumulator import as_features
 from deadband.masks.aggregate import Aggregate
-
-if TYPE_CHECKING:
-    from deadband.masks.sparsifier import ActivationSparsifier
 
 FUNCTIONS = ("aggregate_fn", "reduce_fn", "mask_fn")
 _WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
@@ -77,34 +74,10 @@ def keeps_statistics(config: Mapping[str, Any]) -> bool:
     return bool(getattr(config["aggregate_fn"], "keeps_statistics", False))
 
 
-def kind_of(layer: nn.Module) -> dict[str, Any]:
-    """What a layer has to have in common with the one that a state was saved for."""
+def family_of(layer: nn.Module) -> str | None:
+    """The class of torch that a layer is of, where a state may not go from one class to another."""
     families = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-    return {
-        "layer": next((family.__name__ for family in families if isinstance(layer, family)), None),
-        "features": input_features(layer),
-    }
-
-
-def facts_of(sparsifier: ActivationSparsifier, name: str) -> dict[str, Any]:
-    """What loading a layer has to know beyond what torch's class saves."""
-    watching, masking = sparsifier._watches.get(name), sparsifier._masks.get(name)
-    layer = sparsifier.data_groups[name]["layer"]
-    shape = watching.shape if watching is not None else None
-    if shape is None and masking is not None and masking.features is not None:
-        buffer = layer._buffers.get(masking.buffer)
-        shape = buffer.shape if buffer is not None and buffer.dim() else None
-    return {
-        **kind_of(layer),
-        "shape": None if shape is None else list(shape),
-        "buffer": masking.buffer if masking is not None else None,
-        "unset": masking.unset if masking is not None else watching is not None and not watching.stepped,
-    }
-
-
-def saved_hook_state(config: Mapping[str, Any]) -> str:
-    """torch's class says `sparsify` of every squashed layer; of one that is not masked, `None` is saved."""
-    return config["hook_state"] if "hook" in config else "None"
+    return next((family.__name__ for family in families if isinstance(layer, family)), None)
 
 
 def same_layer(name: str, names: Mapping[str, Any]) -> str | None:

@@ -92,7 +92,7 @@ class MaskInput:
         """
         if self.unset:
             return torch.ones((), dtype=torch.bool, device=self._masks()[0].device if self._masks() else None)
-        return _as_bool(self._full(shape)).contiguous()
+        return _as_bool(self.full(shape)).contiguous()
 
     def _watch_source(self) -> None:
         masks = self._masks()
@@ -141,7 +141,7 @@ class MaskInput:
                 target.data = part.to(target.dtype).clone()
             self._watch_source()
 
-    def _full(self, shape: torch.Size | None) -> Tensor:
+    def full(self, shape: torch.Size | None) -> Tensor:
         """The source as one mask that broadcasts to inputs of `shape`."""
         if not isinstance(self.source, list):
             return self.source.detach()
@@ -168,13 +168,18 @@ class MaskInput:
         full = chosen.new_ones([*common[:dim], shape[dim], *common[dim + 1 :]])
         return full.index_copy(dim, self.features.to(full.device), chosen)
 
+    def input_shape(self, module: nn.Module) -> torch.Size | None:
+        """The shape of inputs, as far as the buffer knows it: one that was made from masks of features."""
+        mask = None if self.features is None else module._buffers.get(self.buffer)
+        return mask.shape if mask is not None and mask.dim() else None
+
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments with the layer's input masked."""
         x = take_input(self.name, args, kwargs, self.order)
         mask = module._buffers[self.buffer]
         if torch.compiler.is_compiling():
             if mask is None:
-                mask = self._full(padded_shape(x)).to(x.device)
+                mask = self.full(padded_shape(x)).to(x.device)
                 mask = mask if self.scales else mask != 0
         elif mask is None or self._source_changed():
             self.unset = self.unset and mask is None

@@ -9,7 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 import torch
@@ -18,16 +18,14 @@ from torch import Tensor
 
 from deadband.files import replacing
 from deadband.masks import aggregate, mask, reduce
-from deadband.masks.layers import facts_of, same_layer, saved_hook_state
+from deadband.masks.accumulator import as_features
+from deadband.masks.layers import FUNCTIONS, same_layer
 from deadband.masks.portable_checks import DTYPES, check_form, check_function
 from deadband.masks.schedule import Schedule
-
-if TYPE_CHECKING:
-    from deadband.masks.sparsifier import ActivationSparsifier
+from deadband.masks.snapshot import LayerSnapshot, Snapshot
 
 FORMAT = "deadband.activation_sparsifier"
 VERSION = 1
-_ROLES = ("aggregate_fn", "reduce_fn", "mask_fn")
 _READY_MADE: dict[str, Any] = {
     **{
         f"deadband.aggregate:{name}": getattr(aggregate, name)
@@ -42,7 +40,7 @@ _READY_MADE: dict[str, Any] = {
 }
 
 
-def portable_state(sparsifier: ActivationSparsifier) -> dict[str, Any]:
+def portable_state(snapshot: Snapshot) -> dict[str, Any]:
     """`ActivationSparsifier.state_dict(portable=True)`.
 
     Raises:
@@ -50,91 +48,72 @@ def portable_state(sparsifier: ActivationSparsifier) -> dict[str, Any]:
     """
     tensors: dict[str, Tensor] = {}
     groups = {}
-    for name, config in sparsifier.data_groups.items():
-        facts = facts_of(sparsifier, name)
+    for name, saved in snapshot.layers.items():
+        config, facts = saved.config, saved.facts
         data = config.get("data")
         if data is not None and not isinstance(data, (Tensor, list)):
             raise ValueError(f"layer {name!r} keeps statistics; save sparsifier.calibration() instead")
         groups[name] = {
-            **{role: describe(config[role]) for role in _ROLES},
-            "features": _plain_features(config["features"]),
-            "feature_dim": config["feature_dim"],
-            "sparse_config": _plain(config["sparse_config"], f"layer {name!r}"),
-            "hook_state": saved_hook_state(config),
+            **_plain_config(config, f"layer {name!r}"),
+            "hook_state": config["hook_state"],
             "rows": config.get("rows"),
             "facts": facts,
             # a mask of ones from before the first step is a shape
-            "mask": _pack(tensors, f"{name}.mask", sparsifier.state[name].get("mask"), facts["unset"]),
+            "mask": _pack(tensors, f"{name}.mask", snapshot.state[name].get("mask"), facts["unset"]),
             "data": _pack(tensors, f"{name}.data", data, False),
         }
-    defaults = sparsifier.defaults
-    schedule = sparsifier._schedule
     return {
         "format": FORMAT,
         "version": VERSION,
         "groups": groups,
-        "defaults": {
-            **{role: describe(defaults[role]) for role in _ROLES},
-            "features": _plain_features(defaults["features"]),
-            "feature_dim": defaults["feature_dim"],
-            "sparse_config": _plain(defaults["sparse_config"], "the defaults"),
-        },
-        "schedule": None if schedule is None else _plain_schedule(schedule),
+        "defaults": _plain_config(snapshot.defaults, "the defaults"),
+        "schedule": None if snapshot.schedule is None else _plain_schedule(snapshot.schedule),
         "tensors": tensors,
     }
 
 
 def from_portable(
-    sparsifier: ActivationSparsifier, state: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]
-) -> tuple[dict[str, Any], dict[str, Any], Schedule | None]:
-    """A portable state as torch's class would have it, what else is known of each layer, and the schedule.
+    state_dict: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]], present: Snapshot
+) -> Snapshot:
+    """What a portable state says; functions, and a schedule that is one, come from those given and those at hand.
+
+    Args:
+        state_dict: the state.
+        functions: as for `ActivationSparsifier.load_state_dict`.
+        present: the sparsifier that is to take the state over, as it is.
 
     Raises:
         ValueError: another version, or a function that nobody gave.
     """
-    if state.get("version") != VERSION:
-        raise ValueError(f"the state has version {state.get('version')!r}; this deadband reads version {VERSION}")
-    check_form(state)
-    tensors = state["tensors"]
+    if state_dict.get("version") != VERSION:
+        raise ValueError(f"the state has version {state_dict.get('version')!r}; this deadband reads version {VERSION}")
+    check_form(state_dict)
+    tensors = state_dict["tensors"]
 
-    def configuration(saved: Mapping[str, Any], layer: str | None) -> dict[str, Any]:
-        own = None if layer is None else same_layer(layer, sparsifier.data_groups)
-        known = [sparsifier.data_groups[own]] if own is not None else []
-        known += [sparsifier.defaults, *sparsifier.data_groups.values()]
-        config = defaultdict(None, {role: _find(saved[role], role, functions, known, layer) for role in _ROLES})
+    def configuration(plain: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+        config = defaultdict(None, {role: _find(plain[role], role, functions, present, name) for role in FUNCTIONS})
         config.update(
-            features=saved["features"], feature_dim=saved["feature_dim"], sparse_config=dict(saved["sparse_config"])
+            features=plain["features"], feature_dim=plain["feature_dim"], sparse_config=dict(plain["sparse_config"])
         )
         return config
 
-    groups, states, facts = {}, {}, {}
-    for name, saved in state["groups"].items():
-        groups[name] = configuration(saved, name)
-        groups[name]["hook_state"] = saved["hook_state"]
-        if (data := _unpack(tensors, f"{name}.data", saved["data"])) is not None:
-            groups[name]["data"] = data
-        if saved["rows"] is not None:
-            groups[name]["rows"] = saved["rows"]
-        states[name] = {"mask": _unpack(tensors, f"{name}.mask", saved["mask"])}
-        facts[name] = saved["facts"]
-    schedule = sparsifier._schedule
-    if state["schedule"] is not None:
-        saved = dict(state["schedule"])
-        step = saved.pop("step")
-        if saved:
-            schedule = Schedule(**saved)
-        elif schedule is None:
-            raise ValueError(
-                "the state was saved under a schedule that is a function; call schedule(...) again before loading"
-            )
-        schedule = dataclasses.replace(schedule, step=step)
-    result = {"state": states, "data_groups": groups, "defaults": configuration(state["defaults"], None)}
-    return result, facts, schedule
+    layers, state = {}, {}
+    for name, group in state_dict["groups"].items():
+        config = configuration(group, name)
+        config["hook_state"] = group["hook_state"]
+        if (data := _unpack(tensors, f"{name}.data", group["data"])) is not None:
+            config["data"] = data
+        if group["rows"] is not None:
+            config["rows"] = group["rows"]
+        layers[name] = LayerSnapshot.from_facts(config, group["facts"])
+        state[name] = {"mask": _unpack(tensors, f"{name}.mask", group["mask"])}
+    schedule = _resumed(state_dict["schedule"], present.schedule)
+    return Snapshot(configuration(state_dict["defaults"], None), layers, state, schedule)
 
 
-def save(sparsifier: ActivationSparsifier, path: str | os.PathLike) -> None:
+def save(snapshot: Snapshot, path: str | os.PathLike) -> None:
     """Write the portable state as a safetensors file."""
-    state = portable_state(sparsifier)
+    state = portable_state(snapshot)
     tensors = {name: tensor.contiguous() for name, tensor in state.pop("tensors").items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={FORMAT: json.dumps(state)})
@@ -182,9 +161,10 @@ def _find(
     description: Mapping[str, Any] | None,
     role: str,
     functions: Mapping[str, Any],
-    known: list[Any],
+    present: Snapshot,
     layer: str | None,
 ) -> Any:
+    """The function of a description, for a layer or, without one, for the defaults."""
     if description is None:
         return None
     name, keywords = description["name"], description["keywords"]
@@ -197,15 +177,18 @@ def _find(
         return aggregate.Ema(**keywords)
     if name in _READY_MADE:
         return functools.partial(_READY_MADE[name], **keywords) if keywords else _READY_MADE[name]
+    if layer is not None and (own := same_layer(layer, present.layers)) is not None:
+        function = present.layers[own].config.get(role)
+        if describe(function) == description:  # the layer's own comes first, if it is registered here
+            return function
+    known = [present.defaults, *(each.config for each in present.layers.values())]
     found = [config[role] for config in known if describe(config.get(role)) == description]
     if found and all(each is found[0] for each in found[1:]):
         return found[0]
     if layer is None:  # only layers to come need a default
-        return known[0][role]
+        return present.defaults[role]
     where = f"layer {layer!r}"
-    if found:  # the layer's own comes first, if it is registered here
-        if known and known[0].get("layer") is not None and describe(known[0].get(role)) == description:
-            return found[0]
+    if found:
         raise ValueError(
             f"{role} of {where} was {name!r}, and several functions here have that name; pass "
             f"functions={{{layer!r}: {{{role!r}: ...}}}}"
@@ -251,16 +234,33 @@ def _unpack(tensors: Mapping[str, Tensor], key: str, about: Any) -> Any:
     return parts if about["list"] is not None else parts[0]
 
 
-def _plain_features(features: Any) -> list[int] | None:
-    from deadband.masks.accumulator import as_features
-
-    return None if features is None else as_features(features)
+def _plain_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    features = config["features"]
+    return {
+        **{role: describe(config[role]) for role in FUNCTIONS},
+        "features": None if features is None else as_features(features),
+        "feature_dim": config["feature_dim"],
+        "sparse_config": _plain(config["sparse_config"], where),
+    }
 
 
 def _plain_schedule(schedule: Schedule) -> dict[str, Any]:
     if callable(schedule.sparsity) or callable(schedule.curve):
         return {"step": schedule.step}
     return {name: getattr(schedule, name) for name in Schedule.__dataclass_fields__}
+
+
+def _resumed(saved: Mapping[str, Any] | None, present: Schedule | None) -> Schedule | None:
+    """The schedule that a state was saved under, at its step; the one at hand, if the state has none."""
+    if saved is None:
+        return present
+    settings = {key: value for key, value in saved.items() if key != "step"}
+    schedule = Schedule(**settings) if settings else present
+    if schedule is None:
+        raise ValueError(
+            "the state was saved under a schedule that is a function; call schedule(...) again before loading"
+        )
+    return dataclasses.replace(schedule, step=saved["step"])
 
 
 def _plain(values: dict[str, Any], where: str) -> dict[str, Any]:

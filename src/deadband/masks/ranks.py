@@ -13,7 +13,7 @@ _DTYPES = sorted({each for each in vars(torch).values() if isinstance(each, torc
 _MOST_DIMENSIONS = 12
 
 
-def ranks() -> int:
+def count() -> int:
     """How many processes train together; 1 outside of torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -30,7 +30,7 @@ def merge_over_ranks(
         merge: puts (data, rows) of two ranks together; called in the order of ranks.
     """
     result, total = None, 0
-    for rank in range(ranks()):
+    for rank in range(count()):
         other, other_rows = _broadcast(data, rows, device, rank)
         if other is None:
             continue
@@ -71,12 +71,12 @@ def _broadcast(value: Any, rows: int, device: torch.device, source: int) -> tupl
     kind = -1 if value is None else int(isinstance(value, list))
     head = torch.tensor([kind, len(tensors), rows, alike], dtype=torch.int64, device=_wire(device))
     dist.broadcast(head, source)
-    kind, count, rows, alike = head.tolist()
+    kind, tensors_sent, rows, alike = head.tolist()
     if alike:  # a thousand features travel as one
         together = torch.stack([tensor.detach() for tensor in tensors]) if mine else None
         received = list(_broadcast_tensor(together, device, source).unbind(0))
     else:
-        received = [_broadcast_tensor(tensors[i] if mine else None, device, source) for i in range(count)]
+        received = [_broadcast_tensor(tensors[i] if mine else None, device, source) for i in range(tensors_sent)]
     return (None if kind < 0 else received if kind else received[0]), rows
 
 

@@ -16,13 +16,14 @@ from torch.utils.hooks import RemovableHandle
 
 import deadband.masks.averaging  # noqa: F401
 from deadband.layers.hooks import arguments_of, attach, detach
-from deadband.masks import ranks as collectives
+from deadband.masks import ranks
 from deadband.masks.accumulator import Accumulator, Selection, as_features
 from deadband.masks.aggregate import Aggregate
 from deadband.masks.layers import (
     FUNCTIONS,
     LayerError,
     check_config,
+    family_of,
     feature_dimension,
     input_features,
     keeps_statistics,
@@ -33,8 +34,10 @@ from deadband.masks.layers import (
 from deadband.masks.mask_input import MaskInput
 from deadband.masks.portable import load, portable_state, save
 from deadband.masks.schedule import Schedule
-from deadband.masks.state import load_state, restore_copy, state_for_copy, torch_state
+from deadband.masks.snapshot import LayerSnapshot, Snapshot, without
+from deadband.masks.state import read_state, refusing_damage, torch_state
 from deadband.masks.watch import RememberCall, WatchInput
+from deadband.running.copies import copy_arguments, copy_model
 
 if TYPE_CHECKING:
     import os
@@ -43,6 +46,10 @@ if TYPE_CHECKING:
     from deadband.compaction.compact import CompactionReport
 
 _NO_INPUT = "Error: shape unknown, call layer() routine at least once to infer mask (no input has reached {})"
+_MADE_ANEW = (  # from a snapshot, or empty, by a copy
+    "defaults", "data_groups", "_state", "_schedule", "_lock", "_watches", "_maskings", "_handles", "_mask_handles",
+    "_example",
+)  # fmt: skip
 _OPTIONS = {"zero_start", "widen", "synchronise", "training_only"}
 
 
@@ -122,7 +129,7 @@ class ActivationSparsifier:
         """What a copy needs anew."""
         self._lock = threading.RLock()
         self._watches: dict[str, WatchInput] = {}
-        self._masks: dict[str, MaskInput] = {}
+        self._maskings: dict[str, MaskInput] = {}  # those in force
         self._mask_handles: dict[str, RemovableHandle] = {}
         self._handles: dict[Any, RemovableHandle] = {}
         # hooks that aggregate go with the sparsifier; masks stay, they belong to the model
@@ -131,7 +138,7 @@ class ActivationSparsifier:
     @property
     def state(self) -> dict[str, dict[str, Any]]:
         """Layer name -> {"mask": None, a tensor, or a list of tensors (with features)}."""
-        for name, masking in self._masks.items():
+        for name, masking in self._maskings.items():
             masking.pull(self.data_groups[name]["layer"])
         return self._state
 
@@ -193,11 +200,36 @@ class ActivationSparsifier:
 
     def _watch(self, name: str) -> None:
         config = self.data_groups[name]
-        self._watches[name] = hook = WatchInput(self, name, config)
+        receive = type(self)._receive
+        hook = WatchInput(name, config, self, receive, zero_start=self.zero_start, widen=self.widen)
+        self._watches[name] = hook
         config["hook"] = self._handles[name] = attach(config["layer"], hook)
         complete = "_forward_pre_hooks" in vars(self.model)  # not so while it is copied, with us as an attribute
         if complete and self._example is None and RememberCall not in self._handles:
-            self._handles[RememberCall] = self.model.register_forward_pre_hook(RememberCall(self), with_kwargs=True)
+            remember = RememberCall(self._remember_call)
+            self._handles[RememberCall] = self.model.register_forward_pre_hook(remember, with_kwargs=True)
+
+    def _receive(self, watching: WatchInput, x: Tensor) -> None:
+        """One input of a layer, from its hook."""
+        name = watching.name
+        with self._lock:
+            config = self.data_groups.get(name)
+            if config is None or self._watches.get(name) is not watching:
+                return
+            if self.training_only and not config["layer"].training:
+                return
+            mask = watching.add(config, x)
+            if mask is not None:
+                self._state[name]["mask"] = mask
+
+    def _remember_call(self, args: tuple, kwargs: dict) -> None:
+        """The arguments of one call of the model, for `compact_`."""
+        if self._example is None:
+            try:
+                self._example = copy_arguments((args, kwargs))
+            except TypeError as error:
+                self._no_example = f"the call of the model that was seen cannot be kept: {error}"
+            self._handles.pop(RememberCall, None)
 
     def unregister_layer(self, name: str | nn.Module) -> None:
         """Take hook and mask off a layer and forget it.
@@ -218,7 +250,7 @@ class ActivationSparsifier:
             detach(handle)
         if (handle := self._mask_handles.pop(name, None)) is not None:
             detach(handle)
-        if (masking := self._masks.pop(name, None)) is not None:
+        if (masking := self._maskings.pop(name, None)) is not None:
             masking.pull(config["layer"])
             masking.remove_from(config["layer"])
 
@@ -257,7 +289,7 @@ class ActivationSparsifier:
             raise LayerError(
                 f"Error: layer with the given name not found: {name!r}; registered are {some(self.data_groups)}"
             )
-        if (masking := self._masks.get(found)) is not None:
+        if (masking := self._maskings.get(found)) is not None:
             masking.pull(self.data_groups[found]["layer"])
         mask = self._state[found].get("mask")
         if mask is None:
@@ -309,11 +341,11 @@ class ActivationSparsifier:
         ]
         if self.data_groups and not self._watches and not waiting:
             raise LayerError("step() after squash_mask(): no layer is watched any more; register layers again first")
-        agree = self.synchronise and collectives.ranks() > 1
+        agree = self.synchronise and ranks.count() > 1
         everything = {name: self._aggregated(name, agree) for name in waiting}
         if missing := [name for name, (data, _) in everything.items() if data is None]:
             raise LayerError(f"step(): no input has reached {some(missing)} since the last step; run the model first")
-        before = {name: _remember(self._state[name].get("mask")) for name in waiting}
+        before = {name: _contents(self._state[name].get("mask")) for name in waiting}
         try:
             for name, (data, _) in everything.items():
                 if name not in self.data_groups:
@@ -322,11 +354,11 @@ class ActivationSparsifier:
                     self._state[name]["mask"] = ones_like(data)
                 self.update_mask(name, data, self.data_groups[name])
                 if agree:
-                    self._copy_mask(name, collectives.broadcast_mask(self._state[name]["mask"], self._device(name)))
+                    self._copy_mask(name, ranks.broadcast_mask(self._state[name]["mask"], self._device(name)))
         except BaseException as error:
             for other, mask in before.items():
                 if other in self.data_groups:
-                    self._state[other]["mask"] = _restore(mask)
+                    self._state[other]["mask"] = _put_back(mask)
             if hasattr(error, "add_note"):
                 error.add_note(f"while making the mask of layer {name!r}; no mask has changed")
             raise
@@ -346,16 +378,16 @@ class ActivationSparsifier:
         aggregate_fn = config["aggregate_fn"]
         device = self._device(name)
         if isinstance(aggregate_fn, Aggregate):
-            return collectives.merge_over_ranks(data, rows, device, aggregate_fn.merge)
-        if not collectives.on_all_ranks(_adds_up(aggregate_fn, data), device):
+            return ranks.merge_over_ranks(data, rows, device, aggregate_fn.merge)
+        if not ranks.on_all_ranks(_adds_up(aggregate_fn, data), device):
             warnings.warn(
                 f"layer {name!r}: what its aggregate_fn gave on several ranks cannot be put together; all take the "
                 "first rank's mask. Use a function of deadband.aggregate, or synchronise=False",
                 stacklevel=4,
             )
-            return collectives.merge_over_ranks(data, rows, device, lambda first, *_: first)
+            return ranks.merge_over_ranks(data, rows, device, lambda first, *_: first)
         accumulator = Accumulator(name, aggregate_fn, zero_start=self.zero_start)
-        return collectives.merge_over_ranks(data, rows, device, lambda one, _, other, __: accumulator.add(one, other))
+        return ranks.merge_over_ranks(data, rows, device, lambda one, _, other, __: accumulator.add(one, other))
 
     def _device(self, name: str) -> torch.device:
         tensor = next(self.data_groups[name]["layer"].parameters(), None)
@@ -416,7 +448,7 @@ class ActivationSparsifier:
                 names = list(self.data_groups)
                 if missing := [name for name in names if self._state[name].get("mask") is None]:
                     raise LayerError(_NO_INPUT.format(some(missing)))
-                made = {name: self._masks.get(name) or self._masking(name) for name in names}
+                made = {name: self._maskings.get(name) or self._new_masking(name) for name in names}
                 for name, masking in made.items():
                     masking.source = self._state[name]["mask"]
                     shape = self._watches[name].shape if name in self._watches else None
@@ -424,13 +456,13 @@ class ActivationSparsifier:
                         masking.made(shape)  # raises while nothing has changed yet
             for name, config in self.data_groups.items():
                 shape = self._watches[name].shape if name in self._watches else None
-                in_force = attach_sparsify_hook and self._masks.pop(name, None) is not None
+                in_force = attach_sparsify_hook and self._maskings.pop(name, None) is not None
                 self._take_off(name)
                 if attach_sparsify_hook:
-                    self._mask(name, made[name], shape, new=not in_force)
+                    self._put_on(name, made[name], shape, new=not in_force)
                 config["hook_state"] = "sparsify"
 
-    def _masking(self, name: str) -> MaskInput:
+    def _new_masking(self, name: str) -> MaskInput:
         config, watching = self.data_groups[name], self._watches.get(name)
         mask, ready_made = self._state[name]["mask"], isinstance(config["aggregate_fn"], Aggregate)
         features = index = None
@@ -449,13 +481,13 @@ class ActivationSparsifier:
             order=arguments_of(config["layer"]),
         )
 
-    def _mask(self, name: str, masking: MaskInput, shape: torch.Size | None, *, new: bool = True) -> None:
+    def _put_on(self, name: str, masking: MaskInput, shape: torch.Size | None, *, new: bool = True) -> None:
         config = self.data_groups[name]
         if new:
             masking.add_to(config["layer"], shape)
         elif shape is not None or not isinstance(masking.source, list):
             masking.build(config["layer"], shape)
-        self._masks[name] = masking
+        self._maskings[name] = masking
         config["hook"] = self._mask_handles[name] = attach(config["layer"], masking)
 
     def _put_in_force(self) -> None:
@@ -464,12 +496,12 @@ class ActivationSparsifier:
             config, mask = self.data_groups[name], self._state[name].get("mask")
             if mask is None:
                 continue  # registered since the last step
-            if name in self._masks:
-                self._masks[name].follow(mask, config["layer"], watching.shape)
+            if name in self._maskings:
+                self._maskings[name].follow(mask, config["layer"], watching.shape)
             else:
                 watching.in_force = True
                 watch_handle = config["hook"]
-                self._mask(name, self._masking(name), watching.shape)
+                self._put_on(name, self._new_masking(name), watching.shape)
                 config["hook"] = watch_handle
 
     def schedule(
@@ -545,12 +577,12 @@ class ActivationSparsifier:
         count = input_features(layer)
         full = mask
         if isinstance(mask, list):
-            stored = layer._buffers.get(self._masks[name].buffer) if name in self._masks else None
+            stored = layer._buffers.get(self._maskings[name].buffer) if name in self._maskings else None
             if stored is None:
                 shape = watching.shape if watching is not None else None
                 if shape is None:
                     raise LayerError(f"layer {name!r}: the shape of its input is unknown; run the model once")
-                stored = self._masking(name)._full(shape)
+                stored = self._new_masking(name).full(shape)
             full = stored
         elif isinstance(config["aggregate_fn"], Aggregate):
             dim = -1
@@ -590,45 +622,49 @@ class ActivationSparsifier:
             ValueError: no example is known, or the model does not run on it.
             TypeError: the model keeps something that cannot be copied.
         """
-        from deadband.compaction.compact import compact_, few_rows
-        from deadband.running.copies import copy_model
+        from deadband.compaction.compact import compact_
 
-        squashed = [name for name in self._masks if name not in self._watches]
+        squashed = [name for name in self._maskings if name not in self._watches]
         if not squashed:
             raise LayerError("compact_(): no mask is in force; call squash_mask() first")
-        if isinstance(example, Mapping):
-            example = ((), dict(example))
-        elif example is not None:
-            example = (tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
-        elif self._example is not None:
-            example = few_rows(copy_model(self.model), self._example)
-        else:
-            raise ValueError(
-                f"compact_(): {self._no_example}. Pass example=: the arguments of one call of the model (a tensor, a "
-                "tuple of positional arguments, or a mapping of keyword arguments)"
-            )
+        call = self._example_call(example)
         self.state  # noqa: B018  (brings the masks up to date)
         features = {name: self._feature_mask(name) for name in squashed}
         whole = {name: keep for name, (keep, exact) in features.items() if exact}
-        hooks = {name: (self._masks[name], self.data_groups[name]["hook"]) for name in whole}
+        hooks = {name: (self._maskings[name], self.data_groups[name]["hook"]) for name in whole}
         for name, (masking, handle) in hooks.items():
             detach(handle)
             masking.remove_from(self.data_groups[name]["layer"])
         try:
-            report = compact_(self.model, whole, example, producers=producers)
+            report = compact_(self.model, whole, call, producers=producers)
         except BaseException:
             for name, (masking, _) in hooks.items():
-                self._mask(name, masking, None)
+                self._put_on(name, masking, None)
             raise
         left = {name: "its mask differs between positions" for name, (_, exact) in features.items() if not exact}
         for name in whole:
             if name in report.left:
-                self._mask(name, hooks[name][0], None)
+                self._put_on(name, hooks[name][0], None)
             else:
-                for own in (self._masks, self._mask_handles, self._state, self.data_groups):
+                for own in (self._maskings, self._mask_handles, self._state, self.data_groups):
                     own.pop(name)
         report.left.update(left)
         return report
+
+    def _example_call(self, example: Any) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of a call, positional and by keyword, from what `compact_` was given or from the one seen."""
+        from deadband.compaction.compact import few_rows
+
+        if isinstance(example, Mapping):
+            return (), dict(example)
+        if example is not None:
+            return tuple(example) if isinstance(example, (tuple, list)) else (example,), {}
+        if self._example is not None:
+            return few_rows(copy_model(self.model), self._example)
+        raise ValueError(
+            f"compact_(): {self._no_example}. Pass example=: the arguments of one call of the model (a tensor, a "
+            "tuple of positional arguments, or a mapping of keyword arguments)"
+        )
 
     def calibration(self) -> Calibration:
         """What was seen since the last step by layers that were registered with `aggregate_fn=aggregate.statistics`.
@@ -667,7 +703,10 @@ class ActivationSparsifier:
             ValueError: with portable, a sparse_config that JSON cannot hold.
         """
         with self._lock:
-            return portable_state(self) if portable else torch_state(self)
+            if portable:
+                return portable_state(self._snapshot())
+            self._release()
+            return torch_state(self._snapshot())
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]] | None = None
@@ -687,13 +726,19 @@ class ActivationSparsifier:
             LayerError: a layer is not in the model.
             ValueError: a layer of another type or size, an unknown function or hook state.
         """
-        with self._lock, torch.inference_mode(False):
-            load_state(self, state_dict, functions or {})
+        with self._lock, torch.inference_mode(False), refusing_damage():
+            before = self._snapshot(), self._modules()
+            after = read_state(state_dict, functions or {}, before[0], self.model)
+            try:
+                self._restore(*after)
+            except BaseException:
+                self._restore(*before)
+                raise
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the portable state as a safetensors file, with everything that is no tensor as JSON in its header."""
         with self._lock:
-            save(self, path)
+            save(self._snapshot(), path)
 
     def load(self, path: str | os.PathLike, functions: Mapping[str, Callable[..., Any]] | None = None) -> None:
         """Read what `save` wrote; see `load_state_dict`.
@@ -709,10 +754,79 @@ class ActivationSparsifier:
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
-            return state_for_copy(self)
+            self._release()
+            handles = {name: handle for name, handle in self._handles.items() if name in self.data_groups}
+            hooks = [(name, handle.id) for each in (handles, self._mask_handles) for name, handle in each.items()]
+            return {**without(vars(self), *_MADE_ANEW), "_copied": (self._snapshot(), self._modules(), hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        restore_copy(self, state)
+        snapshot, modules, hooks = state["_copied"]
+        vars(self).update(without(state, "_copied"), data_groups=defaultdict(dict), _example=None)
+        self._begin()
+        for name, number in hooks:  # they came with the copy of the model; those put up anew feed this sparsifier
+            modules[name]._forward_pre_hooks_with_kwargs.pop(number, None)
+            hook = modules[name]._forward_pre_hooks.pop(number, None)
+            if isinstance(hook, MaskInput):
+                hook.remove_from(modules[name])
+        self._restore(snapshot, modules)
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {name: config["layer"] for name, config in self.data_groups.items()}
+
+    def _release(self) -> None:
+        """What was aggregated so far is about to be given out: it may not change any more."""
+        for watching in self._watches.values():
+            watching.release()
+
+    def _snapshot(self) -> Snapshot:
+        state = defaultdict(dict, self.state)
+        layers = {name: self._layer_snapshot(name, config) for name, config in self.data_groups.items()}
+        return Snapshot(self.defaults, layers, state, self._schedule)
+
+    def _layer_snapshot(self, name: str, config: dict[str, Any]) -> LayerSnapshot:
+        layer, watching, masking = config["layer"], self._watches.get(name), self._maskings.get(name)
+        shape = watching.shape if watching is not None else None
+        if shape is None and masking is not None:
+            shape = masking.input_shape(layer)
+        # torch's class says `sparsify` of every squashed layer; of one that is not masked, `None` is saved
+        hook_state = config["hook_state"] if "hook" in config else "None"
+        return LayerSnapshot(
+            config={**without(config, "layer", "hook"), "hook_state": hook_state},
+            family=family_of(layer),
+            width=input_features(layer),
+            shape=shape,
+            buffer=masking.buffer if masking is not None else None,
+            unset=masking.unset if masking is not None else watching is not None and not watching.stepped,
+        )
+
+    def _restore(self, snapshot: Snapshot, modules: Mapping[str, nn.Module]) -> None:
+        """Become what a snapshot says, of these layers; hooks and masks that were there before go."""
+        for name in list(self.data_groups):
+            self._take_off(name)
+        self.defaults, self._state, self._schedule = snapshot.defaults, snapshot.state, snapshot.schedule
+        self.data_groups = defaultdict(dict)
+        for name, saved in snapshot.layers.items():
+            self.data_groups[name] = {**saved.config, "layer": modules[name]}
+        for name, saved in snapshot.layers.items():
+            hook_state = saved.config["hook_state"]
+            if hook_state == "aggregate":
+                self._watch(name)
+                self._watches[name].shape, self._watches[name].stepped = saved.shape, saved.unset is False
+            elif hook_state == "sparsify":
+                self._mask_again(name, saved)
+            else:
+                self.data_groups[name]["hook_state"] = "sparsify"
+        if self._schedule is not None and self._watches and self._schedule.step > self._schedule.begin:
+            self._put_in_force()
+
+    def _mask_again(self, name: str, saved: LayerSnapshot) -> None:
+        masking, shape = self._new_masking(name), saved.shape
+        masking.unset = bool(saved.unset)
+        masking.buffer = saved.buffer or masking.buffer  # another sparsifier may mask the same layer
+        if shape is not None and masking.features is not None and len(masking.features):
+            index = Selection(name, masking.features.tolist(), masking.feature_dim).index(shape)
+            masking.features = torch.tensor(index)
+        self._put_on(name, masking, shape)
 
     def __repr__(self) -> str:
         text = self.__class__.__name__ + " ("
@@ -723,12 +837,12 @@ class ActivationSparsifier:
         return text + ")"
 
 
-def _remember(mask: Any) -> Any:
+def _contents(mask: Any) -> Any:
     masks = mask if isinstance(mask, list) else [] if mask is None else [mask]
     return mask, [(each, each.data) for each in masks]
 
 
-def _restore(remembered: Any) -> Any:
+def _put_back(remembered: Any) -> Any:
     mask, contents = remembered
     for each, data in contents:
         each.data = data

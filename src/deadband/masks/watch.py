@@ -1,9 +1,10 @@
-"""The hook with which an ActivationSparsifier watches a layer, and what it has to know about layers."""
+"""The hooks with which an ActivationSparsifier watches its layers, and a call of its model."""
 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +15,32 @@ from deadband.masks.aggregate import Aggregate, rows_of
 from deadband.masks.layers import feature_dimension, ones_like
 from deadband.ops.nested import padded, padded_shape, rows_of_parts
 from deadband.ops.watch import issue_ticket, watch
-from deadband.running.copies import copy_arguments
-
-if TYPE_CHECKING:
-    from deadband.masks.sparsifier import ActivationSparsifier
 
 
 class WatchInput:
-    """A forward pre-hook that hands a layer's input to the sparsifier."""
+    """A forward pre-hook that hands a layer's input to the sparsifier, and what is aggregated of it.
 
-    def __init__(self, owner: ActivationSparsifier, name: str, config: dict[str, Any]) -> None:
-        self.owner: Any = weakref.ref(owner)
+    Args:
+        name: of the layer.
+        config: its entry of `data_groups`.
+        owner: the sparsifier.
+        receive: its method that takes this hook and each input.
+        zero_start, widen: as for the sparsifier.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: dict[str, Any],
+        owner: Any,
+        receive: Callable[[Any, WatchInput, Tensor], None],
+        *,
+        zero_start: bool,
+        widen: bool,
+    ) -> None:
         self.name = name
+        self.owner: Any = weakref.ref(owner)  # the sparsifier goes when its user lets it go
+        self.receive = receive
         self.order = arguments_of(config["layer"])
         self.in_force = False  # the last step's mask is: a schedule's
         self.shape: torch.Size | None = None  # of the last input
@@ -38,12 +53,7 @@ class WatchInput:
         else:
             features = None if config["features"] is None else as_features(config["features"])
             self.accumulator = Accumulator(
-                name,
-                config["aggregate_fn"],
-                features,
-                config["feature_dim"],
-                zero_start=owner.zero_start,
-                widen=owner.widen,
+                name, config["aggregate_fn"], features, config["feature_dim"], zero_start=zero_start, widen=widen
             )
         self.ticket: Tensor | None = issue_ticket(self)
 
@@ -75,27 +85,28 @@ class WatchInput:
             self.see(x)
 
     def see(self, x: Tensor) -> None:
-        """Aggregate one input, unless it is computed again in the backward pass (activation checkpointing)."""
-        owner: ActivationSparsifier | None = self.owner()
+        """Hand on one input, unless it is computed again in the backward pass (activation checkpointing)."""
+        owner = self.owner()
         if owner is None or torch._C._current_graph_task_id() != -1 or torch.jit.is_tracing():
             return
-        with owner._lock:
-            config = owner.data_groups.get(self.name)
-            if config is None or owner._watches.get(self.name) is not self:
-                return
-            if owner.training_only and not config["layer"].training:
-                return
-            while torch._C._functorch.is_functorch_wrapped_tensor(x):  # under vmap, the dimension that it hides first
-                dim = torch._C._functorch.maybe_get_bdim(x)
-                x = torch._C._functorch.get_unwrapped(x)
-                x = x.movedim(dim, 0) if dim > 0 else x
-            if torch.is_inference_mode_enabled():
-                with torch.inference_mode(False), torch.no_grad():
-                    self._add(owner, config, x)
-            else:
-                self._add(owner, config, x)
+        self.receive(owner, self, x)
 
-    def _add(self, owner: ActivationSparsifier, config: dict[str, Any], x: Tensor) -> None:
+    def add(self, config: dict[str, Any], x: Tensor) -> Any:
+        """Aggregate one input into `config`, the layer's entry of `data_groups`.
+
+        Returns:
+            The mask until the next step, if this is the first input since the last one and no mask is in force.
+        """
+        while torch._C._functorch.is_functorch_wrapped_tensor(x):  # under vmap, the dimension that it hides first
+            dim = torch._C._functorch.maybe_get_bdim(x)
+            x = torch._C._functorch.get_unwrapped(x)
+            x = x.movedim(dim, 0) if dim > 0 else x
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return self._add(config, x)
+        return self._add(config, x)
+
+    def _add(self, config: dict[str, Any], x: Tensor) -> Any:
         if x.requires_grad:
             x = x.detach()
         before = _on(x.device, config.get("data"))  # the model may have moved since
@@ -111,14 +122,16 @@ class WatchInput:
             assert self.accumulator is not None
             x = padded(x)
             new = self.accumulator.add(before, x)
+        mask = None
         if "data" not in config and not self.in_force:
-            owner._state[self.name]["mask"] = self._keep_all(x, shape)
+            mask = self._keep_all(x, shape)
             self.stepped = False
         config["data"] = new
         self.shape = shape
+        return mask
 
     def _keep_all(self, x: Tensor, shape: torch.Size) -> Any:
-        """The mask until the next step; expanded, ones take no memory."""
+        """Expanded, ones take no memory."""
         if self.ready_made is not None:
             return torch.ones((), dtype=torch.bool, device=x.device).expand(shape[self.dim])
         assert self.accumulator is not None
@@ -154,24 +167,20 @@ def _remove_hook(module: nn.Module, hook: Any) -> None:
 
 
 class RememberCall:
-    """A forward pre-hook of the model that keeps the arguments of one call, for `compact_`, and goes."""
+    """A forward pre-hook of the model that hands the arguments of one call to the sparsifier, and goes."""
 
-    def __init__(self, owner: ActivationSparsifier) -> None:
-        self.owner: Any = weakref.ref(owner)
+    def __init__(self, receive: Callable[[tuple, dict], None]) -> None:
+        self.receive: Any = weakref.WeakMethod(receive)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"owner": None}
+        return {"receive": None}
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Keep the arguments, once."""
+        """Hand the arguments on, once."""
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if traced or torch._C._functorch.peek_interpreter_stack() is not None:  # arguments without values
             return
-        owner = self.owner() if self.owner is not None else None
-        if owner is not None and owner._example is None:
-            try:
-                owner._example = copy_arguments((args, kwargs))
-            except TypeError as error:
-                owner._no_example = f"the call of the model that was seen cannot be kept: {error}"
-            owner._handles.pop(RememberCall, None)
+        receive = self.receive() if self.receive is not None else None
+        if receive is not None:
+            receive(args, kwargs)
         _remove_hook(module, self)
