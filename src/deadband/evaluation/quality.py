@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from deadband.layers.sites import sparse_sites
 from deadband.running.batches import is_two_sided, taken
 from deadband.running.divergence import divergence, logits_of, mean_and_error
-from deadband.running.forward import cache_argument, cache_of, evaluating, progress_bar, run
+from deadband.running.forward import cache_of, cached, evaluating, progress_bar, run
 from deadband.sparsify.report import counting, sparsity
 from deadband.sparsify.scopes import dense, sparse_prefill
 
@@ -476,21 +476,9 @@ def _sparse(model: nn.Module, part: _Part, prompt: int, simulation: Simulation |
             return logits_of(model, run(model, part.inputs, use_cache=False))
     first, rest = (part.cut(slice(None), at) for at in (slice(0, prompt), slice(prompt, None)))
     with off(model):
-        cache = cached(model, run(model, first, use_cache=True, logits_to_keep=1))
+        cache = cached(model, cache_of(run(model, first, use_cache=True, logits_to_keep=1)))
     with on(model):
         return logits_of(model, run(model, {**rest, **cache}, use_cache=True))
-
-
-def cached(model: nn.Module, output: Any) -> dict[str, Any]:
-    """The key-value cache in what a model returned, under the name by which the next call takes it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    cache = cache_of(output)
-    if cache is None:
-        raise ValueError(f"{type(model).__name__} returns no key-value cache, which has to hold what was read before")
-    return {cache_argument(model): cache}
 
 
 def _judge(

@@ -25,12 +25,13 @@ from deadband.calibration.calibration import Calibration
 from deadband.calibration.site_statistics import EDGES, SiteStatistics
 from deadband.evaluation.generation import end_tokens, prompt_ids
 from deadband.evaluation.page import VERSION
-from deadband.evaluation.quality import PROTOCOL, cached, columns, dense_logits, evaluate, protocol_name
+from deadband.evaluation.quality import PROTOCOL, columns, dense_logits, evaluate, protocol_name
 from deadband.evaluation.speed import bytes_per_token, decode_seconds
 from deadband.files import finite, write_json
 from deadband.layers.sites import find_blocks, sparse_sites, weight_bytes
 from deadband.running.batches import taken, token_count
-from deadband.running.forward import evaluating, run
+from deadband.running.forward import evaluating
+from deadband.running.greedy_decoding import continue_greedily
 from deadband.running.timing import machine, median
 from deadband.sparsify.report import SparsityReport, sparsity
 from deadband.sparsify.sparsify import densify_, sparsify_
@@ -322,15 +323,9 @@ class _Sweep:
         """The prompt continued greedily as in generate: the prompt dense (if longer than 4 tokens), the rest sparse."""
         if not self.settings["samples"]:
             return None
-        stops = end_tokens(self.model)
-        with evaluating(self.model):
-            output = run(self.model, {"input_ids": self.ids}, use_cache=True, logits_to_keep=1)
-            tokens = [int(output.logits[0, -1].argmax())]
-            with simulation.on(self.model) if simulation is not None else contextlib.nullcontext():
-                while tokens[-1] not in stops and len(tokens) < self.settings["sample_tokens"]:
-                    after = {"input_ids": self.ids.new_tensor([tokens[-1:]]), **cached(self.model, output)}
-                    output = run(self.model, after, use_cache=True, logits_to_keep=1)
-                    tokens.append(int(output.logits[0, -1].argmax()))
+        sparse = simulation.on(self.model) if simulation is not None else None
+        most, stops = self.settings["sample_tokens"], end_tokens(self.model)
+        tokens = continue_greedily(self.model, self.ids, most, stops, sparse=sparse)
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def fail(self, method: Any, budget: float, error: Exception) -> None:
