@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deadband.allocation.fit import allocate_sensitivity, allocate_shares, allocate_uniform, prepare, uniform_shares
 from deadband.allocation.greedy import greedy_shares
@@ -19,7 +18,7 @@ from deadband.calibration.calibration import Calibration
 from deadband.calibration.watcher import NotReachedError, first_tensor, masking
 from deadband.layers.rule import Rule
 from deadband.running.batches import Counted, is_two_sided, named, taken
-from deadband.running.divergence import divergence, mean_and_error
+from deadband.running.divergence import compare_logits, kept_places, mean_and_error
 from deadband.running.forward import evaluating, progress_bar, run
 
 _HELD_OUT = 4  # one batch in so many judges and is not fitted to
@@ -279,20 +278,8 @@ def _compare(
     if not categorical:
         kept = keep.to(before.device)
         return float((after.double() - before.double()).square().sum(-1)[kept].sum() / 2), int(keep.sum()), 0.0, 0
-    follow = _targets(model, batch, keep)
-    kl, growth, targets = 0.0, 0.0, 0
-    for index in keep.nonzero().split(_POSITIONS):
-        at = tuple(index.T.to(before.device))
-        log_p, log_q = (F.log_softmax(logits[at].float(), -1) for logits in (before, after))
-        kl += float(divergence(log_p, log_q).sum(dtype=torch.float64))
-        if follow is None:
-            continue
-        chosen = follow[tuple(index.T)].to(log_p.device)
-        known = chosen >= 0
-        chosen = chosen[known, None]
-        growth += float((log_p[known].gather(-1, chosen) - log_q[known].gather(-1, chosen)).double().sum())
-        targets += len(chosen)
-    return kl, int(keep.sum()), growth, targets
+    sums = compare_logits(before, after, kept_places(keep), _targets(model, batch, keep))
+    return sums.kl, sums.outputs, sums.nll - sums.dense_nll, sums.targets
 
 
 def _targets(model: nn.Module, batch: Any, keep: Tensor) -> Tensor | None:
@@ -311,6 +298,3 @@ def _targets(model: nn.Module, batch: Any, keep: Tensor) -> Tensor | None:
     follow = torch.full(keep.shape, -1, dtype=torch.int64)
     follow[:, :-1] = torch.where(keep[:, 1:], ids[:, 1:].cpu(), -1)
     return follow
-
-
-_POSITIONS = 128  # whose log-probabilities are float32 at a time

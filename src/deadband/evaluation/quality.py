@@ -13,13 +13,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deadband.layers.sites import sparse_sites
 from deadband.running.batches import is_two_sided, taken
-from deadband.running.divergence import divergence, logits_of, mean_and_error
+from deadband.running.divergence import LogitSums, compare_logits, logits_of, mean_and_error
 from deadband.running.forward import cache_of, cached, evaluating, progress_bar, run
 from deadband.sparsify.report import counting, sparsity
 from deadband.sparsify.scopes import dense, sparse_prefill
@@ -230,12 +228,12 @@ def evaluate(
     with evaluating(model), count_anew(model) as achieved:
         for index, window in enumerate(progress_bar(given, "evaluate", progress)):
             before = _dense(model, window) if reference is None else reference[index]
-            judged = torch.zeros(5, dtype=torch.float64)
+            judged = LogitSums()
             for part, prompt in plans[index]:
                 own = before[part.rows, part.columns]
                 judged += _judge(model, part, own, prompt, protocol, is_sparse, simulation)
             del before, own  # or it would still be there while the next window's are made
-            sums.append(judged.tolist())
+            sums.append(judged)
     prompts = {prompt for plan in plans for _, prompt in plan}
     return _evaluation(
         [_window_figures(window, values) for window, values in zip(given, sums, strict=True)],
@@ -489,7 +487,7 @@ def _judge(
     protocol: str,
     is_sparse: bool,
     simulation: Simulation | None,
-) -> Tensor:
+) -> LogitSums:
     ids = part.ids
     runs = is_sparse or simulation is not None
     after = _sparse(model, part, prompt, simulation) if runs else before[:, prompt:]
@@ -499,43 +497,28 @@ def _judge(
     return sums
 
 
-def _compare(before: Tensor, after: Tensor, ids: Tensor) -> Tensor:
-    """Sums over predicted positions: sparse and dense negative log-likelihood, KL, agreements, and their number.
+def _compare(before: Tensor, after: Tensor, ids: Tensor) -> LogitSums:
+    """Sums over predicted positions, a few of one row at a time.
 
     before, after: [batch, tokens, vocabulary]; ids: [batch, tokens], with one more token to predict or without.
     """
     targets = ids[:, 1:].to(after.device)
-    sums = torch.zeros(5, dtype=torch.float64)
+    rows, tokens = targets.shape
     size = max(_ENTRIES // after.shape[-1], 1)
-    for row in range(targets.shape[0]):
-        for start in range(0, targets.shape[1], size):  # log-probabilities in float32, a few positions at a time
-            at = slice(start, min(start + size, targets.shape[1]))
-            log_p = F.log_softmax(before[row, at].to(after.device).float(), -1)
-            log_q = F.log_softmax(after[row, at].float(), -1)
-            chosen = targets[row, at, None]
-            sums += torch.stack(
-                [
-                    -log_q.gather(-1, chosen).double().sum(),
-                    -log_p.gather(-1, chosen).double().sum(),
-                    divergence(log_p, log_q).double().sum(),
-                    ((log_p.argmax(-1) == log_q.argmax(-1)) & ~log_q.isnan().any(-1)).double().sum(),
-                    torch.tensor(float(len(chosen)), dtype=torch.float64, device=after.device),
-                ]
-            ).cpu()
-    return sums
+    places = ((row, slice(start, min(start + size, tokens))) for row in range(rows) for start in range(0, tokens, size))
+    return compare_logits(before, after, places, targets, agreement=True)
 
 
 _ENTRIES = 2**22  # of logits that are float32 at a time: 16 MB
 
 
-def _window_figures(window: _Window, sums: list[float]) -> dict[str, float]:
-    nll, dense_nll, kl, same, tokens = sums
+def _window_figures(window: _Window, sums: LogitSums) -> dict[str, float]:
     return {
-        "tokens": int(tokens),
-        "nll": nll / tokens,
-        "dense_nll": dense_nll / tokens,
-        "kl": kl / tokens,
-        "agreement": same / tokens,
+        "tokens": sums.outputs,
+        "nll": sums.nll / sums.outputs,
+        "dense_nll": sums.dense_nll / sums.outputs,
+        "kl": sums.kl / sums.outputs,
+        "agreement": sums.agreements / sums.outputs,
         "checksum": window.checksum,
     }
 
