@@ -15,7 +15,7 @@ from deadband.allocation.greedy import greedy_shares
 from deadband.allocation.sensitivity import SiteSensitivity, measure_sensitivity
 from deadband.allocation.thresholds import Thresholds
 from deadband.calibration.calibration import Calibration
-from deadband.calibration.watcher import NotReachedError, first_tensor, masking
+from deadband.calibration.watcher import NotReachedError, first_tensor, thresholding
 from deadband.layers.rule import Rule
 from deadband.running.batches import Counted, is_two_sided, named, taken
 from deadband.running.divergence import compare_logits, kept_places, mean_and_error
@@ -78,7 +78,7 @@ class Judge:
         """Run the model with these rules on every site's every token."""
         sites = {name: self.model.get_submodule(name) for name in rules}
         figures = []
-        with evaluating(self.model), masking(sites, rules):
+        with evaluating(self.model), thresholding(sites, rules):
             for batch, before in zip(progress_bar(self.batches, "judge", self.progress), self.dense, strict=True):
                 figures.append(_compare(self.model, batch, before, _output(self.model, batch)))
         return Divergence(*zip(*figures, strict=True))

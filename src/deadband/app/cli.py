@@ -509,14 +509,14 @@ def read(path: Path) -> str:
 
 def gguf_blocks(path: Path) -> dict[str, Any]:
     """The weights that --gguf can take over, before the model is loaded."""
-    from deadband.quantization.gguf_weights import FORMATS, quantized_weights
+    from deadband.quantization.gguf_weights import BLOCK_FORMATS, quantized_weights
 
     try:
         blocks = quantized_weights(path)
     except ImportError as error:  # a user's mistake like any other
         raise ValueError(str(error)) from None
     if not blocks:
-        raise ValueError(f"{str(path)!r} holds no linear layer as {', '.join(FORMATS)}")
+        raise ValueError(f"{str(path)!r} holds no linear layer as {', '.join(BLOCK_FORMATS)}")
     return blocks
 
 

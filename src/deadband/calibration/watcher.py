@@ -156,7 +156,7 @@ def _same(x: Tensor, y: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def masking(sites: Mapping[str, nn.Module], rules: Mapping[str, Rule]) -> Iterator[None]:
+def thresholding(sites: Mapping[str, nn.Module], rules: Mapping[str, Rule]) -> Iterator[None]:
     """Inside the block, hooks apply the rules to the input of each site: the sparse model, without changing a layer."""
     handles = []
 

@@ -216,7 +216,7 @@ def evaluate(
     if prompt_tokens is not None and prompt_tokens < 1:
         raise ValueError(f"prompt_tokens={prompt_tokens}; expected at least one dense token")
     given = [_Window.of(model, index, window) for index, window in enumerate(taken(windows, "windows"))]
-    plans = [_plan(index, window.parts, protocol, prompt_tokens) for index, window in enumerate(given)]
+    plans = [_plan(index, window.segments, protocol, prompt_tokens) for index, window in enumerate(given)]
     if reference is not None:
         _check_reference(given, reference)
     is_sparse = bool(sparse_sites(model))
@@ -229,9 +229,9 @@ def evaluate(
         for index, window in enumerate(progress_bar(given, "evaluate", progress)):
             before = _dense(model, window) if reference is None else reference[index]
             judged = LogitSums()
-            for part, prompt in plans[index]:
-                own = before[part.rows, part.columns]
-                judged += _judge(model, part, own, prompt, protocol, is_sparse, simulation)
+            for segment, prompt in plans[index]:
+                own = before[segment.rows, segment.columns]
+                judged += _judge(model, segment, own, prompt, protocol, is_sparse, simulation)
             del before, own  # or it would still be there while the next window's are made
             sums.append(judged)
     prompts = {prompt for plan in plans for _, prompt in plan}
@@ -324,7 +324,7 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _Segment:
     """A window, or one row of it, without padding.
 
     Attributes:
@@ -364,7 +364,7 @@ class _Part:
 class _Window:
     """A window to judge: its rows without padding, the shape of its tokens, and a checksum of them."""
 
-    parts: list[_Part]
+    segments: list[_Segment]
     shape: tuple[int, ...]
     checksum: int
 
@@ -384,14 +384,14 @@ class _Window:
                 f"{whole.side}attention_mask has shape {tuple(mask.shape)}, expected {tuple(whole.ids.shape)} like "
                 f"{whole.side}input_ids"
             )
-        parts = [whole] if mask is None or bool(mask.all()) else _unpadded(whole, mask)
+        segments = [whole] if mask is None or bool(mask.all()) else _unpadded(whole, mask)
         ids = [window["input_ids"], whole.ids] if whole.side else [whole.ids]
         digest = zlib.crc32("".join(repr((tuple(each.shape), each.tolist())) for each in ids).encode())
-        return cls(parts, tuple(whole.ids.shape), digest)
+        return cls(segments, tuple(whole.ids.shape), digest)
 
 
-def _whole(model: nn.Module, index: int, window: Mapping[str, Any]) -> tuple[_Part, Tensor | None]:
-    """All of a window as one part, and the mask of its tokens: the decoder's, where there is an encoder beside it."""
+def _whole(model: nn.Module, index: int, window: Mapping[str, Any]) -> tuple[_Segment, Tensor | None]:
+    """All of a window as one segment, and the mask of its tokens: the decoder's, where there is an encoder, too."""
     inputs, side = dict(window), ""
     labels = inputs.pop("labels", None)
     if is_two_sided(model, window):
@@ -409,12 +409,12 @@ def _whole(model: nn.Module, index: int, window: Mapping[str, Any]) -> tuple[_Pa
             "tokens are judged"
         )
     mask = inputs.pop(f"{side}attention_mask", None)
-    return _Part(inputs, slice(None), slice(None), side), mask
+    return _Segment(inputs, slice(None), slice(None), side), mask
 
 
-def _unpadded(whole: _Part, mask: Tensor) -> list[_Part]:
+def _unpadded(whole: _Segment, mask: Tensor) -> list[_Segment]:
     """Each row's own tokens: no mask and no position can then be wrong."""
-    parts = []
+    segments = []
     for row in range(len(mask)):
         kept = mask[row].nonzero().flatten().tolist()
         if not kept:
@@ -425,25 +425,25 @@ def _unpadded(whole: _Part, mask: Tensor) -> list[_Part]:
                 f"{whole.side}attention_mask has zeros between the tokens of row {row}; expected padding at the ends"
             )
         rows = slice(row, row + 1)
-        parts.append(_Part(whole.cut(rows, own), rows, own, whole.side))
-    return parts
+        segments.append(_Segment(whole.cut(rows, own), rows, own, whole.side))
+    return segments
 
 
-def _plan(index: int, parts: list[_Part], protocol: str, prompt_tokens: int | None) -> list[tuple[_Part, int]]:
-    """The parts of window `index` that have something to judge, and how many of their first tokens go dense."""
+def _plan(index: int, segments: list[_Segment], protocol: str, prompt_tokens: int | None) -> list[tuple[_Segment, int]]:
+    """The segments of window `index` that have something to judge, and how many of their first tokens go dense."""
     plan = []
-    for part in parts:
-        prompt, judged = int(protocol == PROTOCOLS["dense-first"]), part.length - 1
+    for segment in segments:
+        prompt, judged = int(protocol == PROTOCOLS["dense-first"]), segment.length - 1
         if protocol == PROTOCOLS["dense-prompt"]:
-            prompt = prompt_tokens if prompt_tokens is not None else max(part.length // 2, 1)
+            prompt = prompt_tokens if prompt_tokens is not None else max(segment.length // 2, 1)
             judged -= prompt
             if judged < 1:  # not left out, which would choose among the texts by their lengths
                 raise ValueError(
-                    f"window {index} has a row of {part.length} tokens, {prompt} of them dense: no next token is left "
-                    "to judge; give longer windows or a shorter prompt"
+                    f"window {index} has a row of {segment.length} tokens, {prompt} of them dense: no next token is "
+                    "left to judge; give longer windows or a shorter prompt"
                 )
         if judged > 0:
-            plan.append((part, prompt))
+            plan.append((segment, prompt))
     if not plan:
         raise ValueError(f"window {index} has no next token to judge; expected rows of at least two tokens")
     return plan
@@ -452,27 +452,27 @@ def _plan(index: int, parts: list[_Part], protocol: str, prompt_tokens: int | No
 def _dense(model: nn.Module, window: _Window) -> Tensor:
     """Logits of a whole window; zeros where it is padded."""
     made = None
-    for part in window.parts:
+    for segment in window.segments:
         with dense(model) if sparse_sites(model) else contextlib.nullcontext():
-            logits = logits_of(model, run(model, part.inputs, use_cache=False))
-        if part.columns == slice(None):
+            logits = logits_of(model, run(model, segment.inputs, use_cache=False))
+        if segment.columns == slice(None):
             return logits
         if made is None:
             made = logits.new_zeros(*window.shape, logits.shape[-1])
-        made[part.rows, part.columns] = logits
+        made[segment.rows, segment.columns] = logits
     if made is None:
         raise ValueError("a window holds nothing but padding")
     return made
 
 
-def _sparse(model: nn.Module, part: _Part, prompt: int, simulation: Simulation | None) -> Tensor:
+def _sparse(model: nn.Module, segment: _Segment, prompt: int, simulation: Simulation | None) -> Tensor:
     """Logits of the tokens after the first `prompt` ones, which go dense into the key-value cache."""
     on = sparse_prefill if simulation is None else simulation.on
     off = dense if simulation is None else contextlib.nullcontext
     if prompt == 0:
         with on(model):
-            return logits_of(model, run(model, part.inputs, use_cache=False))
-    first, rest = (part.cut(slice(None), at) for at in (slice(0, prompt), slice(prompt, None)))
+            return logits_of(model, run(model, segment.inputs, use_cache=False))
+    first, rest = (segment.cut(slice(None), at) for at in (slice(0, prompt), slice(prompt, None)))
     with off(model):
         cache = cached(model, cache_of(run(model, first, use_cache=True, logits_to_keep=1)))
     with on(model):
@@ -481,16 +481,16 @@ def _sparse(model: nn.Module, part: _Part, prompt: int, simulation: Simulation |
 
 def _judge(
     model: nn.Module,
-    part: _Part,
+    segment: _Segment,
     before: Tensor,
     prompt: int,
     protocol: str,
     is_sparse: bool,
     simulation: Simulation | None,
 ) -> LogitSums:
-    ids = part.ids
+    ids = segment.ids
     runs = is_sparse or simulation is not None
-    after = _sparse(model, part, prompt, simulation) if runs else before[:, prompt:]
+    after = _sparse(model, segment, prompt, simulation) if runs else before[:, prompt:]
     sums = _compare(before[:, prompt:], after, ids[:, prompt:])
     if protocol == PROTOCOLS["dense-first"]:  # its own logits are the dense model's
         sums += _compare(before[:, :prompt], before[:, :prompt], ids[:, : prompt + 1])
