@@ -210,11 +210,7 @@ def evaluate(
         >>> result.protocol, result.tokens
         ('dense prompt, sparse continuation', 10)
     """
-    protocol = protocol_name(protocol)
-    if prompt_tokens is not None and protocol != PROTOCOLS["dense-prompt"]:
-        raise ValueError(f"prompt_tokens goes with the protocol {PROTOCOLS['dense-prompt']!r}, got {protocol!r}")
-    if prompt_tokens is not None and prompt_tokens < 1:
-        raise ValueError(f"prompt_tokens={prompt_tokens}; expected at least one dense token")
+    protocol = _checked_protocol(protocol, prompt_tokens)
     given = [_Window.of(model, index, window) for index, window in enumerate(taken(windows, "windows"))]
     plans = [_plan(index, window.segments, protocol, prompt_tokens) for index, window in enumerate(given)]
     if reference is not None:
@@ -224,23 +220,30 @@ def evaluate(
         if is_sparse:
             raise ValueError("the model is sparse already; a simulation goes with the dense model: densify_ it first")
         simulation.reset()
-    sums = []
+    figures = []
     with evaluating(model), count_anew(model) as achieved:
         for index, window in enumerate(progress_bar(given, "evaluate", progress)):
             before = _dense(model, window) if reference is None else reference[index]
-            judged = LogitSums()
-            for segment, prompt in plans[index]:
-                own = before[segment.rows, segment.columns]
-                judged += _judge(model, segment, own, prompt, protocol, is_sparse, simulation)
-            del before, own  # or it would still be there while the next window's are made
-            sums.append(judged)
+            sums = _judge(model, plans[index], before, protocol, is_sparse, simulation)
+            del before  # or it would still be there while the next window's are made
+            figures.append(_window_figures(window, sums))
     prompts = {prompt for plan in plans for _, prompt in plan}
     return _evaluation(
-        [_window_figures(window, values) for window, values in zip(given, sums, strict=True)],
+        figures,
         sparsity=simulation.sparsity.total if simulation is not None else achieved() if is_sparse else 0.0,
         protocol=protocol,
         prompt_tokens=prompts.pop() if len(prompts) == 1 else None,
     )
+
+
+def _checked_protocol(protocol: str, prompt_tokens: int | None) -> str:
+    """The long name of a protocol that goes with `prompt_tokens`."""
+    protocol = protocol_name(protocol)
+    if prompt_tokens is not None and protocol != PROTOCOLS["dense-prompt"]:
+        raise ValueError(f"prompt_tokens goes with the protocol {PROTOCOLS['dense-prompt']!r}, got {protocol!r}")
+    if prompt_tokens is not None and prompt_tokens < 1:
+        raise ValueError(f"prompt_tokens={prompt_tokens}; expected at least one dense token")
+    return protocol
 
 
 def _check_reference(windows: Sequence[_Window], reference: Sequence[Tensor]) -> None:
@@ -481,19 +484,22 @@ def _sparse(model: nn.Module, segment: _Segment, prompt: int, simulation: Simula
 
 def _judge(
     model: nn.Module,
-    segment: _Segment,
-    before: Tensor,
-    prompt: int,
+    plan: Sequence[tuple[_Segment, int]],
+    dense: Tensor,
     protocol: str,
     is_sparse: bool,
     simulation: Simulation | None,
 ) -> LogitSums:
-    ids = segment.ids
-    runs = is_sparse or simulation is not None
-    after = _sparse(model, segment, prompt, simulation) if runs else before[:, prompt:]
-    sums = _compare(before[:, prompt:], after, ids[:, prompt:])
-    if protocol == PROTOCOLS["dense-first"]:  # its own logits are the dense model's
-        sums += _compare(before[:, :prompt], before[:, :prompt], ids[:, : prompt + 1])
+    """Sums over the positions of a window that are judged, given the dense logits of the whole window."""
+    sums = LogitSums()
+    for segment, prompt in plan:
+        before, ids = dense[segment.rows, segment.columns], segment.ids
+        runs = is_sparse or simulation is not None
+        after = _sparse(model, segment, prompt, simulation) if runs else before[:, prompt:]
+        sums += _compare(before[:, prompt:], after, ids[:, prompt:])
+        del after  # or it would still be there while the next segment's are made
+        if protocol == PROTOCOLS["dense-first"]:  # its own logits are the dense model's
+            sums += _compare(before[:, :prompt], before[:, :prompt], ids[:, : prompt + 1])
     return sums
 
 
