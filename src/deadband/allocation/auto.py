@@ -15,7 +15,7 @@ from deadband.allocation.greedy import greedy_shares
 from deadband.allocation.sensitivity import SiteSensitivity, measure_sensitivity
 from deadband.allocation.thresholds import Thresholds
 from deadband.calibration.calibration import Calibration
-from deadband.calibration.watcher import NotReachedError, first_tensor, thresholding
+from deadband.calibration.watcher import NotReachedError, prediction_of, thresholding
 from deadband.layers.rule import Rule
 from deadband.running.batches import Counted, is_two_sided, named, taken
 from deadband.running.divergence import compare_logits, kept_places, mean_and_error
@@ -264,9 +264,7 @@ def split(batches: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
 
 def _output(model: nn.Module, batch: Any) -> tuple[Tensor, bool]:
     """What the model returns, and whether it is the logits of a categorical distribution."""
-    output = run(model, batch, use_cache=False)
-    logits = getattr(output, "logits", None)
-    return (first_tensor(output), False) if logits is None else (logits, True)
+    return prediction_of(run(model, batch, use_cache=False))
 
 
 def _compare(

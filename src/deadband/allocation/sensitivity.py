@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deadband.calibration.row_sums import RowSums, sample_rows
-from deadband.calibration.watcher import InputWatcher, first_tensor, require_reached
+from deadband.calibration.watcher import InputWatcher, prediction_of, require_reached
 from deadband.layers.rule import Rule
 from deadband.ops.skipping import norm_of
 from deadband.running.batches import taken
@@ -226,11 +226,9 @@ class _Gradients(InputWatcher):
 
     def step(self, model: nn.Module, batch: Any) -> None:
         with torch.enable_grad():
-            output = run(model, batch, use_cache=False)
-            logits = getattr(output, "logits", None)
-            tensor = logits if logits is not None else first_tensor(output)
+            tensor, categorical = prediction_of(run(model, batch, use_cache=False))
         with torch.no_grad():
-            gradient = self._draw(tensor, categorical=logits is not None)
+            gradient = self._draw(tensor, categorical)
         if tensor.requires_grad:
             tensor.backward(gradient)
 

@@ -180,6 +180,12 @@ def first_tensor(output: Any) -> Tensor:
     return output
 
 
+def prediction_of(output: Any) -> tuple[Tensor, bool]:
+    """The logits in what a model returned, or else its first tensor; and whether these are logits."""
+    logits = getattr(output, "logits", None)
+    return (first_tensor(output), False) if logits is None else (logits, True)
+
+
 def same_input(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors are the same rows of the same memory, [..., features] or all of them in [rows, features]."""
     return x is y or (
