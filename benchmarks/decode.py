@@ -32,12 +32,13 @@ from torch import Tensor
 import deadband
 from deadband.app.models import GEMMA3, SMOLLM2, gemma3, load_model, load_tokenizer, smollm2
 from deadband.decoding.compiler_paths import any_folder
-from deadband.evaluation.speed import Decoder, bytes_per_token
+from deadband.evaluation.speed import bytes_per_token
 from deadband.files import cache_folder, write_json
 from deadband.layers.sites import find_sites
 from deadband.ops import kernels
 from deadband.running.divergence import divergence
 from deadband.running.forward import cache_argument, evaluating, progress_bar, threads
+from deadband.running.greedy_decoding import GreedyDecoder
 from deadband.running.text import python_documentation, read_text, token_windows
 from deadband.running.timing import interleave, median
 
@@ -238,7 +239,7 @@ def measure(key: str, group: str, quality: Quality | None, options: Any) -> list
     context = PROMPT_TOKENS + (tokens + 8) * len(options.threads)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, eager.config.get_text_config().vocab_size - 8, (1, PROMPT_TOKENS), generator=generator)
-    steps: dict[str, Callable[[], Any]] = {"transformers": Decoder(eager, prompt).step}
+    steps: dict[str, Callable[[], Any]] = {"transformers": GreedyDecoder(eager, prompt).step}
     logits: dict[str, Callable[[Tensor], Tensor]] = {"transformers": lambda ids: _logits(eager, ids)}
     size = {"transformers": bytes_per_token(eager)}
     if group == "bf16" and not options.no_compile:
@@ -252,7 +253,7 @@ def measure(key: str, group: str, quality: Quality | None, options: Any) -> list
         made |= mixed(key)
     for label, model in made.items():
         models[label] = deadband.prepare_decode_(model)
-        steps[label] = Decoder(model, prompt).step
+        steps[label] = GreedyDecoder(model, prompt).step
         logits[label] = lambda ids, model=model: _sparse_logits(model, ids)
     llamas: dict[str, Any] = {}
     if key in REAL:  # all of llama.cpp's beside each width: the frontier compares within a run

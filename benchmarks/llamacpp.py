@@ -136,7 +136,7 @@ class LlamaCpp:
         return self._token
 
     def step(self) -> int:
-        """Decode one token, as `evaluation.speed.Decoder` does: feed the last one, return the likeliest to follow."""
+        """Decode one token, as `GreedyDecoder` does: feed the last one, return the likeliest to follow."""
         self._decode([self._token])
         self._token = int(self._output(1).argmax())
         return self._token

@@ -20,7 +20,7 @@ from deadband.allocation.fit import fit
 from deadband.allocation.greedy import _Call, _greedy_path
 from deadband.allocation.sensitivity import Curve, _lower_hull, measure_sensitivity, water_fill
 from deadband.allocation.thresholds import Thresholds
-from deadband.calibration.watcher import masking
+from deadband.calibration.watcher import thresholding
 from deadband.layers.rule import Rule
 from deadband.layers.sites import find_sites, sparse_sites, weight_bytes
 
@@ -81,7 +81,7 @@ def naive_algorithm_1(block, sites, x, calibration, step, budget):
         for name in sites:
             tried = {**current, name: current[name] + step * total / calibration.sites[name].weight_bytes}
             rules = {each: Rule(calibration.sites[each].threshold(value)) for each, value in tried.items()}
-            with masking(sites, rules):
+            with thresholding(sites, rules):
                 errors[name] = (block(x) - dense).norm().item()
         best = min(errors, key=errors.get)
         current[best] += step * total / calibration.sites[best].weight_bytes
@@ -618,7 +618,7 @@ def test_decoders_are_judged_by_their_own_mask():
     judged = Judge(model, [batch], False)(rules)
     with torch.no_grad():
         dense = model(**batch).logits[0, :9].double().log_softmax(-1)
-        with masking({name: model.get_submodule(name) for name in rules}, rules):
+        with thresholding({name: model.get_submodule(name) for name in rules}, rules):
             sparse = model(**batch).logits[0, :9].double().log_softmax(-1)
     assert judged.outputs == (9,)
     assert judged.targets == (8,)

@@ -20,9 +20,9 @@ from deadband.decoding.cache import BLOCK
 from deadband.decoding.check import check_step, compare, filled_cache, lengths_of
 from deadband.decoding.decoder import DecodeWarning, decode_report, is_prepared, prepare_decode_, unprepare_decode_
 from deadband.decoding.graph import NotCapturedError
-from deadband.evaluation.speed import Decoder
 from deadband.layers.sites import find_sites, sparse_sites
 from deadband.running.forward import cache_argument
+from deadband.running.greedy_decoding import GreedyDecoder
 from deadband.sparsify.scopes import sparse_prefill
 from deadband.sparsify.sparsify import sparsify_
 
@@ -192,8 +192,8 @@ def test_sliding_windows_after_other_writes():
 @compiled
 def test_two_sequences_in_turns(sparse):
     model, prepared = sparse
-    expected = [Decoder(model, PROMPT), Decoder(model, PROMPT[:, :9])]
-    got = [Decoder(prepared, PROMPT), Decoder(prepared, PROMPT[:, :9])]
+    expected = [GreedyDecoder(model, PROMPT), GreedyDecoder(model, PROMPT[:, :9])]
+    got = [GreedyDecoder(prepared, PROMPT), GreedyDecoder(prepared, PROMPT[:, :9])]
     for _ in range(5):
         for decoder in (*expected, *got):
             decoder.step()

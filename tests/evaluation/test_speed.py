@@ -13,6 +13,7 @@ from deadband.layers.quantized import QuantizedMatrix
 from deadband.layers.sites import find_sites
 from deadband.ops import kernels
 from deadband.running import forward, timing
+from deadband.running.greedy_decoding import GreedyDecoder
 
 
 def test_candidates_take_turns():
@@ -93,7 +94,7 @@ def test_a_quantised_model_is_compared_with_its_dense_form():
 def test_decoding_is_what_generate_does():
     model = sparse_model()
     prompt = torch.randint(3, 100, (1, 6))
-    decoder = speed.Decoder(model, prompt)
+    decoder = GreedyDecoder(model, prompt)
     for _ in range(9):
         decoder.step()
     assert torch.equal(torch.cat(decoder.tokens, 1), model.generate(prompt, max_new_tokens=10, do_sample=False)[:, 6:])

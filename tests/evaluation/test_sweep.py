@@ -24,7 +24,7 @@ import deadband
 from deadband.allocation.thresholds import Thresholds
 from deadband.app import cli
 from deadband.calibration.site_statistics import SiteStatistics
-from deadband.calibration.watcher import masking
+from deadband.calibration.watcher import thresholding
 from deadband.evaluation import methods, speed
 from deadband.evaluation import quality as evaluation
 from deadband.evaluation import sweep as module
@@ -99,7 +99,7 @@ class Simulation:
 
         handles = [site.register_forward_pre_hook(count(name)) for name, site in sites.items()]
         try:
-            with masking(sites, self.thresholds.rules):
+            with thresholding(sites, self.thresholds.rules):
                 yield model
         finally:
             for handle in handles:

@@ -12,7 +12,7 @@ from conftest import mlp, sparse_model, tiny_batches, tiny_model
 from torch import nn
 
 import deadband
-from deadband.calibration.watcher import masking
+from deadband.calibration.watcher import thresholding
 from deadband.evaluation.methods import METHODS, Setup
 from deadband.evaluation.quality import evaluate
 from deadband.layers import scope
@@ -222,7 +222,7 @@ def test_masks_and_simulations_hold_for_their_thread_alone():
     model = mlp()
     expected = outputs(model)
     rules = {name: deadband.Rule(0.5) for name in THRESHOLDS}
-    with masking({name: model.get_submodule(name) for name in rules}, rules):
+    with thresholding({name: model.get_submodule(name) for name in rules}, rules):
         assert not torch.equal(outputs(model), expected)
         assert torch.equal(elsewhere(lambda: outputs(model)), expected)
     (simulation,) = METHODS["top-k"].fit(Setup(model, [torch.randn(64, 16)], progress=False), [0.5])

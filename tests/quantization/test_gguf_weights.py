@@ -12,7 +12,7 @@ from conftest import permuted
 gguf = pytest.importorskip("gguf")
 
 from deadband.app.models import _smollm2_gguf  # noqa: E402
-from deadband.quantization.gguf_weights import FORMATS, quantized_weights, tensor_types  # noqa: E402
+from deadband.quantization.gguf_weights import BLOCK_FORMATS, quantized_weights, tensor_types  # noqa: E402
 
 HEADS, KV_HEADS, HEAD, INNER, VOCABULARY = 4, 2, 16, 96, 70
 HIDDEN = HEADS * HEAD
@@ -80,7 +80,7 @@ def test_every_weight_is_the_files(tmp_path, kind, architecture, entries, monkey
         if architecture == "llama" and heads:
             assert not torch.equal(weight, stored[name])
             weight = permuted(weight, heads)
-        assert found[ours].format == FORMATS[kind]
+        assert found[ours].format == BLOCK_FORMATS[kind]
         assert torch.equal(weight, stored[name])
     assert tensor_types(tmp_path / "model.gguf") == dict.fromkeys(NAMES.values(), kind)
 

@@ -7,8 +7,8 @@ import torch
 import transformers
 from conftest import VOCABULARY, mlp, tiny_model
 
-from deadband.evaluation.speed import Decoder
 from deadband.running.forward import CACHE_NAMES, cache_argument, cache_of
+from deadband.running.greedy_decoding import GreedyDecoder
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "mamba"]
 
@@ -74,7 +74,7 @@ def test_generate_hands_the_cache_over_under_this_name(name):
 
 def test_decoding_prints_nothing_deprecated():
     with nothing_deprecated():
-        decoder = Decoder(tiny_model("llama"), torch.randint(3, VOCABULARY, (1, 5)))
+        decoder = GreedyDecoder(tiny_model("llama"), torch.randint(3, VOCABULARY, (1, 5)))
         for _ in range(3):
             decoder.step()
 

@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deadband.allocation.fit import allocate_sensitivity, allocate_shares, allocate_uniform, prepare, uniform_shares
 from deadband.allocation.greedy import greedy_shares
 from deadband.allocation.sensitivity import SiteSensitivity, measure_sensitivity
 from deadband.allocation.thresholds import Thresholds
 from deadband.calibration.calibration import Calibration
-from deadband.calibration.watcher import NotReachedError, first_tensor, masking
+from deadband.calibration.watcher import NotReachedError, prediction_of, thresholding
 from deadband.layers.rule import Rule
 from deadband.running.batches import Counted, is_two_sided, named, taken
-from deadband.running.divergence import divergence, mean_and_error
+from deadband.running.divergence import compare_logits, kept_places, mean_and_error
 from deadband.running.forward import evaluating, progress_bar, run
 
 _HELD_OUT = 4  # one batch in so many judges and is not fitted to
@@ -79,7 +78,7 @@ class Judge:
         """Run the model with these rules on every site's every token."""
         sites = {name: self.model.get_submodule(name) for name in rules}
         figures = []
-        with evaluating(self.model), masking(sites, rules):
+        with evaluating(self.model), thresholding(sites, rules):
             for batch, before in zip(progress_bar(self.batches, "judge", self.progress), self.dense, strict=True):
                 figures.append(_compare(self.model, batch, before, _output(self.model, batch)))
         return Divergence(*zip(*figures, strict=True))
@@ -265,9 +264,7 @@ def split(batches: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
 
 def _output(model: nn.Module, batch: Any) -> tuple[Tensor, bool]:
     """What the model returns, and whether it is the logits of a categorical distribution."""
-    output = run(model, batch, use_cache=False)
-    logits = getattr(output, "logits", None)
-    return (first_tensor(output), False) if logits is None else (logits, True)
+    return prediction_of(run(model, batch, use_cache=False))
 
 
 def _compare(
@@ -279,20 +276,8 @@ def _compare(
     if not categorical:
         kept = keep.to(before.device)
         return float((after.double() - before.double()).square().sum(-1)[kept].sum() / 2), int(keep.sum()), 0.0, 0
-    follow = _targets(model, batch, keep)
-    kl, growth, targets = 0.0, 0.0, 0
-    for index in keep.nonzero().split(_POSITIONS):
-        at = tuple(index.T.to(before.device))
-        log_p, log_q = (F.log_softmax(logits[at].float(), -1) for logits in (before, after))
-        kl += float(divergence(log_p, log_q).sum(dtype=torch.float64))
-        if follow is None:
-            continue
-        chosen = follow[tuple(index.T)].to(log_p.device)
-        known = chosen >= 0
-        chosen = chosen[known, None]
-        growth += float((log_p[known].gather(-1, chosen) - log_q[known].gather(-1, chosen)).double().sum())
-        targets += len(chosen)
-    return kl, int(keep.sum()), growth, targets
+    sums = compare_logits(before, after, kept_places(keep), _targets(model, batch, keep))
+    return sums.kl, sums.outputs, sums.nll - sums.dense_nll, sums.targets
 
 
 def _targets(model: nn.Module, batch: Any, keep: Tensor) -> Tensor | None:
@@ -311,6 +296,3 @@ def _targets(model: nn.Module, batch: Any, keep: Tensor) -> Tensor | None:
     follow = torch.full(keep.shape, -1, dtype=torch.int64)
     follow[:, :-1] = torch.where(keep[:, 1:], ids[:, 1:].cpu(), -1)
     return follow
-
-
-_POSITIONS = 128  # whose log-probabilities are float32 at a time

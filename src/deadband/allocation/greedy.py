@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deadband.calibration.calibration import Calibration
-from deadband.calibration.watcher import first_tensor, masking
+from deadband.calibration.watcher import first_tensor, thresholding
 from deadband.layers.rule import Rule, scale_of
 from deadband.layers.scope import for_here, scope
 from deadband.layers.sites import find_blocks, matrix_of
@@ -135,7 +135,7 @@ def _greedy_path(
             name: Rule(calibration.sites[name].threshold(value), scales[name]) for name, value in sparsities.items()
         }
         difference = 0.0
-        with masking(sites, rules):
+        with thresholding(sites, rules):
             for before, after in zip(dense, outputs(), strict=True):
                 difference += float((after - before).float().square().sum(dtype=torch.float64))
         return difference

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deadband.calibration.watcher import InputWatcher, first_tensor, require_reached
+from deadband.calibration.row_sums import RowSums, sample_rows
+from deadband.calibration.watcher import InputWatcher, prediction_of, require_reached
 from deadband.layers.rule import Rule
 from deadband.ops.skipping import norm_of
 from deadband.running.batches import taken
@@ -97,23 +98,22 @@ def measure_sensitivity(
     with _frozen(model):
         scales = _Scales(seed)
         scales.watch(model, first, names, "gradients", progress)
-        if rest and not all(map(scales.reached, names)):  # experts that few tokens are sent to
+        if rest and not all(map(scales.squares.reached, names)):  # experts that few tokens are sent to
             scales.watch(model, rest, names, "gradients", progress)
-        require_reached(names, set(filter(scales.reached, names)), "no gradient reached {}")
+        require_reached(names, set(filter(scales.squares.reached, names)), "no gradient reached {}")
         measured = {}
         for name in names:
-            squares, rows = scales.squares[name]
-            scale = (squares / rows).sqrt().float()
+            scale = scales.squares.mean(name).sqrt().float()
             _require_finite(name, scale)
             measured[name] = SiteSensitivity(scale, _empty_curves(scale, torch.cat(scales.samples[name])))
         curves = _Curves(measured, seed + 1)
         curves.watch(model, batches, names, "sensitivity", progress)
     for name, site in measured.items():
         for relative, curve in site.curves.items():
-            harm, skipped, entries = curves.totals[name][relative]
+            harm, skipped = (sums.totals[name, relative].cpu() for sums in (curves.harm, curves.skipped))
             _require_finite(name, harm)
-            curve.harm = np.maximum.accumulate(harm.cpu().numpy() / (2 * max(curves.tokens, 1)))
-            curve.sparsity = skipped.cpu().numpy() / max(entries, 1)
+            curve.harm = np.maximum.accumulate(harm.numpy() / (2 * max(curves.tokens, 1)))
+            curve.sparsity = skipped.numpy() / max(curves.skipped.counts[name, relative], 1)
     return measured
 
 
@@ -226,11 +226,9 @@ class _Gradients(InputWatcher):
 
     def step(self, model: nn.Module, batch: Any) -> None:
         with torch.enable_grad():
-            output = run(model, batch, use_cache=False)
-            logits = getattr(output, "logits", None)
-            tensor = logits if logits is not None else first_tensor(output)
+            tensor, categorical = prediction_of(run(model, batch, use_cache=False))
         with torch.no_grad():
-            gradient = self._draw(tensor, categorical=logits is not None)
+            gradient = self._draw(tensor, categorical)
         if tensor.requires_grad:
             tensor.backward(gradient)
 
@@ -254,21 +252,15 @@ class _Scales(_Gradients):
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
-        self.squares: dict[str, tuple[Tensor, int]] = {}
+        self.squares = RowSums()
         self.samples: dict[str, list[Tensor]] = {}
 
-    def reached(self, name: str) -> bool:
-        """Whether any gradient came to a site."""
-        return name in self.squares and self.squares[name][1] > 0
-
     def take(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        before, rows = self.squares.get(name, (torch.zeros((), dtype=torch.float64), 0))
-        total = gradient.float().square().sum(0).double()
-        self.squares[name] = (before.to(total.device) + total, rows + len(x))
+        self.squares.add(name, gradient.float().square().sum(0).double(), len(x))
         kept = self.samples.setdefault(name, [])
         missing = _SAMPLE_ROWS - sum(map(len, kept))
         if missing > 0:
-            kept.append(x[:: max(len(x) // min(missing, _SAMPLE_ROWS // 4), 1)][:missing].clone())
+            kept.append(sample_rows(x, min(missing, _SAMPLE_ROWS // 4), missing))
 
 
 class _Curves(_Gradients):
@@ -277,11 +269,10 @@ class _Curves(_Gradients):
     def __init__(self, sites: Mapping[str, SiteSensitivity], seed: int) -> None:
         super().__init__(seed)
         self.sites = sites
-        self.totals: dict[str, dict[bool, tuple[Tensor, Tensor, int]]] = {}
+        self.harm, self.skipped = RowSums(), RowSums()  # by site and form
 
     def take(self, name: str, x: Tensor, gradient: Tensor) -> None:
         site = self.sites[name]
-        totals = self.totals.setdefault(name, {})
         product = gradient.float() * x.float()  # [rows, in_features]: what dropping an entry changes, to first order
         scores = x.abs().float() * site.scale
         for relative, curve in site.curves.items():
@@ -292,8 +283,8 @@ class _Curves(_Gradients):
             changes = torch.zeros(len(x), len(limits) + 1, device=x.device).scatter_add_(1, level, product)
             harm = changes.cumsum(1)[:, :-1].double().square().sum(0)
             skipped = torch.bincount(level.flatten(), minlength=len(limits) + 1).cumsum(0)[:-1]
-            before = totals.get(relative, (torch.zeros_like(harm), torch.zeros_like(skipped), 0))
-            totals[relative] = (before[0] + harm, before[1] + skipped, before[2] + x.numel())
+            self.harm.add((name, relative), harm, len(x))
+            self.skipped.add((name, relative), skipped, x.numel())
 
 
 @contextmanager

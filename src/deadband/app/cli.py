@@ -8,9 +8,11 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
+
+from deadband.app import options as given
 
 app = typer.Typer(
     name="deadband",
@@ -21,71 +23,50 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 INTERRUPTED = 130
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, or a name on the hub.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Data = Annotated[Path, typer.Option("--data", metavar="FILE", help="A UTF-8 text file.")]
-Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the text to use.")]
-Window = Annotated[int, typer.Option(min=2, help="Tokens in one window.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Number of threads; torch's choice by default.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace the output if it exists.")]
-Unreached = Annotated[
-    str,
-    typer.Option(help="error, or dense: leave out the sites that the text never reaches, such as a vision tower's."),
-]
-Sites = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Names, ends of names, globs, or re:...")]
-COMPILED_TOKENS = 500
-"""From so many tokens on `generate` compiles first: that takes up to a minute."""
 
 
 @app.command()
 def inspect(
-    model: Model,
-    data: Data,
-    include: Sites = None,
-    exclude: Sites = None,
-    unreached: Unreached = "error",
-    tokens: Tokens = 8192,
-    window: Window = 512,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    as_json: Json = False,
+    model: given.Model,
+    data: given.Data,
+    include: given.Sites = None,
+    exclude: given.Sites = None,
+    unreached: given.Unreached = "error",
+    tokens: given.Tokens = 8192,
+    window: given.Window = 512,
+    dtype: given.Dtype = "auto",
+    threads: given.Threads = None,
+    as_json: given.Json = False,
 ) -> None:
     """How sparse a model is by nature: zeros, tails and channels of each site."""
-    text = read(data)
-    network, tokenizer = load(model, dtype, threads)
+    network, batches = load_with_text(model, data, tokens, window, dtype, threads)
     from deadband.calibration import inspection
-    from deadband.running.text import token_windows
 
-    batches = token_windows(tokenizer, text, tokens=tokens, window=window)
     result = inspection.inspect(network, batches, include=include, exclude=exclude, unreached=unreached)
     show({"tokens": len(batches) * window, **result.to_dict()}, str(result), as_json)
 
 
 @app.command()
 def calibrate(
-    model: Model,
-    data: Data,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The calibration to write (safetensors).")],
-    criterion: Annotated[str, typer.Option(help="magnitude or weighted_magnitude.")] = "magnitude",
-    include: Sites = None,
-    exclude: Sites = None,
-    unreached: Unreached = "error",
-    tokens: Tokens = 8192,
-    window: Window = 512,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    model: given.Model,
+    data: given.Data,
+    output: given.CalibrationOutput,
+    criterion: given.Criterion = "magnitude",
+    include: given.Sites = None,
+    exclude: given.Sites = None,
+    unreached: given.Unreached = "error",
+    tokens: given.Tokens = 8192,
+    window: given.Window = 512,
+    dtype: given.Dtype = "auto",
+    threads: given.Threads = None,
+    overwrite: given.Overwrite = False,
+    as_json: given.Json = False,
 ) -> None:
     """Record what the input of each site looks like."""
     check_output(output, overwrite)
-    text = read(data)
-    network, tokenizer = load(model, dtype, threads)
+    network, batches = load_with_text(model, data, tokens, window, dtype, threads)
     from deadband.calibration import calibration
-    from deadband.running.text import token_windows
 
-    batches = token_windows(tokenizer, text, tokens=tokens, window=window)
     result = calibration.calibrate(
         network, batches, criterion=criterion, include=include, exclude=exclude, unreached=unreached
     )
@@ -106,73 +87,42 @@ def calibrate(
 
 @app.command()
 def sparsify(
-    model: Model,
-    calibration: Annotated[Path, typer.Argument(metavar="CALIBRATION", help="What `calibrate` wrote.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write the sparse model to.")],
-    sparsity: Annotated[float | None, typer.Option(help="The fraction of the weight bytes to skip, e.g. 0.4.")] = None,
-    max_kl: Annotated[
-        float | None, typer.Option(help="Instead: the largest sparsity within this KL to the dense model (--data).")
-    ] = None,
-    max_perplexity_increase: Annotated[
-        float | None, typer.Option(help="Instead: the largest sparsity within this relative increase, e.g. 0.01.")
-    ] = None,
-    method: Annotated[
-        str, typer.Option(help="auto, uniform, greedy or sensitivity; all but uniform need --data.")
-    ] = "auto",
-    data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text to choose, fit and judge thresholds on.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="Quantise the sparse layers: int8, int4, int4-g64, ...")
-    ] = None,
-    output_weights: Annotated[
-        str | None,
-        typer.Option(metavar="FORMAT", help="Of the output layer, with a tied embedding; int8-g32 with --weights."),
-    ] = None,
-    gptq: Annotated[bool, typer.Option("--gptq", help="Round --weights with GPTQ, on the text of --data.")] = False,
-    gguf: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Of the same model: its Q8_0, Q4_0 and Q4_1 weights are taken as they are."),
-    ] = None,
-    tokens: Tokens = 4096,
-    window: Window = 512,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    model: given.Model,
+    calibration: given.Calibrated,
+    output: given.ModelOutput,
+    sparsity: given.Sparsity = None,
+    max_kl: given.MaxKl = None,
+    max_perplexity_increase: given.MaxPerplexityIncrease = None,
+    method: given.Allocation = "auto",
+    data: given.FitData = None,
+    weights: given.Weights = None,
+    output_weights: given.OutputWeights = None,
+    gptq: given.Gptq = False,
+    gguf: given.Gguf = None,
+    tokens: given.Tokens = 4096,
+    window: given.Window = 512,
+    dtype: given.Dtype = "auto",
+    threads: given.Threads = None,
+    overwrite: given.Overwrite = False,
+    as_json: given.Json = False,
 ) -> None:
     """Make a model sparse and save it."""
     check_output(output, overwrite, folder=True)
     text = read(data) if data is not None else None
-    from deadband.allocation.fit import check_method
-    from deadband.allocation.thresholds import check_sparsity
+    limits = {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase}
+    check_budget(sparsity, limits, method, with_text=text is not None)
+    check_formats(weights, output_weights, gptq, with_text=text is not None)
+    blocks = gguf_blocks(gguf) if gguf is not None else {}
     from deadband.app.models import save_model
     from deadband.calibration.calibration import Calibration, second_moments_of
     from deadband.evaluation.speed import model_bytes
-    from deadband.layers.formats import WeightFormat
-    from deadband.layers.quantized import QuantizedMatrix
     from deadband.quantization.hessians import input_hessians
-    from deadband.running.text import token_windows
     from deadband.sparsify.sparsify import sparsify_
 
-    limits: dict[str, Any] = {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase}
-    if [sparsity, *limits.values()].count(None) != 2:
-        raise ValueError("pass exactly one of --sparsity, --max-kl and --max-perplexity-increase")
-    if sparsity is not None:
-        check_sparsity(sparsity)
-    if text is None and (sparsity is None or check_method(method) in ("greedy", "sensitivity")):
-        raise ValueError("this runs the model on text: pass --data FILE as well")
-    for form in (weights, output_weights):
-        if form is not None:
-            WeightFormat.parse(form)
-    if gptq and (weights is None or text is None):
-        raise ValueError("--gptq goes with --weights, and runs the model on text: pass --data FILE as well")
-    blocks = gguf_blocks(gguf) if gguf is not None else {}
     statistics = Calibration.load(calibration)
     network, tokenizer = load(model, dtype, threads)
-    passes: dict[str, Any] = {}
-    if text is not None:
-        passes = {"model": network, "batches": token_windows(tokenizer, text, tokens=tokens, window=window)}
+    batches = windows_of(tokenizer, text, tokens, window) if text is not None else None
+    passes: dict[str, Any] = {} if batches is None else {"model": network, "batches": batches}
     thresholds = statistics.allocate(sparsity, method, **limits, **passes)
     dense_bytes = model_bytes(network)
     sparsify_(
@@ -181,16 +131,44 @@ def sparsify(
         weights=chosen_weights(network, list(thresholds), weights, blocks),
         output_layer=output_weights or True,
         second_moments=second_moments_of(statistics),
-        hessians=input_hessians(network, passes["batches"], thresholds) if gptq else None,
+        hessians=input_hessians(network, batches, thresholds) if gptq and batches is not None else None,
         progress=True,
     )
     save_model(network, tokenizer, output)
+    show(*sparsified(network, thresholds, output, dense_bytes), as_json)
+
+
+def check_budget(sparsity: float | None, limits: dict[str, float | None], method: str, *, with_text: bool) -> None:
+    """Whether there is one budget or quality to allocate for, and a text if it takes one."""
+    from deadband.allocation.fit import check_method
+    from deadband.allocation.thresholds import check_sparsity
+
+    if [sparsity, *limits.values()].count(None) != 2:
+        raise ValueError("pass exactly one of --sparsity, --max-kl and --max-perplexity-increase")
+    if sparsity is not None:
+        check_sparsity(sparsity)
+    if not with_text and (sparsity is None or check_method(method) in ("greedy", "sensitivity")):
+        raise ValueError("this runs the model on text: pass --data FILE as well")
+
+
+def check_formats(weights: str | None, output_weights: str | None, gptq: bool, *, with_text: bool) -> None:
+    """Whether the formats are known, and GPTQ has what it needs."""
+    from deadband.layers.formats import WeightFormat
+
+    for form in (weights, output_weights):
+        if form is not None:
+            WeightFormat.parse(form)
+    if gptq and (weights is None or not with_text):
+        raise ValueError("--gptq goes with --weights, and runs the model on text: pass --data FILE as well")
+
+
+def sparsified(network: Any, thresholds: Any, output: Path, dense_bytes: int) -> tuple[dict[str, Any], str]:
+    """What became of a model, as figures and as text."""
+    from deadband.evaluation.speed import model_bytes
+    from deadband.layers.quantized import QuantizedMatrix
+
     formats = {name: each.weight_format for name, each in network.named_modules() if isinstance(each, QuantizedMatrix)}
-    note = (
-        ""
-        if thresholds.corrected
-        else "\nthresholds are from dense activations; --data corrects them on the sparse model"
-    )
+    size = model_bytes(network)
     figures = {
         "output": str(output),
         "sparsity": thresholds.sparsity,
@@ -200,25 +178,23 @@ def sparsify(
         "thresholds": {name: rule.threshold for name, rule in thresholds.items()},
         "weights": formats,
         "dense_bytes": dense_bytes,
-        "bytes": (size := model_bytes(network)),
+        "bytes": size,
     }
     counted = ", ".join(f"{form} ({count})" for form, count in Counter(formats.values()).items())
     stored = f"\nweights: {counted}; {dense_bytes / 1e6:.1f} MB became {size / 1e6:.1f} MB" if formats else ""
-    show(figures, f"{thresholds}{stored}\n\nwritten to {output}{note}", as_json)
+    note = "thresholds are from dense activations; --data corrects them on the sparse model"
+    return figures, f"{thresholds}{stored}\n\nwritten to {output}" + ("" if thresholds.corrected else f"\n{note}")
 
 
 @app.command()
 def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
-    compile: Annotated[
-        bool | None,
-        typer.Option(help=f"Compile decoding first; by default where {COMPILED_TOKENS} tokens or more are to come."),
-    ] = None,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    as_json: Json = False,
+    model: given.Model,
+    prompt: given.Prompt,
+    max_new_tokens: given.NewTokens = 64,
+    compile: given.CompileFirst = None,
+    dtype: given.Dtype = "auto",
+    threads: given.Threads = None,
+    as_json: given.Json = False,
 ) -> None:
     """Continue a prompt, greedily."""
     if not prompt:
@@ -229,7 +205,7 @@ def generate(
     from deadband.sparsify.report import sparsity
 
     inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
-    compiled = compile if compile is not None else max_new_tokens >= COMPILED_TOKENS
+    compiled = compile if compile is not None else max_new_tokens >= given.COMPILED_TOKENS
     if compiled:
         from deadband.decoding.decoder import decode_report, prepare_decode_
 
@@ -250,62 +226,31 @@ def generate(
 
 @app.command(name="eval")
 def evaluate(
-    model: Model,
-    data: Annotated[Path | None, typer.Option("--data", metavar="FILE", help="A UTF-8 text file to judge on.")] = None,
-    protocol: Annotated[
-        str, typer.Option(help="Which tokens of a window are sparse: all, dense-prompt or dense-first.")
-    ] = "all",
-    prompt_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of the prompt (dense-prompt, --continue); half a window by default."),
-    ] = None,
-    continuations: Annotated[
-        int, typer.Option("--continue", metavar="N", min=0, help="Continue the beginnings of N windows, both models.")
-    ] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add with --continue.")] = 256,
-    tasks: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness, every token sparse.")
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A folder with YAML files of more tasks.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; all by default.")] = None,
-    tokens: Tokens = 8192,
-    window: Window = 512,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    as_json: Json = False,
+    model: given.Model,
+    data: given.JudgedData = None,
+    protocol: given.Protocol = "all",
+    prompt_tokens: given.PromptTokens = None,
+    continuations: given.Continuations = 0,
+    max_new_tokens: given.ContinuedTokens = 256,
+    tasks: given.Tasks = None,
+    include_path: given.IncludePath = None,
+    limit: given.Limit = None,
+    tokens: given.Tokens = 8192,
+    window: given.Window = 512,
+    dtype: given.Dtype = "auto",
+    threads: given.Threads = None,
+    as_json: given.Json = False,
 ) -> None:
     """Quality beside the dense model: perplexity, KL and agreement on a text (--data), and tasks (--tasks)."""
     if data is None and tasks is None:
         raise ValueError("there is nothing to judge on; give --data FILE, --tasks A,B, or both")
     if continuations and data is None:
         raise ValueError("--continue continues windows of a text; give --data FILE too")
-    names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
-    if tasks is not None and not names:
-        raise ValueError("--tasks is empty; expected names of tasks, separated by commas")
-    if tasks is None and (include_path is not None or limit is not None):
-        raise ValueError("--include-path and --limit go with --tasks")
-    if include_path is not None and not include_path.is_dir():
-        raise ValueError(f"there is no folder {str(include_path)!r} to look for tasks in")
+    names = task_names(tasks, include_path, limit)
     text = read(data) if data is not None else None
-    import dataclasses
-
-    from deadband.evaluation import quality
-    from deadband.evaluation.generation import compare_generation
-
-    split = quality.protocol_name(protocol) == quality.PROTOCOLS["dense-prompt"]
-    if prompt_tokens is not None and not split and not continuations:
-        raise ValueError("--prompt-tokens goes with --protocol dense-prompt and with --continue")
-    if prompt_tokens is not None and prompt_tokens > (window - 2 if split else window):
-        raise ValueError(f"--prompt-tokens {prompt_tokens} is too long for a window of {window} tokens")
+    check_prompt(protocol, prompt_tokens, window, continuations)
     if names:
-        from deadband.integrations import lm_eval as harness
-
-        try:
-            harness.require_lm_eval()
-        except ImportError as error:  # a user's mistake like any other
-            raise ValueError(str(error)) from None
+        require_harness()
     network, tokenizer = load(model, dtype, threads)
     from deadband.layers.sites import sparse_sites
 
@@ -314,33 +259,94 @@ def evaluate(
     figures: dict[str, Any] = {}
     shown = []
     if text is not None:
-        from deadband.running.text import token_windows
-
-        windows = token_windows(tokenizer, text, tokens=tokens, window=window)
-        length = prompt_tokens if split else None
-        result = quality.evaluate(network, windows, protocol=protocol, prompt_tokens=length)
-        figures |= dataclasses.asdict(result)
-        shown.append(result.table())
+        windows = windows_of(tokenizer, text, tokens, window)
+        judged, table = quality_of(network, windows, protocol, prompt_tokens)
+        figures |= judged
+        shown.append(table)
         if continuations:
             beginnings = [each["input_ids"][:, : prompt_tokens or window // 2] for each in windows[:continuations]]
-            written = compare_generation(network, tokenizer, beginnings, max_new_tokens=max_new_tokens)
-            figures["generation"] = dataclasses.asdict(written)
-            shown.append(f"{written}\n\n{written.texts()}")
+            figures["generation"], written = continuations_of(network, tokenizer, beginnings, max_new_tokens)
+            shown.append(written)
     if names:
-        figures["tasks"] = harness.run_tasks(network, tokenizer, names, limit=limit, include_path=include_path)
-        shown.append(harness.tasks_table(figures["tasks"]))
+        from deadband.integrations.lm_eval import run_tasks, tasks_table
+
+        figures["tasks"] = run_tasks(network, tokenizer, names, limit=limit, include_path=include_path)
+        shown.append(tasks_table(figures["tasks"]))
     show(figures, "\n\n".join(shown), as_json)
+
+
+def task_names(tasks: str | None, include_path: Path | None, limit: int | None) -> list[str]:
+    """The names in --tasks; an error if there are none in it, or if what goes with it is wrong."""
+    names = listed(tasks) if tasks is not None else []
+    if tasks is not None and not names:
+        raise ValueError("--tasks is empty; expected names of tasks, separated by commas")
+    if tasks is None and (include_path is not None or limit is not None):
+        raise ValueError("--include-path and --limit go with --tasks")
+    if include_path is not None and not include_path.is_dir():
+        raise ValueError(f"there is no folder {str(include_path)!r} to look for tasks in")
+    return names
+
+
+def is_split(protocol: str) -> bool:
+    """Whether a window is a dense prompt and a sparse continuation under this protocol."""
+    from deadband.evaluation.quality import PROTOCOLS, protocol_name
+
+    return protocol_name(protocol) == PROTOCOLS["dense-prompt"]
+
+
+def check_prompt(protocol: str, prompt_tokens: int | None, window: int, continuations: int) -> None:
+    """Whether the protocol is known and --prompt-tokens goes with it."""
+    split = is_split(protocol)
+    if prompt_tokens is not None and not split and not continuations:
+        raise ValueError("--prompt-tokens goes with --protocol dense-prompt and with --continue")
+    if prompt_tokens is not None and prompt_tokens > (window - 2 if split else window):
+        raise ValueError(f"--prompt-tokens {prompt_tokens} is too long for a window of {window} tokens")
+
+
+def require_harness() -> None:
+    """Whether --tasks can run."""
+    from deadband.integrations.lm_eval import require_lm_eval
+
+    try:
+        require_lm_eval()
+    except ImportError as error:  # a user's mistake like any other
+        raise ValueError(str(error)) from None
+
+
+def quality_of(
+    network: Any, windows: list[Any], protocol: str, prompt_tokens: int | None
+) -> tuple[dict[str, Any], str]:
+    """The quality on some windows, as figures and as a table."""
+    import dataclasses
+
+    from deadband.evaluation import quality
+
+    length = prompt_tokens if is_split(protocol) else None
+    result = quality.evaluate(network, windows, protocol=protocol, prompt_tokens=length)
+    return dataclasses.asdict(result), result.table()
+
+
+def continuations_of(
+    network: Any, tokenizer: Any, beginnings: list[Any], max_new_tokens: int
+) -> tuple[dict[str, Any], str]:
+    """What both forms of a model write, as figures and as text."""
+    import dataclasses
+
+    from deadband.evaluation.generation import compare_generation
+
+    written = compare_generation(network, tokenizer, beginnings, max_new_tokens=max_new_tokens)
+    return dataclasses.asdict(written), f"{written}\n\n{written.texts()}"
 
 
 @app.command()
 def bench(
-    model: Model,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode with each.")] = 32,
-    compile: Annotated[bool, typer.Option(help="Compile the sparse model's decoding first.")] = True,
-    break_even: Annotated[bool, typer.Option(help="Show from which sparsity each kind of layer gains.")] = True,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    as_json: Json = False,
+    model: given.Model,
+    tokens: given.DecodedTokens = 32,
+    compile: given.CompileSparse = True,
+    break_even: given.BreakEven = True,
+    dtype: given.Dtype = "auto",
+    threads: given.Threads = None,
+    as_json: given.Json = False,
 ) -> None:
     """Decoding speed of a model as it is, and of the same weights dense in transformers."""
     network, tokenizer = load(model, dtype, threads)
@@ -371,83 +377,47 @@ def bench(
 
 @app.command()
 def sweep(
-    model: Model,
-    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="A UTF-8 text file to judge on.")],
-    output: Annotated[
-        Path,
-        typer.Option("-o", "--output", help="The JSON to write, after every run; one that is there is gone on with."),
-    ],
-    calibration_data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A text file to calibrate on; Python's documentation by default."),
-    ] = None,
-    html: Annotated[Path | None, typer.Option(help="The page to write; beside the JSON by default.")] = None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            metavar="A,B",
-            help="Methods to compare. Others are top-k, wina-orthogonal, r-sparse, larosa, sensitivity, and "
-            "teal-greedy, which takes many times as long.",
-        ),
-    ] = "teal-uniform,wina,wina-threshold,cats,auto",
-    budgets: Annotated[
-        str, typer.Option(metavar="A,B", help="Fractions of the weight bytes to skip.")
-    ] = "0.25,0.4,0.5",
-    windows: Annotated[int, typer.Option(min=1, help="Windows of the text to judge on.")] = 16,
-    window: Window = 512,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 8192,
-    prompt: Annotated[str | None, typer.Option(help="The text that every run continues, and is timed on.")] = None,
-    protocol: Annotated[
-        str, typer.Option(help="Which tokens of a window are sparse: all, dense-prompt or dense-first.")
-    ] = "all",
-    speed: Annotated[
-        bool, typer.Option(help="Time decoding beside the dense model, which takes the memory of two models.")
-    ] = True,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    overwrite: Annotated[bool, typer.Option(help="Begin anew instead of going on with what the output holds.")] = False,
-    as_json: Json = False,
+    model: given.Model,
+    data: given.SweptData,
+    output: given.SweepOutput,
+    calibration_data: given.CalibrationData = None,
+    html: given.Html = None,
+    methods: given.Methods = "teal-uniform,wina,wina-threshold,cats,auto",
+    budgets: given.Budgets = "0.25,0.4,0.5",
+    windows: given.Windows = 16,
+    window: given.Window = 512,
+    tokens: given.CalibrationTokens = 8192,
+    prompt: given.SweptPrompt = None,
+    protocol: given.Protocol = "all",
+    speed: given.Speed = True,
+    dtype: given.Dtype = "auto",
+    threads: given.Threads = None,
+    overwrite: given.BeginAnew = False,
+    as_json: given.Json = False,
 ) -> None:
     """Methods by budgets: quality, bytes and speed of each in one JSON, a table and an HTML page.
 
     After an interruption the same command goes on where it stopped. Exit code 1: a run failed; the others are there.
     """
     page = html if html is not None else output.with_suffix(".html")
-    if page.absolute() == output.absolute():
-        raise ValueError(f"the JSON and the page cannot both be {str(output)!r}; give another --html")
-    check_output(output, overwrite=True)  # one that is no sweep is found out later, but before the work
-    check_page(page, overwrite)
+    check_sweep_outputs(output, page, overwrite)
     prompt = argument_text("--prompt", prompt) if prompt is not None else None
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    try:
-        fractions = [float(budget) for budget in budgets.split(",") if budget.strip()]
-    except ValueError:
-        raise ValueError(f"--budgets {budgets!r}; expected fractions separated by commas, such as 0.25,0.4") from None
-    if not names or not fractions:
-        raise ValueError("--methods or --budgets is empty; expected at least one of each")
+    names, fractions = listed_runs(methods, budgets)
     text = read(data)
     calibration_text = read(calibration_data) if calibration_data is not None else None
-    from deadband.allocation.thresholds import check_sparsity
-    from deadband.evaluation import sweep as program
-    from deadband.evaluation.methods import method_of
-    from deadband.evaluation.page import write_report
-    from deadband.evaluation.quality import protocol_name
-    from deadband.running.text import python_documentation, token_windows
-
-    protocol_name(protocol)
-    for name in names:
-        method_of(name)
-    for fraction in fractions:
-        check_sparsity(fraction)
+    check_runs(names, fractions, protocol)
     network, tokenizer = load(model, dtype, threads)
+    from deadband.evaluation import sweep as program
+    from deadband.running.text import python_documentation
+
     calibration_text = calibration_text if calibration_text is not None else python_documentation()[0]
     figures = program.sweep(
         network,
         tokenizer,
         methods=names,
         budgets=fractions,
-        calibration_windows=token_windows(tokenizer, calibration_text, tokens=tokens, window=window),
-        windows=token_windows(tokenizer, text, tokens=windows * window, window=window),
+        calibration_windows=windows_of(tokenizer, calibration_text, tokens, window),
+        windows=windows_of(tokenizer, text, windows * window, window),
         output=output,
         name=Path(model).resolve().name if Path(model).exists() else model,
         calibrated_on=calibration_data.name if calibration_data is not None else "Python's documentation",
@@ -458,20 +428,66 @@ def sweep(
         overwrite=overwrite,
         say=lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True),
     )
-    written = f"written to {output} and {page}"
+    written = write_page(figures, output, page, as_json)
+    show(figures, f"\n{program.table(figures)}\n\n{written}", as_json)
+    if figures["failed"]:
+        raise typer.Exit(1)
+
+
+def check_sweep_outputs(output: Path, page: Path, overwrite: bool) -> None:
+    """Find out before the work whether the JSON and the page can be written."""
+    if page.absolute() == output.absolute():
+        raise ValueError(f"the JSON and the page cannot both be {str(output)!r}; give another --html")
+    check_output(output, overwrite=True)  # one that is no sweep is found out later, but before the work
+    check_page(page, overwrite)
+
+
+def listed(text: str) -> list[str]:
+    """What a comma stands between."""
+    return [each.strip() for each in text.split(",") if each.strip()]
+
+
+def listed_runs(methods: str, budgets: str) -> tuple[list[str], list[float]]:
+    """The names in --methods and the fractions in --budgets."""
+    names = listed(methods)
+    try:
+        fractions = [float(budget) for budget in listed(budgets)]
+    except ValueError:
+        raise ValueError(f"--budgets {budgets!r}; expected fractions separated by commas, such as 0.25,0.4") from None
+    if not names or not fractions:
+        raise ValueError("--methods or --budgets is empty; expected at least one of each")
+    return names, fractions
+
+
+def check_runs(methods: list[str], budgets: list[float], protocol: str) -> None:
+    """Whether methods, budgets and protocol are known, before the model is loaded."""
+    from deadband.allocation.thresholds import check_sparsity
+    from deadband.evaluation.methods import method_of
+    from deadband.evaluation.quality import protocol_name
+
+    protocol_name(protocol)
+    for name in methods:
+        method_of(name)
+    for budget in budgets:
+        check_sparsity(budget)
+
+
+def write_page(figures: dict[str, Any], output: Path, page: Path, as_json: bool) -> str:
+    """Write the page of a sweep; returns what is written where."""
+    from deadband.evaluation.page import write_report
+
     try:
         write_report(figures, page)
     except ValueError as error:  # plotly is missing: no reason to lose the rest
         written = f"written to {output}; without the page: {error}. Then run the same command again: all runs are kept."
         if as_json:
             print(f"deadband: {written}", file=sys.stderr)
-    show(figures, f"\n{program.table(figures)}\n\n{written}", as_json)
-    if figures["failed"]:
-        raise typer.Exit(1)
+        return written
+    return f"written to {output} and {page}"
 
 
 @app.command()
-def info(as_json: Json = False) -> None:
+def info(as_json: given.Json = False) -> None:
     """What runs here: versions, processor, kernels."""
     from deadband.ops import kernels
     from deadband.running.timing import machine
@@ -486,11 +502,7 @@ def info(as_json: Json = False) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to leave the results in.")] = Path(
-        "deadband-demo"
-    ),
-    threads: Threads = None,
-    as_json: Json = False,
+    output: given.DemoOutput = Path("deadband-demo"), threads: given.Threads = None, as_json: given.Json = False
 ) -> None:
     """The whole flow on SmolLM2-135M: calibrate, allocate 25 / 40 / 50 %, quality and speed in one table."""
     set_threads(threads)
@@ -509,14 +521,14 @@ def read(path: Path) -> str:
 
 def gguf_blocks(path: Path) -> dict[str, Any]:
     """The weights that --gguf can take over, before the model is loaded."""
-    from deadband.quantization.gguf_weights import FORMATS, quantized_weights
+    from deadband.quantization.gguf_weights import BLOCK_FORMATS, quantized_weights
 
     try:
         blocks = quantized_weights(path)
     except ImportError as error:  # a user's mistake like any other
         raise ValueError(str(error)) from None
     if not blocks:
-        raise ValueError(f"{str(path)!r} holds no linear layer as {', '.join(FORMATS)}")
+        raise ValueError(f"{str(path)!r} holds no linear layer as {', '.join(BLOCK_FORMATS)}")
     return blocks
 
 
@@ -539,6 +551,22 @@ def chosen_weights(network: Any, sites: list[str], form: str | None, blocks: dic
     if not taken:
         raise ValueError(f"the GGUF file has no layer of this model; it has for example {sorted(blocks)[0]!r}")
     return wanted | taken
+
+
+def load_with_text(
+    name: str, data: Path, tokens: int, window: int, dtype: str, threads: int | None
+) -> tuple[Any, list[Any]]:
+    """A model, and windows of the text of --data."""
+    text = read(data)
+    network, tokenizer = load(name, dtype, threads)
+    return network, windows_of(tokenizer, text, tokens, window)
+
+
+def windows_of(tokenizer: Any, text: str, tokens: int, window: int) -> list[Any]:
+    """The first tokens of a text, in windows."""
+    from deadband.running.text import token_windows
+
+    return token_windows(tokenizer, text, tokens=tokens, window=window)
 
 
 def load(name: str, dtype: str, threads: int | None) -> tuple[Any, Any]:

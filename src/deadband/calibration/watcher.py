@@ -72,7 +72,7 @@ class InputWatcher:
 
     def rows(self, name: str, x: Tensor) -> Tensor:
         """The unpadded rows [rows, in_features] of what a site sees, or of anything of that shape."""
-        encoded = self.encoded is not None and _same(x, self.encoded)  # keys and values of cross-attention
+        encoded = self.encoded is not None and same_input(x, self.encoded)  # keys and values of cross-attention
         return self.counted.rows(name, x, encoded=encoded)
 
     def step(self, model: nn.Module, batch: Any) -> None:
@@ -133,6 +133,35 @@ class InputWatcher:
         return hook
 
 
+class SharedInputs(InputWatcher):
+    """Which sites are given the same tensor, one after the other, when they are first called: q, k and v; gate and up.
+
+    Attributes:
+        groups: their names, in the order of the calls.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[list[str]] = []
+        self.names: set[str] = set()
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Put the site into a group, if this is its first call."""
+        if name in self.names:
+            return
+        self.names.add(name)
+        version = None if x.is_inference() else x._version  # changed in place: not the same input any more
+        if self.last is not None and self.last[1] == version and same_input(x, self.last[0]):
+            self.groups[-1].append(name)
+        else:
+            self.groups.append([name])
+            self.begin(x)
+        self.last = (x, version, None)
+
+    def begin(self, x: Tensor) -> None:
+        """Called with the input of each new group."""
+
+
 def encoders_of(model: nn.Module) -> list[nn.Module]:
     """The encoders whose output a decoder gets: modules of that name outside of any decoder, or of another encoder."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -151,12 +180,23 @@ def first_tensor(output: Any) -> Tensor:
     return output
 
 
-def _same(x: Tensor, y: Tensor) -> bool:
-    return x is y or (x.data_ptr() == y.data_ptr() and x.shape == y.shape)
+def prediction_of(output: Any) -> tuple[Tensor, bool]:
+    """The logits in what a model returned, or else its first tensor; and whether these are logits."""
+    logits = getattr(output, "logits", None)
+    return (first_tensor(output), False) if logits is None else (logits, True)
+
+
+def same_input(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same rows of the same memory, [..., features] or all of them in [rows, features]."""
+    return x is y or (
+        x.data_ptr() == y.data_ptr()
+        and x.numel() == y.numel()
+        and (x.shape[-1], x.stride(-1)) == (y.shape[-1], y.stride(-1))
+    )
 
 
 @contextlib.contextmanager
-def masking(sites: Mapping[str, nn.Module], rules: Mapping[str, Rule]) -> Iterator[None]:
+def thresholding(sites: Mapping[str, nn.Module], rules: Mapping[str, Rule]) -> Iterator[None]:
     """Inside the block, hooks apply the rules to the input of each site: the sparse model, without changing a layer."""
     handles = []
 

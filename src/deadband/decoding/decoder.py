@@ -357,46 +357,41 @@ class Decoder:
 
     def _why_not(self, model: Any, token: Any, cache: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
         """Why the graph is not for this step, or None; the cache has a Store then."""
+        return (
+            self._why_not_in_this_mode(model)
+            or _why_not_this_token(token, args)
+            or self._why_not_these_layers(model)
+            or self._why_no_store(model, cache)
+            or _why_not_these_arguments(kwargs, token, cache)
+        )
+
+    def _why_not_in_this_mode(self, model: Any) -> str | None:
         if self.run is None:
             return self.problem
         if model.training:
             return "the model is in training mode (call model.eval())"
         if torch.is_grad_enabled():
             return "gradients are on (decode under torch.no_grad())"
-        if token is None:
-            return "it is given inputs_embeds instead of token ids"
-        if len(args) > 1:
-            return "it is given more than the token ids by position"
-        if token.shape != (1, 1) or token.dtype is not torch.int64:
-            return "there is more than one sequence" if token.shape[0] > 1 else f"token ids are {token.dtype}"
+        return None
+
+    def _why_not_these_layers(self, model: Any) -> str | None:
         if in_scope(self.sites) or self.current_rows() != self.rows:
             return _WITHIN
         if RemovableHandle.next_id != self.hooks:  # since the last look, hooks were put somewhere
             if (name := hooked(model)) is not None:
                 return _HOOKED.format(name)
             self.hooks = RemovableHandle.next_id
-        store = cache.layers[0].__dict__.get("store")
-        if store is None or not store.intact or store.owner is not self:
-            reason = self._why_not_attached(model, cache)
-            if reason is not None:
-                return reason
-            store = attach(cache, self)
-        length = store.length
-        for name, value in kwargs.items():
-            if value is None or value is token or value is cache or name in _PLAIN:
-                continue
-            if name == "attention_mask":
-                if not isinstance(value, Tensor) or value.shape != (1, length + 1) or not value.all():
-                    return "attention_mask has padding, or is not of the cache's length"
-            elif name in _POSITIONS:
-                if not isinstance(value, Tensor) or not bool((value == length).all()):
-                    return f"{name} are not the cache's length"
-            elif name in _TRUE:
-                if value is not True:
-                    return f"{name}={value!r}"
-            elif value is not False or not name.startswith("output_"):
-                return f"the argument {name!r} is not known to the graph"
         return None
+
+    def _why_no_store(self, model: Any, cache: Any) -> str | None:
+        """None once the cache has a Store of this decoder."""
+        store = cache.layers[0].__dict__.get("store")
+        if store is not None and store.intact and store.owner is self:
+            return None
+        reason = self._why_not_attached(model, cache)
+        if reason is None:
+            attach(cache, self)
+        return reason
 
     def _why_not_attached(self, model: Any, cache: Any) -> str | None:
         """Checked once for each sequence: all that is too slow to look at for each token."""
@@ -439,6 +434,36 @@ class Decoder:
         if [_state_of(layer) for layer in cache.layers] != self.states:
             return "its cache holds keys of another dtype or shape"
         return None
+
+
+def _why_not_this_token(token: Any, args: tuple) -> str | None:
+    if token is None:
+        return "it is given inputs_embeds instead of token ids"
+    if len(args) > 1:
+        return "it is given more than the token ids by position"
+    if token.shape != (1, 1) or token.dtype is not torch.int64:
+        return "there is more than one sequence" if token.shape[0] > 1 else f"token ids are {token.dtype}"
+    return None
+
+
+def _why_not_these_arguments(kwargs: dict[str, Any], token: Any, cache: Any) -> str | None:
+    """Looks at all but the token and the cache, which has a Store."""
+    length = cache.layers[0].__dict__["store"].length
+    for name, value in kwargs.items():
+        if value is None or value is token or value is cache or name in _PLAIN:
+            continue
+        if name == "attention_mask":
+            if not isinstance(value, Tensor) or value.shape != (1, length + 1) or not value.all():
+                return "attention_mask has padding, or is not of the cache's length"
+        elif name in _POSITIONS:
+            if not isinstance(value, Tensor) or not bool((value == length).all()):
+                return f"{name} are not the cache's length"
+        elif name in _TRUE:
+            if value is not True:
+                return f"{name}={value!r}"
+        elif value is not False or not name.startswith("output_"):
+            return f"the argument {name!r} is not known to the graph"
+    return None
 
 
 _WITHIN = "inside of deadband.dense or sparse_prefill"

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deadband.evaluation.quality import cached, columns, count_anew, signed
+from deadband.evaluation.quality import columns, count_anew, signed
 from deadband.layers.sites import sparse_sites
 from deadband.running.divergence import mean_and_error
-from deadband.running.forward import evaluating, progress_bar, run
+from deadband.running.forward import evaluating, progress_bar
+from deadband.running.greedy_decoding import continue_greedily
 from deadband.sparsify.scopes import dense
 
 GENERATION = "prompt as in generate (dense if longer than 4 tokens), each new token sparse"
@@ -129,8 +130,9 @@ def compare_generation(
     with evaluating(model), count_anew(model) as achieved:
         for ids in progress_bar(every, "generate", progress):
             with dense(model):
-                before = _greedy(model, ids, max_new_tokens, stops)
-            continuations.append(_continuation(tokenizer, ids, before, _greedy(model, ids, max_new_tokens, stops)))
+                before = continue_greedily(model, ids, max_new_tokens, stops)
+            after = continue_greedily(model, ids, max_new_tokens, stops)
+            continuations.append(_continuation(tokenizer, ids, before, after))
     where = [each.tokens if each.first_divergence is None else each.first_divergence for each in continuations]
     pairs = [(each.dense_repetition, each.repetition) for each in continuations if each.repetition == each.repetition]
     pairs = [pair for pair in pairs if pair[0] == pair[0]]
@@ -171,18 +173,6 @@ def end_tokens(model: Any) -> Collection[int]:
     """The tokens after which a model says nothing more."""
     end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return () if end is None else tuple(end) if isinstance(end, (list, tuple)) else (end,)
-
-
-def _greedy(model: Any, ids: Tensor, count: int, stops: Collection[int]) -> list[int]:
-    """New tokens, each the likeliest; the end token is the last of them."""
-    tokens: list[int] = []
-    inputs: dict[str, Any] = {"input_ids": ids}
-    while True:
-        output = run(model, inputs, use_cache=True, logits_to_keep=1)
-        tokens.append(int(output.logits[0, -1].argmax()))
-        if tokens[-1] in stops or len(tokens) == count:
-            return tokens
-        inputs = {"input_ids": ids.new_tensor([tokens[-1:]]), **cached(model, output)}
 
 
 def _continuation(tokenizer: Any, ids: Tensor, before: list[int], after: list[int]) -> Continuation:

@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from deadband.allocation.budget import allocate_budgets
 from deadband.allocation.thresholds import Thresholds, check_sparsity
 from deadband.calibration.calibration import Calibration, calibrate
+from deadband.calibration.row_sums import InputProducts, sample_rows
 from deadband.calibration.site_statistics import SiteStatistics
-from deadband.calibration.watcher import InputWatcher
+from deadband.calibration.watcher import InputWatcher, SharedInputs, same_input
 from deadband.evaluation.simulation import Gate, GatedMLP, LowRank, Part, Simulation, TopK, require_dense
 from deadband.layers.rule import scale_of
 from deadband.layers.sites import find_sites, identity_of, matrix_of, shape_of, weight_bytes
@@ -107,7 +108,7 @@ class Setup:
             watcher.watch(self.model, self.batches[:1], list(self.sites), "inputs", self.progress)
         finally:
             watcher.close()
-        found = [SharedInput(tuple(names), normalised) for names, normalised in watcher.groups]
+        found = [SharedInput(*each) for each in zip(map(tuple, watcher.groups), watcher.normalised, strict=True)]
         reached = {name for each in found for name in each.sites}
         return found + [SharedInput((name,), False) for name in self.sites if name not in reached]
 
@@ -117,11 +118,11 @@ class Setup:
 
         By the first site of each input that the residual stream makes.
         """
-        watcher = _SecondMoments()
         names = [each.sites[0] for each in self.inputs if each.normalised]
+        watcher = InputProducts(names, wide=True)
         if names:
             watcher.watch(self.model, self.batches, names, "covariance", self.progress)
-        return {name: self._on_device(name, _eigenbasis(total)[0]) for name, total in watcher.sums.items()}
+        return {name: self._on_device(name, _eigenbasis(total)[0]) for name, total in watcher.sums.totals.items()}
 
     @cached_property
     def orthogonalising(self) -> dict[str, tuple[str, Tensor, Tensor]]:
@@ -420,55 +421,27 @@ class _Scores(InputWatcher):
         seen.observe(self.rows(name, scored))
 
 
-class _Grouping(InputWatcher):
-    """Which sites get the same tensor, and whether a normalisation layer made it."""
+class _Grouping(SharedInputs):
+    """Which sites get the same tensor, and for each group whether a normalisation layer made it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.groups: list[tuple[list[str], bool]] = []
-        self.before: Tensor | None = None
+        self.normalised: list[bool] = []
         self.recent: deque[Tensor] = deque(maxlen=_RECENT)  # kept alive, so that no other tensor gets its place
-        self.names: set[str] = set()
         norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
-        self.handles = [module.register_forward_hook(self._normalised) for module in norms]
+        self.handles = [module.register_forward_hook(self._remember_norm) for module in norms]
 
-    def _normalised(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _remember_norm(self, module: nn.Module, args: tuple, output: Any) -> None:
         if isinstance(output, Tensor):
             self.recent.append(output)
 
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.before = None
         self.recent.clear()
 
-    def see(self, name: str, x: Tensor) -> None:
-        if name in self.names:
-            return
-        self.names.add(name)
-        if self.before is not None and _same(x, self.before):
-            self.groups[-1][0].append(name)
-        else:
-            self.groups.append(([name], any(_same(x, output) for output in self.recent)))
-        self.before = x
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    return x is y or (x.data_ptr() == y.data_ptr() and x.numel() == y.numel() and x.shape[-1] == y.shape[-1])
-
-
-class _SecondMoments(InputWatcher):
-    """Sums of x xᵀ over rows, float64 [in_features, in_features] by site."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sums: dict[str, Tensor] = {}
-
-    def see(self, name: str, x: Tensor) -> None:
-        rows = self.rows(name, x).float()
-        rows = rows[rows.isfinite().all(-1)]
-        total = (rows.T @ rows).double().cpu()
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
+    def begin(self, x: Tensor) -> None:
+        self.normalised.append(any(same_input(x, output) for output in self.recent))
 
 
 class _Rows(InputWatcher):
@@ -480,7 +453,7 @@ class _Rows(InputWatcher):
         self.rows_of: dict[str, list[Tensor]] = {}
 
     def see(self, name: str, x: Tensor) -> None:
-        chosen = self.look(name, x, lambda rows: rows[:: max(len(rows) // self.each, 1)][: self.each].clone())
+        chosen = self.look(name, x, lambda rows: sample_rows(rows, self.each, self.each))
         self.rows_of.setdefault(name, []).append(chosen)
 
 

@@ -13,14 +13,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deadband.layers.sites import sparse_sites
 from deadband.running.batches import is_two_sided, taken
-from deadband.running.divergence import divergence, logits_of, mean_and_error
-from deadband.running.forward import cache_argument, cache_of, evaluating, progress_bar, run
+from deadband.running.divergence import LogitSums, compare_logits, logits_of, mean_and_error
+from deadband.running.forward import cache_of, cached, evaluating, progress_bar, run
 from deadband.sparsify.report import counting, sparsity
 from deadband.sparsify.scopes import dense, sparse_prefill
 
@@ -212,13 +210,9 @@ def evaluate(
         >>> result.protocol, result.tokens
         ('dense prompt, sparse continuation', 10)
     """
-    protocol = protocol_name(protocol)
-    if prompt_tokens is not None and protocol != PROTOCOLS["dense-prompt"]:
-        raise ValueError(f"prompt_tokens goes with the protocol {PROTOCOLS['dense-prompt']!r}, got {protocol!r}")
-    if prompt_tokens is not None and prompt_tokens < 1:
-        raise ValueError(f"prompt_tokens={prompt_tokens}; expected at least one dense token")
+    protocol = _checked_protocol(protocol, prompt_tokens)
     given = [_Window.of(model, index, window) for index, window in enumerate(taken(windows, "windows"))]
-    plans = [_plan(index, window.parts, protocol, prompt_tokens) for index, window in enumerate(given)]
+    plans = [_plan(index, window.segments, protocol, prompt_tokens) for index, window in enumerate(given)]
     if reference is not None:
         _check_reference(given, reference)
     is_sparse = bool(sparse_sites(model))
@@ -226,23 +220,30 @@ def evaluate(
         if is_sparse:
             raise ValueError("the model is sparse already; a simulation goes with the dense model: densify_ it first")
         simulation.reset()
-    sums = []
+    figures = []
     with evaluating(model), count_anew(model) as achieved:
         for index, window in enumerate(progress_bar(given, "evaluate", progress)):
             before = _dense(model, window) if reference is None else reference[index]
-            judged = torch.zeros(5, dtype=torch.float64)
-            for part, prompt in plans[index]:
-                own = before[part.rows, part.columns]
-                judged += _judge(model, part, own, prompt, protocol, is_sparse, simulation)
-            del before, own  # or it would still be there while the next window's are made
-            sums.append(judged.tolist())
+            sums = _judge(model, plans[index], before, protocol, is_sparse, simulation)
+            del before  # or it would still be there while the next window's are made
+            figures.append(_window_figures(window, sums))
     prompts = {prompt for plan in plans for _, prompt in plan}
     return _evaluation(
-        [_window_figures(window, values) for window, values in zip(given, sums, strict=True)],
+        figures,
         sparsity=simulation.sparsity.total if simulation is not None else achieved() if is_sparse else 0.0,
         protocol=protocol,
         prompt_tokens=prompts.pop() if len(prompts) == 1 else None,
     )
+
+
+def _checked_protocol(protocol: str, prompt_tokens: int | None) -> str:
+    """The long name of a protocol that goes with `prompt_tokens`."""
+    protocol = protocol_name(protocol)
+    if prompt_tokens is not None and protocol != PROTOCOLS["dense-prompt"]:
+        raise ValueError(f"prompt_tokens goes with the protocol {PROTOCOLS['dense-prompt']!r}, got {protocol!r}")
+    if prompt_tokens is not None and prompt_tokens < 1:
+        raise ValueError(f"prompt_tokens={prompt_tokens}; expected at least one dense token")
+    return protocol
 
 
 def _check_reference(windows: Sequence[_Window], reference: Sequence[Tensor]) -> None:
@@ -326,7 +327,7 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _Segment:
     """A window, or one row of it, without padding.
 
     Attributes:
@@ -366,7 +367,7 @@ class _Part:
 class _Window:
     """A window to judge: its rows without padding, the shape of its tokens, and a checksum of them."""
 
-    parts: list[_Part]
+    segments: list[_Segment]
     shape: tuple[int, ...]
     checksum: int
 
@@ -386,14 +387,14 @@ class _Window:
                 f"{whole.side}attention_mask has shape {tuple(mask.shape)}, expected {tuple(whole.ids.shape)} like "
                 f"{whole.side}input_ids"
             )
-        parts = [whole] if mask is None or bool(mask.all()) else _unpadded(whole, mask)
+        segments = [whole] if mask is None or bool(mask.all()) else _unpadded(whole, mask)
         ids = [window["input_ids"], whole.ids] if whole.side else [whole.ids]
         digest = zlib.crc32("".join(repr((tuple(each.shape), each.tolist())) for each in ids).encode())
-        return cls(parts, tuple(whole.ids.shape), digest)
+        return cls(segments, tuple(whole.ids.shape), digest)
 
 
-def _whole(model: nn.Module, index: int, window: Mapping[str, Any]) -> tuple[_Part, Tensor | None]:
-    """All of a window as one part, and the mask of its tokens: the decoder's, where there is an encoder beside it."""
+def _whole(model: nn.Module, index: int, window: Mapping[str, Any]) -> tuple[_Segment, Tensor | None]:
+    """All of a window as one segment, and the mask of its tokens: the decoder's, where there is an encoder, too."""
     inputs, side = dict(window), ""
     labels = inputs.pop("labels", None)
     if is_two_sided(model, window):
@@ -411,12 +412,12 @@ def _whole(model: nn.Module, index: int, window: Mapping[str, Any]) -> tuple[_Pa
             "tokens are judged"
         )
     mask = inputs.pop(f"{side}attention_mask", None)
-    return _Part(inputs, slice(None), slice(None), side), mask
+    return _Segment(inputs, slice(None), slice(None), side), mask
 
 
-def _unpadded(whole: _Part, mask: Tensor) -> list[_Part]:
+def _unpadded(whole: _Segment, mask: Tensor) -> list[_Segment]:
     """Each row's own tokens: no mask and no position can then be wrong."""
-    parts = []
+    segments = []
     for row in range(len(mask)):
         kept = mask[row].nonzero().flatten().tolist()
         if not kept:
@@ -427,25 +428,25 @@ def _unpadded(whole: _Part, mask: Tensor) -> list[_Part]:
                 f"{whole.side}attention_mask has zeros between the tokens of row {row}; expected padding at the ends"
             )
         rows = slice(row, row + 1)
-        parts.append(_Part(whole.cut(rows, own), rows, own, whole.side))
-    return parts
+        segments.append(_Segment(whole.cut(rows, own), rows, own, whole.side))
+    return segments
 
 
-def _plan(index: int, parts: list[_Part], protocol: str, prompt_tokens: int | None) -> list[tuple[_Part, int]]:
-    """The parts of window `index` that have something to judge, and how many of their first tokens go dense."""
+def _plan(index: int, segments: list[_Segment], protocol: str, prompt_tokens: int | None) -> list[tuple[_Segment, int]]:
+    """The segments of window `index` that have something to judge, and how many of their first tokens go dense."""
     plan = []
-    for part in parts:
-        prompt, judged = int(protocol == PROTOCOLS["dense-first"]), part.length - 1
+    for segment in segments:
+        prompt, judged = int(protocol == PROTOCOLS["dense-first"]), segment.length - 1
         if protocol == PROTOCOLS["dense-prompt"]:
-            prompt = prompt_tokens if prompt_tokens is not None else max(part.length // 2, 1)
+            prompt = prompt_tokens if prompt_tokens is not None else max(segment.length // 2, 1)
             judged -= prompt
             if judged < 1:  # not left out, which would choose among the texts by their lengths
                 raise ValueError(
-                    f"window {index} has a row of {part.length} tokens, {prompt} of them dense: no next token is left "
-                    "to judge; give longer windows or a shorter prompt"
+                    f"window {index} has a row of {segment.length} tokens, {prompt} of them dense: no next token is "
+                    "left to judge; give longer windows or a shorter prompt"
                 )
         if judged > 0:
-            plan.append((part, prompt))
+            plan.append((segment, prompt))
     if not plan:
         raise ValueError(f"window {index} has no next token to judge; expected rows of at least two tokens")
     return plan
@@ -454,100 +455,76 @@ def _plan(index: int, parts: list[_Part], protocol: str, prompt_tokens: int | No
 def _dense(model: nn.Module, window: _Window) -> Tensor:
     """Logits of a whole window; zeros where it is padded."""
     made = None
-    for part in window.parts:
+    for segment in window.segments:
         with dense(model) if sparse_sites(model) else contextlib.nullcontext():
-            logits = logits_of(model, run(model, part.inputs, use_cache=False))
-        if part.columns == slice(None):
+            logits = logits_of(model, run(model, segment.inputs, use_cache=False))
+        if segment.columns == slice(None):
             return logits
         if made is None:
             made = logits.new_zeros(*window.shape, logits.shape[-1])
-        made[part.rows, part.columns] = logits
+        made[segment.rows, segment.columns] = logits
     if made is None:
         raise ValueError("a window holds nothing but padding")
     return made
 
 
-def _sparse(model: nn.Module, part: _Part, prompt: int, simulation: Simulation | None) -> Tensor:
+def _sparse(model: nn.Module, segment: _Segment, prompt: int, simulation: Simulation | None) -> Tensor:
     """Logits of the tokens after the first `prompt` ones, which go dense into the key-value cache."""
     on = sparse_prefill if simulation is None else simulation.on
     off = dense if simulation is None else contextlib.nullcontext
     if prompt == 0:
         with on(model):
-            return logits_of(model, run(model, part.inputs, use_cache=False))
-    first, rest = (part.cut(slice(None), at) for at in (slice(0, prompt), slice(prompt, None)))
+            return logits_of(model, run(model, segment.inputs, use_cache=False))
+    first, rest = (segment.cut(slice(None), at) for at in (slice(0, prompt), slice(prompt, None)))
     with off(model):
-        cache = cached(model, run(model, first, use_cache=True, logits_to_keep=1))
+        cache = cached(model, cache_of(run(model, first, use_cache=True, logits_to_keep=1)))
     with on(model):
         return logits_of(model, run(model, {**rest, **cache}, use_cache=True))
 
 
-def cached(model: nn.Module, output: Any) -> dict[str, Any]:
-    """The key-value cache in what a model returned, under the name by which the next call takes it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    cache = cache_of(output)
-    if cache is None:
-        raise ValueError(f"{type(model).__name__} returns no key-value cache, which has to hold what was read before")
-    return {cache_argument(model): cache}
-
-
 def _judge(
     model: nn.Module,
-    part: _Part,
-    before: Tensor,
-    prompt: int,
+    plan: Sequence[tuple[_Segment, int]],
+    dense: Tensor,
     protocol: str,
     is_sparse: bool,
     simulation: Simulation | None,
-) -> Tensor:
-    ids = part.ids
-    runs = is_sparse or simulation is not None
-    after = _sparse(model, part, prompt, simulation) if runs else before[:, prompt:]
-    sums = _compare(before[:, prompt:], after, ids[:, prompt:])
-    if protocol == PROTOCOLS["dense-first"]:  # its own logits are the dense model's
-        sums += _compare(before[:, :prompt], before[:, :prompt], ids[:, : prompt + 1])
+) -> LogitSums:
+    """Sums over the positions of a window that are judged, given the dense logits of the whole window."""
+    sums = LogitSums()
+    for segment, prompt in plan:
+        before, ids = dense[segment.rows, segment.columns], segment.ids
+        runs = is_sparse or simulation is not None
+        after = _sparse(model, segment, prompt, simulation) if runs else before[:, prompt:]
+        sums += _compare(before[:, prompt:], after, ids[:, prompt:])
+        del after  # or it would still be there while the next segment's are made
+        if protocol == PROTOCOLS["dense-first"]:  # its own logits are the dense model's
+            sums += _compare(before[:, :prompt], before[:, :prompt], ids[:, : prompt + 1])
     return sums
 
 
-def _compare(before: Tensor, after: Tensor, ids: Tensor) -> Tensor:
-    """Sums over predicted positions: sparse and dense negative log-likelihood, KL, agreements, and their number.
+def _compare(before: Tensor, after: Tensor, ids: Tensor) -> LogitSums:
+    """Sums over predicted positions, a few of one row at a time.
 
     before, after: [batch, tokens, vocabulary]; ids: [batch, tokens], with one more token to predict or without.
     """
     targets = ids[:, 1:].to(after.device)
-    sums = torch.zeros(5, dtype=torch.float64)
+    rows, tokens = targets.shape
     size = max(_ENTRIES // after.shape[-1], 1)
-    for row in range(targets.shape[0]):
-        for start in range(0, targets.shape[1], size):  # log-probabilities in float32, a few positions at a time
-            at = slice(start, min(start + size, targets.shape[1]))
-            log_p = F.log_softmax(before[row, at].to(after.device).float(), -1)
-            log_q = F.log_softmax(after[row, at].float(), -1)
-            chosen = targets[row, at, None]
-            sums += torch.stack(
-                [
-                    -log_q.gather(-1, chosen).double().sum(),
-                    -log_p.gather(-1, chosen).double().sum(),
-                    divergence(log_p, log_q).double().sum(),
-                    ((log_p.argmax(-1) == log_q.argmax(-1)) & ~log_q.isnan().any(-1)).double().sum(),
-                    torch.tensor(float(len(chosen)), dtype=torch.float64, device=after.device),
-                ]
-            ).cpu()
-    return sums
+    places = ((row, slice(start, min(start + size, tokens))) for row in range(rows) for start in range(0, tokens, size))
+    return compare_logits(before, after, places, targets, agreement=True)
 
 
 _ENTRIES = 2**22  # of logits that are float32 at a time: 16 MB
 
 
-def _window_figures(window: _Window, sums: list[float]) -> dict[str, float]:
-    nll, dense_nll, kl, same, tokens = sums
+def _window_figures(window: _Window, sums: LogitSums) -> dict[str, float]:
     return {
-        "tokens": int(tokens),
-        "nll": nll / tokens,
-        "dense_nll": dense_nll / tokens,
-        "kl": kl / tokens,
-        "agreement": same / tokens,
+        "tokens": sums.outputs,
+        "nll": sums.nll / sums.outputs,
+        "dense_nll": sums.dense_nll / sums.outputs,
+        "kl": sums.kl / sums.outputs,
+        "agreement": sums.agreements / sums.outputs,
         "checksum": window.checksum,
     }
 

@@ -7,18 +7,13 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from deadband.layers.quantized import QuantizedMatrix
 from deadband.layers.sites import sparse_sites
 from deadband.layers.sparse import tensor_of
 from deadband.ops import kernels
-from deadband.running.forward import (
-    cache_argument,
-    cache_of,
-    evaluating,
-)
+from deadband.running.greedy_decoding import GreedyDecoder
 from deadband.running.timing import interleave, machine, median
 from deadband.sparsify.report import sparsity
 
@@ -57,33 +52,11 @@ def _quantised_tensors(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in (module.codes, module.scales, module.minimum) if tensor is not None]
 
 
-class Decoder:
-    """Greedy decoding of one sequence, one token a call, with the model's own key-value cache."""
-
-    def __init__(self, model: Any, prompt: Tensor) -> None:
-        self.model = model
-        self.length = prompt.shape[-1]
-        with evaluating(model):
-            output = model(prompt, use_cache=True)
-        self.cache = {cache_argument(model): cache_of(output)}
-        self.token = output.logits[:, -1:].argmax(-1)
-        self.tokens = [self.token]
-
-    def step(self) -> None:
-        """Decode one token."""
-        position = torch.tensor([[self.length]])
-        with torch.no_grad():
-            output = self.model(self.token, **self.cache, use_cache=True, position_ids=position)
-        self.length += 1
-        self.token = output.logits[:, -1:].argmax(-1)
-        self.tokens.append(self.token)
-
-
 def decode_seconds(
     models: Mapping[str, Any], prompt: Tensor, *, tokens: int, what: str = "decode", progress: bool = True
 ) -> dict[str, list[float]]:
     """Seconds per decoded token of each model, taking turns token by token."""
-    decoders = {name: Decoder(model, prompt) for name, model in models.items()}
+    decoders = {name: GreedyDecoder(model, prompt) for name, model in models.items()}
     steps = {name: decoder.step for name, decoder in decoders.items()}
     return interleave(steps, rounds=tokens, what=what, progress=progress)
 

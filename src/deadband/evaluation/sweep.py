@@ -25,12 +25,13 @@ from deadband.calibration.calibration import Calibration
 from deadband.calibration.site_statistics import EDGES, SiteStatistics
 from deadband.evaluation.generation import end_tokens, prompt_ids
 from deadband.evaluation.page import VERSION
-from deadband.evaluation.quality import PROTOCOL, cached, columns, dense_logits, evaluate, protocol_name
+from deadband.evaluation.quality import PROTOCOL, columns, dense_logits, evaluate, protocol_name
 from deadband.evaluation.speed import bytes_per_token, decode_seconds
 from deadband.files import finite, write_json
 from deadband.layers.sites import find_blocks, sparse_sites, weight_bytes
 from deadband.running.batches import taken, token_count
-from deadband.running.forward import evaluating, run
+from deadband.running.forward import evaluating
+from deadband.running.greedy_decoding import continue_greedily
 from deadband.running.timing import machine, median
 from deadband.sparsify.report import SparsityReport, sparsity
 from deadband.sparsify.sparsify import densify_, sparsify_
@@ -124,6 +125,38 @@ def sweep(
     chosen = {each.name: each for each in (method_of(one) if isinstance(one, str) else one for one in methods)}
     budgets = list(dict.fromkeys(map(check_sparsity, budgets)))
     calibration_windows, windows = taken(calibration_windows, "calibration_windows"), taken(windows, "windows")
+    _check(model, chosen, budgets, speed, decode_tokens, sample_tokens)
+    lengths = (decode_tokens + WARMUP if speed else 0, sample_tokens if samples else 0)
+    ids = prompt_ids(model, tokenizer, prompt, max(lengths)).to(model.device)
+    about = machine()
+    settings = _settings(
+        model, calibration_windows, windows, about,
+        protocol=protocol_name(protocol), prompt_tokens=prompt_tokens, prompt=prompt, speed=speed, samples=samples,
+        decode_tokens=decode_tokens if speed else None, sample_tokens=sample_tokens if samples else None,
+    )  # fmt: skip
+    path = Path(output)
+    earlier = {} if overwrite or not path.exists() else _earlier(path, settings)
+    state = {
+        "version": VERSION,
+        "model": name,
+        "dtype": settings["dtype"],
+        "protocol": settings["protocol"],
+        "calibrated_on": {"name": calibrated_on, "tokens": token_count(model, calibration_windows)},
+        "judged_on": {"name": judged_on, **_judged_on(calibration_windows, windows)},
+        "machine": about,
+        "prompt": prompt,
+        "settings": settings,
+        **_gone_on_with(earlier, chosen, budgets),
+    }
+    measuring = _Sweep(model, tokenizer, state, path, windows, ids, say or (lambda line: None), progress)
+    measuring.run(chosen, budgets, calibration_windows)
+    return state
+
+
+def _check(
+    model: Any, chosen: Mapping[str, Any], budgets: Sequence[float], speed: bool, decode_tokens: int, sample_tokens: int
+) -> None:
+    """A ValueError if there is nothing to run, or the model cannot be measured."""
     if not chosen or not budgets:
         raise ValueError("methods or budgets is empty; expected at least one of each")
     if sparse_sites(model):
@@ -132,42 +165,37 @@ def sweep(
         raise ValueError(f"speed is measured on the CPU and the model is on {model.device}; pass speed=False")
     if decode_tokens < 1 or sample_tokens < 1:
         raise ValueError(f"decode_tokens={decode_tokens} and sample_tokens={sample_tokens}; expected at least one")
-    lengths = (decode_tokens + WARMUP if speed else 0, sample_tokens if samples else 0)
-    ids = prompt_ids(model, tokenizer, prompt, max(lengths)).to(model.device)
-    about = machine()
-    settings: dict[str, Any] = {
+
+
+def _settings(
+    model: Any, calibration_windows: Sequence[Any], windows: Sequence[Any], about: Mapping[str, Any], **choices: Any
+) -> dict[str, Any]:
+    """What has to be the same in a call that goes on with this one."""
+    made = {
         "weights": _digest(_weights(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "protocol": protocol_name(protocol),
-        "prompt_tokens": prompt_tokens,
         "calibration_windows": _digest(map(_token_bytes, calibration_windows)),
         "windows": _digest(map(_token_bytes, windows)),
-        "prompt": prompt,
-        "speed": speed,
-        "samples": samples,
-        "decode_tokens": decode_tokens if speed else None,
-        "sample_tokens": sample_tokens if samples else None,
+        **choices,
+        **about,
     }
-    settings |= {key: about[key] for key in _SETTINGS if key in about}
-    path = Path(output)
-    earlier = {} if overwrite or not path.exists() else _earlier(path, settings)
+    return {key: made[key] for key in _SETTINGS if key in made}
+
+
+def _judged_on(calibration_windows: Sequence[Any], windows: Sequence[Any]) -> dict[str, int]:
+    """How many windows are judged, how long they are, and how many of them serve calibration too."""
     again = {_token_bytes(window) for window in calibration_windows}
+    return {
+        "windows": len(windows),
+        "window": max((each["input_ids"].shape[1] for each in windows), default=0),
+        "also_calibrated_on": sum(_token_bytes(window) in again for window in windows),
+    }
+
+
+def _gone_on_with(earlier: Mapping[str, Any], chosen: Iterable[str], budgets: Iterable[float]) -> dict[str, Any]:
+    """What an earlier call found, without its failures that are asked for again."""
     asked = {(method, budget) for method in chosen for budget in budgets}
-    state: dict[str, Any] = {
-        "version": VERSION,
-        "model": name,
-        "dtype": settings["dtype"],
-        "protocol": settings["protocol"],
-        "calibrated_on": {"name": calibrated_on, "tokens": token_count(model, calibration_windows)},
-        "judged_on": {
-            "name": judged_on,
-            "windows": len(windows),
-            "window": max((each["input_ids"].shape[1] for each in windows), default=0),
-            "also_calibrated_on": sum(_token_bytes(window) in again for window in windows),
-        },
-        "machine": about,
-        "prompt": prompt,
-        "settings": settings,
+    return {
         "methods": list(dict.fromkeys([*earlier.get("methods", ()), *chosen])),
         "budgets": sorted({*earlier.get("budgets", ()), *budgets}),
         "dense": earlier.get("dense", {}),
@@ -175,19 +203,7 @@ def sweep(
         "runs": earlier.get("runs", []),
         "unreachable": earlier.get("unreachable", []),
         "failed": [each for each in earlier.get("failed", ()) if (each["method"], each["budget"]) not in asked],
-    }  # fmt: skip
-    done = {(each["method"], each["budget"]) for each in state["runs"]} | {tuple(pair) for pair in state["unreachable"]}
-    measuring = _Sweep(
-        model, tokenizer, state, path, windows, ids, say or (lambda line: None), progress, left=len(asked - done)
-    )
-    if kept := len(asked & done):
-        measuring.say(f"{kept} of {len(asked)} runs are kept from an earlier call")
-    measuring.write()  # that it can be written is found out before the work
-    if not asked <= done:
-        measuring.prepare(calibration_windows)
-        for method in chosen.values():
-            measuring.run_method(method, [budget for budget in budgets if (method.name, budget) not in done])
-    return state
+    }
 
 
 class _Sweep:
@@ -203,13 +219,26 @@ class _Sweep:
         ids: Tensor,
         say: Callable[[str], object],
         progress: bool,
-        left: int,
     ) -> None:
         self.model, self.tokenizer, self.state, self.path = model, tokenizer, state, path
         self.windows, self.ids, self.say, self.progress = windows, ids, say, progress
         self.settings = state["settings"]
-        self.number, self.left = 0, left
+        self.number = self.left = 0  # runs that have ended, of how many
         self.plain: Any = None  # the dense copy to time
+
+    def run(self, chosen: Mapping[str, Any], budgets: Sequence[float], calibration_windows: Sequence[Any]) -> None:
+        """All runs that are asked for and not there yet."""
+        asked = {(method, budget) for method in chosen for budget in budgets}
+        done = {(each["method"], each["budget"]) for each in self.state["runs"]}
+        done |= {tuple(pair) for pair in self.state["unreachable"]}
+        self.left = len(asked - done)
+        if kept := len(asked & done):
+            self.say(f"{kept} of {len(asked)} runs are kept from an earlier call")
+        self.write()  # that it can be written is found out before the work
+        if not asked <= done:
+            self.prepare(calibration_windows)
+            for method in chosen.values():
+                self.run_method(method, [budget for budget in budgets if (method.name, budget) not in done])
 
     def prepare(self, calibration_windows: Sequence[Any]) -> None:
         """What comes before the first run: the dense model's figures, and the sites."""
@@ -322,15 +351,9 @@ class _Sweep:
         """The prompt continued greedily as in generate: the prompt dense (if longer than 4 tokens), the rest sparse."""
         if not self.settings["samples"]:
             return None
-        stops = end_tokens(self.model)
-        with evaluating(self.model):
-            output = run(self.model, {"input_ids": self.ids}, use_cache=True, logits_to_keep=1)
-            tokens = [int(output.logits[0, -1].argmax())]
-            with simulation.on(self.model) if simulation is not None else contextlib.nullcontext():
-                while tokens[-1] not in stops and len(tokens) < self.settings["sample_tokens"]:
-                    after = {"input_ids": self.ids.new_tensor([tokens[-1:]]), **cached(self.model, output)}
-                    output = run(self.model, after, use_cache=True, logits_to_keep=1)
-                    tokens.append(int(output.logits[0, -1].argmax()))
+        sparse = simulation.on(self.model) if simulation is not None else None
+        most, stops = self.settings["sample_tokens"], end_tokens(self.model)
+        tokens = continue_greedily(self.model, self.ids, most, stops, sparse=sparse)
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def fail(self, method: Any, budget: float, error: Exception) -> None:

@@ -77,41 +77,47 @@ def run_tasks(
         -0.02
     """
     require_lm_eval()
-    if not sparse_sites(model):
-        raise ValueError(f"no layer of this {type(model).__name__} is sparse; there is nothing to compare")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token (eos_token), which the harness needs to begin and end texts")
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    if not names:
-        raise ValueError("tasks is empty; expected at least one name of a task")
-    if include_path is not None and not os.path.isdir(include_path):
-        raise ValueError(f"there is no folder {os.fspath(include_path)!r} to look for tasks in")
+    _check(model, tokenizer, names, include_path)
+    settings = {"tasks": names, "limit": limit, "num_fewshot": num_fewshot}
     with _quiet(), evaluating(model):
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-
-        manager = _task_manager(names, include_path)
-        language_model = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        settings: dict[str, Any] = {
-            "tasks": names,
-            "limit": limit,
-            "num_fewshot": num_fewshot,
-            "task_manager": manager,
-            **options,
-            "log_samples": True,
-        }
-        with dense(model):
-            before: Any = simple_evaluate(language_model, **settings, **_cache_of(model, tokenizer, "dense", use_cache))
-        with sparse_prefill(model), count_anew(model) as achieved:
-            after: Any = simple_evaluate(language_model, **settings, **_cache_of(model, tokenizer, "sparse", use_cache))
+        settings |= {"task_manager": _task_manager(names, include_path), **options, "log_samples": True}
+        before, after, sparsity = _run_both(model, tokenizer, settings, batch_size, use_cache)
     return {
         "protocol": FORCED,
-        "sparsity": achieved(),
+        "sparsity": sparsity,
         "limit": limit,
         "num_fewshot": num_fewshot,
         "lm_eval": importlib.metadata.version("lm-eval"),
         "tasks": {name: _side_by_side(name, before, after) for name in after["results"]},
     }
+
+
+def _check(model: Any, tokenizer: Any, names: Sequence[str], include_path: str | os.PathLike | None) -> None:
+    """A ValueError if there is nothing to compare or to ask."""
+    if not sparse_sites(model):
+        raise ValueError(f"no layer of this {type(model).__name__} is sparse; there is nothing to compare")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token (eos_token), which the harness needs to begin and end texts")
+    if not names:
+        raise ValueError("tasks is empty; expected at least one name of a task")
+    if include_path is not None and not os.path.isdir(include_path):
+        raise ValueError(f"there is no folder {os.fspath(include_path)!r} to look for tasks in")
+
+
+def _run_both(
+    model: Any, tokenizer: Any, settings: dict[str, Any], batch_size: int, use_cache: str | os.PathLike | None
+) -> tuple[Mapping[str, Any], Mapping[str, Any], float]:
+    """What the harness says of the dense and of the sparse form, and the sparsity that the latter achieved."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    language_model = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    with dense(model):
+        before: Any = simple_evaluate(language_model, **settings, **_cache_of(model, tokenizer, "dense", use_cache))
+    with sparse_prefill(model), count_anew(model) as achieved:
+        after: Any = simple_evaluate(language_model, **settings, **_cache_of(model, tokenizer, "sparse", use_cache))
+    return before, after, achieved()
 
 
 def _cache_of(model: Any, tokenizer: Any, form: str, use_cache: str | os.PathLike | None) -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from deadband.layers.formats import QuantizedWeight, WeightFormat, pack
 from deadband.quantization.gguf_file import Header, TensorInfo, read_header
 
-FORMATS = {"Q8_0": WeightFormat(8, 32), "Q4_0": WeightFormat(4, 32), "Q4_1": WeightFormat(4, 32, True)}
+BLOCK_FORMATS = {"Q8_0": WeightFormat(8, 32), "Q4_0": WeightFormat(4, 32), "Q4_1": WeightFormat(4, 32, True)}
 """The types of GGUF's blocks that can be read, and what they become."""
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3")
 """GGUF's names of the architectures whose linear layers are known by name; Mistral's and SmolLM2's is `llama`."""
@@ -47,7 +47,7 @@ def quantized_weights(path: str | os.PathLike) -> dict[str, QuantizedWeight]:
     return {
         name: _read(header.tensors[own], row_order(header, own))
         for name, own in _named(header)
-        if header.tensors[own].type in FORMATS and len(header.tensors[own].shape) == 2
+        if header.tensors[own].type in BLOCK_FORMATS and len(header.tensors[own].shape) == 2
     }
 
 
@@ -125,7 +125,7 @@ def row_order(header: Header, name: str) -> np.ndarray | None:
 
 
 def _read(tensor: TensorInfo, order: np.ndarray | None) -> QuantizedWeight:
-    format = FORMATS[tensor.type]
+    format = BLOCK_FORMATS[tensor.type]
     size, out = tensor.shape
     data = tensor.rows()
     width = out if format.bits == 8 else -(-out // 32) * 16

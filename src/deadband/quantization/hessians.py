@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from deadband.calibration.watcher import InputWatcher, require_reached
+from deadband.calibration.row_sums import InputProducts
+from deadband.calibration.watcher import SharedInputs, require_reached
 from deadband.layers.sites import shape_of
 from deadband.running.batches import taken
 
@@ -41,19 +42,20 @@ def input_hessians(
                 [2., 4.]])}
     """
     batches, names = taken(batches), list(sites)
-    shared = _SharedInputs()
+    shared = SharedInputs()
     shared.watch(model, batches[:1], names, "look", False)
+    leader_of = {name: group[0] for group in shared.groups for name in group}
     followers: dict[str, list[str]] = {}
     for name in names:
-        followers.setdefault(shared.leaders.get(name, name), []).append(name)
+        followers.setdefault(leader_of.get(name, name), []).append(name)
     asked = names  # the first pass tells of all that are never reached
     for leaders in _passes({name: shape_of(model.get_submodule(name))[1] for name in followers}, memory):
-        watcher = _Hessians(leaders)
+        watcher = InputProducts(leaders)
         watcher.watch(model, batches, asked or leaders, "hessians", progress)
-        require_reached(asked, {name for name, rows in watcher.rows_seen.items() if rows})
+        require_reached(asked, set(filter(watcher.sums.reached, asked)))
         asked = []
         for leader in leaders:
-            total = watcher.sums.pop(leader).div_(watcher.rows_seen[leader])
+            total = watcher.sums.totals.pop(leader).div_(watcher.sums.counts[leader])
             for name in followers[leader]:
                 yield name, total
             del total
@@ -71,34 +73,3 @@ def _passes(sizes: dict[str, int], memory: int) -> Iterator[list[str]]:
         used += needed
     if names:
         yield names
-
-
-class _SharedInputs(InputWatcher):
-    """Which site was the first to be given the tensor that a site is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.leaders: dict[str, str] = {}
-
-    def see(self, name: str, x: Tensor) -> None:
-        self.leaders.setdefault(name, self.look(name, x, lambda rows: name))
-
-
-class _Hessians(InputWatcher):
-    """Sums of the products of every two entries of a row; rows with NaN or infinity are left out."""
-
-    def __init__(self, wanted: Sequence[str]) -> None:
-        super().__init__()
-        self.wanted = frozenset(wanted)
-        self.sums: dict[str, Tensor] = {}
-        self.rows_seen: dict[str, int] = {}
-
-    def see(self, name: str, x: Tensor) -> None:
-        rows = self.rows(name, x).float()
-        rows = rows[rows.isfinite().all(-1)]
-        self.rows_seen[name] = self.rows_seen.get(name, 0) + len(rows)
-        if name not in self.wanted:
-            return
-        if name not in self.sums:
-            self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-        self.sums[name].addmm_(rows.T, rows)

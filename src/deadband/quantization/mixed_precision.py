@@ -15,7 +15,7 @@ from deadband.layers.quantized import QuantizedMatrix
 from deadband.layers.rounding import quantize
 from deadband.layers.sites import Patterns, find_sites, matrix_of
 from deadband.running.batches import Counted, taken
-from deadband.running.divergence import divergence, logits_of
+from deadband.running.divergence import compare_logits, kept_places, logits_of
 from deadband.running.forward import evaluating, progress_bar, run
 
 
@@ -102,30 +102,26 @@ def _costs(
     """The mean KL of a token that quantising each set of sites causes. One batch's logits are kept at a time."""
     total, tokens = dict.fromkeys(sets, 0.0), 0
     work = ((batch, name) for batch in batches for name in ("", *sets))
-    expected = None
+    expected, counted = None, None
     for batch, name in progress_bar(work, "formats", progress, total=len(batches) * (len(sets) + 1)):
         if not name:
             expected = None  # before the next one is made
-            expected = _log_probabilities(model, batch)
-            if not bool(expected.isfinite().all()):
+            expected = logits_of(model, run(model, batch, use_cache=False))
+            counted = Counted.of(model, batch).outputs(expected.shape[:-1])
+            if not all(bool(expected[at].isfinite().all()) for at in kept_places(counted)):
                 raise ValueError("the model's output holds NaN or infinity")
-            tokens += len(expected)
+            tokens += int(counted.sum())
             continue
         assert expected is not None
+        assert counted is not None
         with _quantised(model, sets[name], format, moments):
-            total[name] += float(divergence(expected, _log_probabilities(model, batch)).double().sum())
+            logits = logits_of(model, run(model, batch, use_cache=False))
+        total[name] += compare_logits(expected, logits, kept_places(counted)).kl
         if not math.isfinite(total[name]):
             raise ValueError(f"with {name} in {format} the model's output holds NaN or infinity")
     if not tokens:
         raise ValueError("batches hold nothing but padding; expected tokens that attention_mask keeps")
     return {name: each / tokens for name, each in total.items()}
-
-
-def _log_probabilities(model: nn.Module, batch: Any) -> Tensor:
-    """Of the tokens that count, [tokens, vocabulary]."""
-    logits = logits_of(model, run(model, batch, use_cache=False))
-    counted = Counted.of(model, batch).outputs(logits.shape[:-1])
-    return logits[counted.to(logits.device)].float().log_softmax(-1)
 
 
 @contextlib.contextmanager

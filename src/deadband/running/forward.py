@@ -59,7 +59,7 @@ def run(model: nn.Module, batch: Any, **extra: Any) -> Any:
 
     if isinstance(batch, Mapping) and batch.get("labels") is not None:
         extra.pop("logits_to_keep", None)  # the loss needs them all
-    extra = {name: value for name, value in extra.items() if name in forward_parameters(cast(Hashable, type(model)))}
+    extra = taken_by(model, **extra)
     try:
         if isinstance(batch, Mapping):
             return model(**{**extra, **{name: moved(value) for name, value in batch.items()}})
@@ -67,8 +67,19 @@ def run(model: nn.Module, batch: Any, **extra: Any) -> Any:
             return model(*map(moved, batch), **extra)
         return model(moved(batch), **extra)
     except (IndexError, RuntimeError) as error:
-        if (reason := misfit(model, batch)) is None:
-            raise
+        require_fit(model, batch, error)
+        raise
+
+
+def taken_by(model: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that a model's forward takes."""
+    known = forward_parameters(cast(Hashable, type(model)))
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def require_fit(model: nn.Module, batch: Any, error: Exception) -> None:
+    """A ValueError if a model failed as it has fewer positions or fewer tokens than the batch."""
+    if (reason := misfit(model, batch)) is not None:
         raise ValueError(f"{reason} ({error})") from error
 
 
@@ -106,6 +117,17 @@ def cache_of(output: Any) -> Any:
     """
     fields = dict(output) if isinstance(output, Mapping) else getattr(output, "__dict__", {})
     return next((fields[name] for name in CACHE_NAMES if name in fields), None)
+
+
+def cached(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """A key-value cache that a model returned, under the name by which the next call takes it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if cache is None:
+        raise ValueError(f"{type(model).__name__} returns no key-value cache, which has to hold what was read before")
+    return {cache_argument(model): cache}
 
 
 def progress_bar(items: Iterable[Any], what: str, show: bool, total: int | None = None) -> Iterable[Any]:
