@@ -230,14 +230,16 @@ def allocation(result: Result) -> str:
 def overheads(result: Result) -> str:
     lines = []
     for row in result["rows"]:
+        count = str(row.get("threads", ""))
         if "difference_us" in row:
-            lines.append((row["what"].replace("torch.", ""), f"{row['difference_us']:.1f} µs more than nn.Linear"))
+            what = row["what"].replace("torch.", "").replace("64x64", "64 × 64")
+            lines.append((what, count, f"{row['difference_us']:.1f} µs more than nn.Linear"))
         elif "import_s" in row:
-            lines.append(("`import deadband`", f"{row['import_s']:.2f} s"))
-            lines.append(("`deadband --help`", f"{row['help_s']:.2f} s"))
+            lines.append(("`import deadband`", count, f"{row['import_s']:.2f} s"))
+            lines.append(("`deadband --help`", count, f"{row['help_s']:.2f} s"))
         else:
-            lines.append((row["what"], f"{row['overhead']:.0%} more than the forward pass"))
-    return table(["what", "cost"], lines)
+            lines.append((row["what"], count, f"{row['overhead']:.0%} more than the forward pass"))
+    return table(["what", "threads", "cost"], lines)
 
 
 def sparsifier(result: Result) -> str:
