@@ -312,8 +312,8 @@ each machine; `make bench` runs them all and `make figures` writes this page fro
 1 / 2 threads, the two numbers with a slash are of 1 thread and of 2.
 
 Candidates take turns in one process, medians are shown, and weights come from memory: other processes (the machines
-here are virtual and shared) disturb times, ratios much less. Sections with other versions were taken at another
-time."""
+here are virtual and shared) disturb times, ratios much less. Sections with other versions were taken at another time.
+Intel's family 6 model 207 is Emerald Rapids (AVX-512, with VNNI), AMD's family 25 model 17 is Zen 4."""
 
 SECTIONS: list[tuple[str, str, str, Callable[[Result], str]]] = [
     (

@@ -1,4 +1,4 @@
-"""The site is made of files that are also read on a forge: the README is its first page, CONTRIBUTING.md another one, and
+"""The site is made of files that are also read on a forge: the README is its first page, CONTRIBUTING.md its last, and
 links between files of the repository lead to pages of the site."""
 
 from __future__ import annotations
