@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: demo test test-oldest sanitize check bench docs clean
+.PHONY: demo test test-oldest sanitize check bench figures docs clean
 
 demo: .venv/ready
 	$(BIN)/deadband demo
@@ -43,6 +43,11 @@ check: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/run.py --data "$(DATA)"
+	$(MAKE) figures
+
+# docs/figures.md, its plots and the tables of README.md, from benchmarks/results. DEMO=deadband-demo takes that one over.
+figures: .venv/ready
+	$(BIN)/python benchmarks/figures.py $(if $(DEMO),--demo "$(DEMO)")
 
 # The site, in build/site; index.html of any page works in a browser that is served the folder.
 docs: .venv/ready

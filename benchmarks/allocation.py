@@ -51,7 +51,7 @@ def main() -> None:
             f"{count} threads, {options.dtype}: calibrate {calibrated:.0f} s, sensitivity {sensitivity:.0f} s, "
             f"together {both:.0f} s; greedy {whole:.0f} s: {whole / both:.1f}x"
         )
-        seconds = {"calibrate": calibrated, "sensitivity": sensitivity, "greedy": whole}
+        seconds = {"calibrate": calibrated, "sensitivity": sensitivity, "together": both, "greedy": whole}
         rows.append({"threads": count, "dtype": options.dtype, "full": options.full, **seconds})
     save("allocation", rows)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 from deadband.files import write_json
 from deadband.running.timing import machine
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"  # tracked, as docs/figures.md is written from it
+KEPT = Path(__file__).parent.parent / "build" / "benchmarks"  # what is large, and of one machine only
 POOL_BYTES = 1_100_000_000  # weights of this size are gone from every cache before their turn comes again
 
 
@@ -22,13 +25,28 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def save(name: str, rows: Any) -> None:
-    RESULTS.mkdir(exist_ok=True)
+def results_folder(about: Mapping[str, Any]) -> Path:
+    """The folder, made if need be, of the results of a machine, named after its processor and number of cores."""
+    words = re.sub(r"\((?:R|TM)\)|@.*?Hz|\b(?:CPU|Processor)\b", " ", f"{about['processor']} {about['cores']} cores")
+    folder = RESULTS / "-".join(re.findall(r"[a-z0-9.]+", words.lower()))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def save(name: str, rows: Any, **more: Any) -> None:
+    """Write what a script found here to results/MACHINE/`name`.json, for figures.py, and say so.
+
+    Args:
+        name: of the script, and perhaps what it was run on.
+        rows: what its table is made of.
+        more: what else is of the result: `settings`, or a second table.
+    """
     about = machine()
-    write_json(RESULTS / f"{name}.json", {"machine": about, "rows": rows})
+    path = results_folder(about) / f"{name}.json"
+    write_json(path, {"machine": about, **more, "rows": rows})
     print(
         f"{about['processor']}, {about['cores']} cores, kernels {about['kernels']}, torch {about['torch']}, "
-        f"transformers {about['transformers']}; written to benchmarks/results/{name}.json\n"
+        f"transformers {about['transformers']}; written to {path.relative_to(RESULTS.parent.parent)}\n"
     )
 
 

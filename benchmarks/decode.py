@@ -10,22 +10,24 @@ of 1 B and 3 B parameters have the shapes of Llama 3.2 and random weights: only 
 skips nothing and has 8 bits at least, except in the rows with a plus, where it is a site like the others. *Mixed*: the
 sites that 8 bits would cost too much are float32.
 
-Needs the extras gguf, plot and llama (llama.cpp); without the last its rows are left out.
+Needs the extras gguf and llama (llama.cpp); without the last its rows are left out. figures.py draws what is found.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import importlib.metadata
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import stdev
 from typing import Any
 
 import torch
-from common import RESULTS, parser, save
+from common import parser, save
+from figures import RIVALS
 from shapes import random_llama
 from torch import Tensor
 
@@ -52,9 +54,9 @@ RANDOM = {"llama-1b": ("Llama 1B random", "1b"), "llama-3b": ("Llama 3B random",
 LEVELS = (0.0, 0.25, 0.4, 0.5)
 # weights of ours (None: bfloat16 as they are; random models: the first alone) and llama.cpp's of the same width
 GROUPS: dict[str, tuple[Sequence[str | None], Sequence[str]]] = {
-    "bf16": ((None,), ("BF16",)),
-    "int8": (("int8", "int8-g32"), ("Q8_0",)),
-    "int4": (("int4", "int4-g32-zp"), ("Q4_0", "Q4_K_M")),
+    "bf16": ((None,), RIVALS["bf16"]),
+    "int8": (("int8", "int8-g32"), RIVALS["int8"]),
+    "int4": (("int4", "int4-g32-zp"), RIVALS["int4"]),
 }
 MIXED_KL = 5e-5  # of the sites: llama.cpp's BF16 has 8e-5 on Gemma, and the output layer 2e-5
 PROMPT_TOKENS = 64
@@ -314,65 +316,35 @@ def _gguf(key: str, model: Any) -> Path:
     return path if path.is_file() else llamacpp.write_gguf(model, path)
 
 
-def frontier(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Each llama.cpp point, and ours that is as close to the float32 model and beats it by the most in one run."""
-    points: dict[tuple[str, int], list[tuple[dict[str, Any], dict[str, Any] | None]]] = {}
+def frontier(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At each llama.cpp point ours that is as close to the float32 model and beats it by the most in one run.
+
+    Where none is as close, `decoder`, `kl` and `ratio` are None.
+    """
+    points: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
         if row["decoder"].startswith("llama.cpp"):
             near = [each for each in rows if each["decoder"].startswith("deadband") and each["kl"] <= row["kl"]]
             near = [each for each in near if (each["threads"], each["group"]) == (row["threads"], row["group"])]
-            best = max(near, key=_speed, default=None)
-            points.setdefault((row["decoder"], row["threads"]), []).append((row, best))
-    for found in points.values():
-        yield max(found, key=lambda pair: 0 if pair[1] is None else _speed(pair[1]) / _speed(pair[0]))
-
-
-def _speed(row: dict[str, Any]) -> float:
-    return row["tokens_per_second"]
+            best = max(near, key=lambda each: each["tokens_per_second"], default=None)
+            point = {"rival": row["decoder"], "rival_kl": row["kl"], "threads": row["threads"]}
+            point |= {key: best and best[key] for key in ("decoder", "kl")}
+            point["ratio"] = best and best["tokens_per_second"] / row["tokens_per_second"]
+            points.setdefault((row["decoder"], row["threads"]), []).append(point)
+    return [max(found, key=lambda point: point["ratio"] or 0.0) for found in points.values()]
 
 
 def print_frontier(rows: Sequence[dict[str, Any]]) -> None:
-    for row, best in frontier(rows):
+    for point in frontier(rows):
         found = "none is as close"
-        if best is not None:
-            ratio = _speed(best) / _speed(row)
-            found = f"{best['decoder']}, KL {best['kl']:.4f}, {best['tokens_per_second']:.1f} tokens/s: {ratio:.2f}x"
-        own = f"KL {row['kl']:.4f}, {row['tokens_per_second']:.1f} tokens/s"
-        print(f"{row['threads']} threads, {row['decoder']}, {own}; at its KL: {found}")
+        if point["decoder"] is not None:
+            found = f"{point['decoder']}, KL {point['kl']:.4f}: {point['ratio']:.2f}x"
+        print(f"{point['threads']} threads, {point['rival']}, KL {point['rival_kl']:.4f}; at its KL: {found}")
 
 
-def plot(key: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Tokens per second against KL, one point for each configuration, and the frontier of each maker."""
-    from matplotlib.figure import Figure
-
-    counts = sorted({row["threads"] for row in rows})
-    figure = Figure(figsize=(6.4 * len(counts), 4.8), layout="constrained")
-    for axes, count in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts, strict=True):
-        for maker, marker in (("transformers", "s"), ("llama.cpp", "^"), ("deadband", "o")):
-            mine = [row for row in rows if row["decoder"].startswith(maker) and row["threads"] == count and "kl" in row]
-            mine = [row for row in mine if maker != "llama.cpp" or row["decoder"].split()[1] in GROUPS[row["group"]][1]]
-            mine.sort(key=lambda row: row["kl"])
-            if not mine:
-                continue
-            points = axes.scatter(
-                [row["kl"] for row in mine], [row["tokens_per_second"] for row in mine], marker=marker, label=maker
-            )
-            best, line = 0.0, []
-            for row in mine:
-                axes.annotate(row["decoder"].removeprefix(maker).strip(" ,"), (row["kl"], row["tokens_per_second"]),
-                              fontsize=6, xytext=(3, 3), textcoords="offset points")  # fmt: skip
-                if row["tokens_per_second"] > best:
-                    best = row["tokens_per_second"]
-                    line.append((row["kl"], best))
-            if maker != "transformers":
-                axes.step(*zip(*line, strict=True), where="post", color=points.get_facecolor(), linewidth=1)
-        axes.set(xscale="log", xlabel="KL to the float32 model", ylabel="tokens/s", title=f"{rows[0]['model']}, "
-                 f"{count} thread{'s' if count > 1 else ''}")  # fmt: skip
-        axes.grid(alpha=0.3)
-        axes.legend()
-    path = RESULTS / f"decode-{key}.svg"
-    figure.savefig(path)
-    print(f"drawn to benchmarks/results/{path.name}")
+def data_name(data: Path | None) -> str:
+    """What a text to judge on is called in the results."""
+    return "/".join(data.parts[-2:]) if data else "Python's documentation"
 
 
 def main() -> None:
@@ -383,17 +355,21 @@ def main() -> None:
     made.add_argument("--windows", type=int, default=8, help="windows of 512 tokens to judge on")
     made.add_argument("--no-compile", action="store_true", help="leave out transformers with torch.compile")
     options = made.parse_args()
-    RESULTS.mkdir(exist_ok=True)
+    settings = {
+        "judged_on": f"{options.windows} windows of 512 tokens of {data_name(options.data)}",
+        "llama-cpp-python": llamacpp and importlib.metadata.version("llama-cpp-python"),
+    }
     for key in options.models:
         rows: list[dict[str, Any]] = []
         quality = Quality(key, options) if key in REAL else None
         for group in options.groups:
             rows += measure(key, group, quality, options)
             gc.collect()
-            write_json(RESULTS / f"decode-{key}.json", {"rows": rows})  # what there is, should the next be stopped
-        save(f"decode-{key}", rows)
+            about = {"settings": settings if quality is not None else {**settings, "judged_on": None}}
+            if quality is not None:
+                about["frontier"] = frontier(rows)
+            save(f"decode-{key}", rows, **about)  # what there is, should the next be stopped
         if quality is not None:
-            plot(key, rows)
             print_frontier(rows)
 
 

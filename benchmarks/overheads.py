@@ -37,7 +37,7 @@ def call_cost(dtype: torch.dtype, rounds: int) -> dict:
     with threads(1), torch.inference_mode():
         times = interleave({"linear": repeated(plain), "sparse": repeated(sparse)}, rounds=rounds, what="calls")
     us = {name: median(values) / CALLS * 1e6 for name, values in times.items()}
-    return {"what": f"call, 64x64 {dtype}", **us, "difference_us": us["sparse"] - us["linear"]}
+    return {"what": f"call, 64x64 {dtype}", "threads": 1, **us, "difference_us": us["sparse"] - us["linear"]}
 
 
 def import_cost(rounds: int) -> dict:
@@ -69,7 +69,7 @@ def calibration_cost(rounds: int, count: int) -> dict:
         )  # fmt: skip
     seconds = {name: median(values) for name, values in times.items()}
     overhead = seconds["calibrate"] / seconds["forward"] - 1
-    return {"what": f"calibrate SmolLM2-135M bfloat16, {count} threads", **seconds, "overhead": overhead}
+    return {"what": "calibrate SmolLM2-135M bfloat16", "threads": count, **seconds, "overhead": overhead}
 
 
 def main() -> None:

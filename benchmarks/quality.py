@@ -2,7 +2,7 @@
 
 Calibrated on Python's documentation; judged on the text given by --data (wikitext-2's validation part for the published
 figures) or else on the other half of the documentation. In float32: the figures show the methods and no rounding. Each
-model's sweep is kept in benchmarks/results and goes on where it was stopped.
+model's sweep and its page are kept in build/benchmarks, and it goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, parser, save
+from common import KEPT, parser, save
 
 from deadband.app.models import GEMMA3, SMOLLM2, gemma3, load_model, load_tokenizer, smollm2
 from deadband.evaluation.page import write_report
@@ -25,6 +25,8 @@ BASELINE = "teal-uniform"
 BASELINE_BUDGETS = (0.25, 0.4, 0.5)  # between which its KL is read off
 METHODS = ("auto", "sensitivity", "wina", "top-k", "cats", "teal-greedy")
 MODELS = {"smollm2": (SMOLLM2, smollm2), "gemma3": (GEMMA3, gemma3)}
+KEYS = ("method", "title", "picked", "budget", "sparsity", "kl", "kl_error", "perplexity_increase",
+        "perplexity_increase_error", "agreement", "agreement_error", "seconds")  # fmt: skip
 
 
 def main() -> None:
@@ -40,8 +42,8 @@ def main() -> None:
     options = made.parse_args()
     halves = python_documentation()
     text = read_text(options.data) if options.data else halves[1]
-    judged_on = options.data.name if options.data else "pydoc"
-    RESULTS.mkdir(exist_ok=True)
+    judged_on = "/".join(options.data.parts[-2:]) if options.data else "pydoc"
+    KEPT.mkdir(parents=True, exist_ok=True)
     rows, ahead = [], []
     for key in options.models:
         name, folder = MODELS[key]
@@ -53,7 +55,7 @@ def main() -> None:
         settings: dict[str, Any] = {
             "calibration_windows": token_windows(tokenizer, halves[0], tokens=8192, window=512),
             "windows": token_windows(tokenizer, text, tokens=512 * options.windows, window=512),
-            "output": RESULTS / f"quality-{label}.json",
+            "output": KEPT / f"quality-{label}.json",
             "name": name,
             "calibrated_on": "pydoc",
             "judged_on": judged_on,
@@ -62,11 +64,19 @@ def main() -> None:
         }
         sweep(model, tokenizer, methods=[BASELINE], budgets=BASELINE_BUDGETS, **settings)
         figures = sweep(model, tokenizer, methods=list(options.methods), budgets=BUDGETS, **settings)
-        write_report(figures, RESULTS / f"quality-{label}.html")
+        write_report(figures, KEPT / f"quality-{label}.html")
         print(f"\n{label}, calibrated on pydoc, judged on {judged_on}, {options.windows} windows of 512 tokens")
         print(table(figures))
-        rows += removed(figures, label)
-        ahead += against_published(figures, label)
+        found, paired = removed(figures), against_published(figures, label)
+        about = {
+            "dtype": figures["dtype"],
+            "judged_on": f"{options.windows} windows of 512 tokens of {judged_on}",
+            "dense_perplexity": figures["dense"]["perplexity"],
+            "without": "<bos>" if options.without_bos else None,
+        }
+        save(f"quality-{label}", found, settings=about, against_published=paired)
+        rows += found
+        ahead += paired
         del model, settings
     print(
         f"\n{'model':24}{'method':18}{'asked':>7}{'achieved':>10}{'KL':>9}{'uniform':>9}{'removed':>9}{'perplexity':>12}"
@@ -74,29 +84,26 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['model']:24}{row['method']:18}{row['budget']:7.0%}{row['sparsity']:10.1%}{row['kl']:9.4f}"
-            f"{row['uniform_kl']:9.4f}{row['removed']:9.1%}{row['perplexity_increase']:+12.2%}"
+            f"{row['uniform_kl']:9.4f}{row['removed'] or 0.0:9.1%}{row['perplexity_increase']:+12.2%}"
         )
     for row in ahead:
         print(
             f"{row['model']} at {row['budget']:.0%}: KL of auto less that of {row['method']}, the best published "
             f"method: {row['difference']:+.4f} ± {row['error']:.4f} (paired over windows)"
         )
-    save("quality", {"figures": rows, "against_published": ahead})
 
 
-def removed(figures: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
-    """For each run, the part of uniform's KL at the same achieved sparsity that it removes."""
+def removed(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each run, the part of uniform's KL at the same achieved sparsity that it removes; None of uniform's own."""
     uniform = sorted((run["sparsity"], run["kl"]) for run in figures["runs"] if run["method"] == BASELINE)
     rows = []
     for run in figures["runs"]:
         if run["budget"] not in BUDGETS:
             continue
         there = between(uniform, run["sparsity"])
-        kept = {
-            key: run[key]
-            for key in ("method", "budget", "sparsity", "kl", "kl_error", "perplexity_increase", "seconds")
-        }
-        rows.append({"model": label, **kept, "uniform_kl": there, "removed": 1 - run["kl"] / there})
+        kept = {key: run[key] for key in KEYS}
+        less = 1 - run["kl"] / there if run["method"] != BASELINE else None
+        rows.append({"model": figures["model"], **kept, "uniform_kl": there, "removed": less})
     return rows
 
 

@@ -18,17 +18,7 @@ def main() -> None:
     parser.add_argument("--data", default="", help="a UTF-8 text file to judge quality on")
     options = parser.parse_args()
     failed = []
-    for name in (
-        "overheads",
-        "kernels",
-        "prefill",
-        "decode",
-        "allocation",
-        "quality",
-        "sparsifier",
-        "compaction",
-        "memory",
-    ):
+    for name in NAMES:
         print(f"== {name}", flush=True)
         extra = ["--data", options.data] if name == "quality" and options.data else []
         if subprocess.run([sys.executable, HERE / f"{name}.py", *extra], check=False).returncode:

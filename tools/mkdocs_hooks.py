@@ -1,5 +1,5 @@
-"""The site is made of files that are also read on a forge: the README is its first page, and links between files of the
-repository lead to pages of the site."""
+"""The site is made of files that are also read on a forge: the README is its first page, CONTRIBUTING.md its last, and
+links between files of the repository lead to pages of the site."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 CODE = "code"
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}  # outside of docs/
 _CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()[^()\s]+(?=\))")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add the README as the first page."""
-    files.append(File.generated(config, "index.md", abs_src_path=str(ROOT / "README.md")))
+    """Add the pages whose files are not in docs/."""
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
 
 
@@ -30,15 +32,15 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     own = page.file.src_uri
     if own.startswith(f"{CODE}/"):
         return markdown
-    source = "README.md" if own == "index.md" else f"docs/{own}"
+    source = next((source for source, page in PAGES.items() if page == own), f"docs/{own}")
 
     def replaced(found: re.Match[str]) -> str:
         target, _, fragment = found[0].partition("#")
         if not target or "://" in target:
             return found[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), unquote(target)))
-        if path == "README.md":
-            path = "index.md"
+        if path in PAGES:
+            path = PAGES[path]
         elif path.startswith("docs/"):
             path = path.removeprefix("docs/")
         elif (ROOT / path).is_dir():
