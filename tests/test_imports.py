@@ -5,7 +5,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src" / "deadband"
 FLOORS = [
-    {"files", "ops"},
+    {"files"},
+    {"ops", "tensor_files"},
     {"layers", "running"},
     {"calibration", "compaction", "decoding"},
     {"allocation", "masks", "quantization"},

@@ -8,21 +8,18 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from deadband.files import replacing
 from deadband.masks import aggregate, mask, reduce
 from deadband.masks.accumulator import as_features
 from deadband.masks.layers import FUNCTIONS, same_layer
 from deadband.masks.portable_checks import DTYPES, check_form, check_function
 from deadband.masks.schedule import Schedule
 from deadband.masks.snapshot import LayerSnapshot, Snapshot
+from deadband.tensor_files import read_tensors, write_tensors
 
 FORMAT = "deadband.activation_sparsifier"
 VERSION = 1
@@ -115,8 +112,7 @@ def save(snapshot: Snapshot, path: str | os.PathLike) -> None:
     """Write the portable state as a safetensors file."""
     state = portable_state(snapshot)
     tensors = {name: tensor.contiguous() for name, tensor in state.pop("tensors").items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={FORMAT: json.dumps(state)})
+    write_tensors(path, tensors, FORMAT, state)
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
@@ -126,16 +122,10 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not the state of a sparsifier.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            state = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(f"{os.fspath(path)!r} is not the state of an ActivationSparsifier: {error}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{os.fspath(path)!r} is not the state of an ActivationSparsifier")
+    what = "the state of an ActivationSparsifier"
+    state, tensors = read_tensors(path, FORMAT, what)
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{os.fspath(path)!r} is not {what}")
     return {**state, "tensors": tensors}
 
 
