@@ -40,6 +40,33 @@ def call_cost(dtype: torch.dtype, rounds: int) -> dict:
     return {"what": f"call, 64x64 {dtype}", "threads": 1, **us, "difference_us": us["sparse"] - us["linear"]}
 
 
+def argument_cost(rounds: int) -> dict:
+    """Microseconds of a call of an operator that does nothing, with the arguments of sparse_linear and three more."""
+    library = torch.library.Library("deadband_overheads", "DEF")
+    common = "Tensor? scale, Tensor? center, Tensor? offset, bool relative, int sparse_rows, Tensor(a!)? counts"
+    library.define(f"ten(Tensor x, Tensor weight, Tensor? bias, Tensor threshold, {common}) -> Tensor")
+    more = "Tensor? scales, Tensor? minimum, Tensor? bias, int group_size"
+    library.define(f"thirteen(Tensor x, Tensor weight, {more}, Tensor? threshold, {common}) -> Tensor")
+    library.impl("ten", lambda x, *_: x.new_empty(64), "CPU")
+    library.impl("thirteen", lambda x, *_: x.new_empty(64), "CPU")
+    ten, thirteen = torch.ops.deadband_overheads.ten.default, torch.ops.deadband_overheads.thirteen.default
+    x, weight, limit, counts = torch.randn(1, 64), torch.randn(64, 64), torch.tensor(0.5), torch.zeros(3).long()
+    rest = (limit, None, None, None, False, 4, counts)
+
+    def few() -> None:
+        for _ in range(CALLS):
+            ten(x, weight, None, *rest)
+
+    def many() -> None:
+        for _ in range(CALLS):
+            thirteen(x, weight, None, None, None, 0, *rest)
+
+    with threads(1), torch.inference_mode():
+        times = interleave({"ten": few, "thirteen": many}, rounds=rounds, what="arguments")
+    us = {name: median(values) / CALLS * 1e6 for name, values in times.items()}
+    return {"what": "arguments of an operator", "threads": 1, **us, "difference_us": us["thirteen"] - us["ten"]}
+
+
 def import_cost(rounds: int) -> dict:
     """Seconds of `import deadband` in a fresh interpreter, and of `deadband --help` as a process."""
     code = "import time; start = time.perf_counter(); import deadband; print(time.perf_counter() - start)"
@@ -75,6 +102,7 @@ def calibration_cost(rounds: int, count: int) -> dict:
 def main() -> None:
     options = parser(__doc__).parse_args()
     rows = [call_cost(dtype, 200 * options.rounds) for dtype in (torch.float32, torch.bfloat16)]
+    rows.append(argument_cost(200 * options.rounds))
     rows.append(import_cost(7 * options.rounds))
     rows += [calibration_cost(5 * options.rounds, count) for count in options.threads]
     for row in rows:

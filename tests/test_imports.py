@@ -1,4 +1,4 @@
-"""Imports go down the floors of `src/deadband` that CONTRIBUTING.md draws, never up, sideways or in a circle."""
+"""Imports go down the floors of `src/deadband` that CONTRIBUTING.md draws, and functions are short."""
 
 import ast
 from pathlib import Path
@@ -66,3 +66,31 @@ def test_faces_define_nothing():
         if path.name == "__init__.py" and name != "deadband":
             body = ast.parse(path.read_text("utf-8")).body[1:]
             assert all(isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign)) for node in body), name
+
+
+BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.IfExp, ast.match_case)
+
+
+def within(function):
+    """The nodes of a function that are in no function or class inside of it."""
+    for node in ast.iter_child_nodes(function):
+        yield node
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield from within(node)
+
+
+def test_long_functions_say_why():
+    """More than 60 lines, docstring aside, or 15 branches only where a comment begins with `Long on purpose`."""
+    for name, path in modules().items():
+        text = path.read_text("utf-8")
+        lines = text.splitlines()
+        for function in ast.walk(ast.parse(text)):
+            if isinstance(function, ast.FunctionDef):
+                written = (ast.get_docstring(function, clean=False) or "").count("\n") + 1
+                length = function.end_lineno - function.lineno + 1 - written
+                branches = sum(isinstance(node, BRANCHES) for node in within(function))
+                body = "\n".join(lines[function.lineno - 1 : function.end_lineno])
+                short = length <= 60 and branches <= 15
+                assert short or "# Long on purpose" in body, (
+                    f"{name}.{function.name}: {length} lines, {branches} branches"
+                )

@@ -54,7 +54,40 @@ class _Watched(nn.Module):
     def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:
         self.__dict__["_parameters"] = value
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the dense layer holds it: a tensor that is dequantised when its values are read.
+
+        What is written to it is rounded again, with a warning; a table's is the output layer's.
+        """
+        if torch.compiler.is_compiling():
+            return self.compute()
+        if _to_take_apart():
+            self._dequantise_for_torch()
+            return self.weight
+        return ComputedWeight(cast(Any, self), *self._like())
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.weight.data = value
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module; a new weight is quantised."""
+        if name != "weight":
+            super().register_parameter(name, param)
+        elif param is not None:
+            self.weight.data = param
+
+    def compute(self) -> Tensor:
+        """The weight, dequantised."""
+        raise NotImplementedError
+
+    def _like(self) -> tuple[Tensor, torch.device]:
+        """A tensor of the weight's shape, strides and dtype, without values, and where they would be."""
+        raise NotImplementedError
+
     def _dequantise_for_torch(self) -> None:
+        """Give the layer a parameter, which torch.nn.utils can compute a weight from."""
         raise NotImplementedError
 
 
@@ -72,31 +105,10 @@ class QuantizedMatrix(_Watched):
     group_size: int
     weight_dtype: torch.dtype  # of the weight that was quantised
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight as the dense layer holds it: a tensor that is dequantised when its values are read.
-
-        What is written to it is rounded again, with a warning.
-        """
-        if torch.compiler.is_compiling():
-            return self.compute()
-        if _to_take_apart():
-            self._dequantise_for_torch()
-            return self.weight
+    def _like(self) -> tuple[Tensor, torch.device]:
         out_features, in_features = self.matrix_shape
         like = torch.empty(out_features, in_features, dtype=self.weight_dtype, device="meta")
-        return ComputedWeight(self, like.t() if self.stored_in_out else like, self.codes.device)
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self.weight.data = value
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of every module; a new weight is quantised."""
-        if name != "weight":
-            super().register_parameter(name, param)
-        elif param is not None:
-            self.weight.data = param
+        return like.t() if self.stored_in_out else like, self.codes.device
 
     def _dequantise_for_torch(self) -> None:
         """Give the layer a parameter, which torch.nn.utils can compute a weight from."""
@@ -235,26 +247,9 @@ class QuantizedTable(_Watched, nn.Embedding):
     source: QuantizedMatrix  # the output layer; not a submodule, as it has its own place in the model
     table_dtype: torch.dtype
 
-    @property
-    def weight(self) -> Tensor:
-        """The table, which is the output layer's weight: dequantised when its values are read."""
-        if torch.compiler.is_compiling():
-            return self.compute()
-        if _to_take_apart():
-            self._dequantise_for_torch()
+    def _like(self) -> tuple[Tensor, torch.device]:
         like = torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.table_dtype, device="meta")
-        return ComputedWeight(self, like, self.source.codes.device)
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self.weight.data = value
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of every module; a new weight is the output layer's, too."""
-        if name != "weight":
-            super().register_parameter(name, param)
-        elif param is not None:
-            self.weight.data = param
+        return like, self.source.codes.device
 
     def _dequantise_for_torch(self) -> None:
         raise NotImplementedError(_TIED)

@@ -255,6 +255,7 @@ def _add_layers(
 
     Runs for each layer of each token: attributes are read once, and what is None is not looked at.
     """
+    # Long on purpose: a call of a function for each of the checks costs more than they do.
     for layer, in_features in enumerate(inputs):
         at = PARTS * layer
         weight, scales, minimum, bias, threshold, scale, center, offset = parts[at : at + PARTS]
