@@ -46,7 +46,7 @@ def test_plain_folders_change_nothing(monkeypatch):
 
 PROGRAM = """
 import torch
-from deadband.decode_graph import compile_graph
+from deadband.decoding.graph import compile_graph
 
 class Step(torch.nn.Module):
     def forward(self, x):

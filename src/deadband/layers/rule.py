@@ -2,7 +2,7 @@
 
     magnitude            |x_i|                  TEAL (Liu et al. 2024, arXiv 2408.14690)
     weighted_magnitude   |x_i| * ||W[:, i]||    WINA (Chen et al. 2025, arXiv 2505.19427)
-    sensitivity          |x_i| * rms(dL/dx_i)   the loss's gradient over calibration data, see deadband/sensitivity.py
+    sensitivity          |x_i| * rms(dL/dx_i)   the loss's gradient over calibration data, see allocation/sensitivity.py
 
 All are `|x_i| * scale_i`, which is all that the rest of the library knows of a criterion. Scores are float32 whatever
 the dtype of x. A NaN score is kept: what is broken in the dense model has to surface in the sparse one too.
