@@ -295,12 +295,12 @@ def test_an_unwritable_folder_is_an_error_before_the_work(deadband, folder, monk
 
 
 def test_a_full_disk_leaves_nothing(deadband, folder, calibrated, monkeypatch):
-    from deadband.calibration import calibration
+    import safetensors.numpy
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(calibration, "save_file", full)
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
     code, _, err = deadband("calibrate", "dense", "--data", "text.txt", "-o", "x", *SMALL)
     assert code == 2
     assert err.strip() == "deadband: error: No space left on device"
