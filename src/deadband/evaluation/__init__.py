@@ -2,7 +2,7 @@
 
 from deadband.evaluation.generation import GenerationReport, compare_generation
 from deadband.evaluation.methods import METHODS, Setup
-from deadband.evaluation.quality import Comparison, Evaluation, compare, evaluate
+from deadband.evaluation.quality import Comparison, Evaluation, compare, dense_logits, evaluate
 
 __all__ = [
     "METHODS",
@@ -12,5 +12,6 @@ __all__ = [
     "Setup",
     "compare",
     "compare_generation",
+    "dense_logits",
     "evaluate",
 ]
