@@ -267,8 +267,7 @@ def measure(key: str, group: str, quality: Quality | None, options: Any) -> list
         logits[f"llama.cpp {kind}"] = lambda ids, llama=llama: torch.from_numpy(llama.logits(ids))
     judged = quality.judge(logits) if quality is not None else {}
     rows = []
-    print(f"{name}, {group}\n{'decoder':24}{'threads':>8}{'sparsity':>9}{'tokens/s':>10}{'/transformers':>14}"
-          f"{'/llama.cpp':>11}{'MB/token':>10}{'of bandwidth':>13}{'KL':>9}{'perplexity':>11}")  # fmt: skip
+    print(f"{name}, {group}\n{HEAD}")
     for count in options.threads:
         with threads(count):
             for label, llama in llamas.items():
@@ -279,32 +278,46 @@ def measure(key: str, group: str, quality: Quality | None, options: Any) -> list
                 deadband.sparsity(model, reset=True, warn=False)
             times = interleave(steps, rounds=tokens, what=f"{name}, {group}, {count} threads")
             bandwidth = kernels.read_bandwidth()
-        rival = next((label for label in llamas), None)
-        for label, seconds in times.items():
-            one = median(seconds)
-            read = size[label] if label in size else bytes_per_token(models[label])
-            row = {
-                "model": name,
-                "group": group,
-                "decoder": label,
-                "threads": count,
-                "sparsity": deadband.sparsity(models[label], warn=False).total if label in models else 0.0,
-                "tokens_per_second": 1 / one,
-                "against_transformers": median(times["transformers"]) / one,
-                "against_llama_cpp": median(times[rival]) / one if rival else math.nan,
-                "bytes_per_token": read,
-                "of_bandwidth": read / one / bandwidth,
-                "read_bandwidth": bandwidth,
-                **judged.get(label, {}),
-            }
-            rows.append(row)
-            print(f"{label:24}{count:8}{row['sparsity']:9.1%}{row['tokens_per_second']:10.1f}"
-                  f"{row['against_transformers']:13.2f}x{row['against_llama_cpp']:10.2f}x{read / 1e6:10.0f}"
-                  f"{row['of_bandwidth']:13.0%}{row.get('kl', math.nan):9.4f}{row.get('perplexity', math.nan):11.2f}",
-                  flush=True)  # fmt: skip
+        about = {"model": name, "group": group, "threads": count}
+        seconds = {label: median(each) for label, each in times.items()}
+        for label in times:
+            figures = _figures(label, seconds, next(iter(llamas), None), bandwidth, models.get(label), size.get(label))
+            rows.append({**about, **figures, **judged.get(label, {})})
+            _show(rows[-1])
     for llama in llamas.values():
         llama.close()
     return rows
+
+
+HEAD = (
+    f"{'decoder':24}{'threads':>8}{'sparsity':>9}{'tokens/s':>10}{'/transformers':>14}"
+    f"{'/llama.cpp':>11}{'MB/token':>10}{'of bandwidth':>13}{'KL':>9}{'perplexity':>11}"
+)
+
+
+def _show(row: dict[str, Any]) -> None:
+    print(f"{row['decoder']:24}{row['threads']:8}{row['sparsity']:9.1%}{row['tokens_per_second']:10.1f}"
+          f"{row['against_transformers']:13.2f}x{row['against_llama_cpp']:10.2f}x{row['bytes_per_token'] / 1e6:10.0f}"
+          f"{row['of_bandwidth']:13.0%}{row.get('kl', math.nan):9.4f}{row.get('perplexity', math.nan):11.2f}",
+          flush=True)  # fmt: skip
+
+
+def _figures(
+    label: str, seconds: dict[str, float], rival: str | None, bandwidth: float, model: Any, size: int | None
+) -> dict[str, Any]:
+    """Of one decoder, by seconds a token of each; `model` is ours, `size` the bytes that another's token reads."""
+    one = seconds[label]
+    read = bytes_per_token(model) if size is None else size
+    return {
+        "decoder": label,
+        "sparsity": 0.0 if model is None else deadband.sparsity(model, warn=False).total,
+        "tokens_per_second": 1 / one,
+        "against_transformers": seconds["transformers"] / one,
+        "against_llama_cpp": seconds[rival] / one if rival else math.nan,
+        "bytes_per_token": read,
+        "of_bandwidth": read / one / bandwidth,
+        "read_bandwidth": bandwidth,
+    }
 
 
 def _file_name(key: str) -> str:

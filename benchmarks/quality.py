@@ -78,6 +78,11 @@ def main() -> None:
         rows += found
         ahead += paired
         del model, settings
+    show(rows, ahead)
+
+
+def show(rows: list[dict[str, Any]], ahead: list[dict[str, Any]]) -> None:
+    """Print the parts of TEAL's KL that are removed, and what `auto` is ahead of the best published method."""
     print(
         f"\n{'model':24}{'method':18}{'asked':>7}{'achieved':>10}{'KL':>9}{'uniform':>9}{'removed':>9}{'perplexity':>12}"
     )
