@@ -31,6 +31,14 @@ def test_public_names_exist_and_are_documented():
     assert python(code) == "[]"
 
 
+def test_a_calibration_allocates_whatever_was_imported():
+    assert (
+        python("from deadband.calibration.calibration import Calibration; print(callable(Calibration.allocate))")
+        == "True"
+    )
+    assert python("from deadband.calibration import Calibration; print(callable(Calibration.allocate))") == "True"
+
+
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="has no attribute 'sparsely'"):
         deadband.sparsely  # noqa: B018

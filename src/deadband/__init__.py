@@ -57,7 +57,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ActivationSparsifier": "masks",
-    "Calibration": "allocation",
+    "Calibration": "calibration",
     "CompactionReport": "compaction",
     "Comparison": "evaluation",
     "DecodeReport": "decoding",
@@ -73,7 +73,7 @@ _HOME = {
     "SparsityReport": "sparsify",
     "Thresholds": "allocation",
     "allocate": "allocation",
-    "calibrate": "allocation",
+    "calibrate": "calibration",
     "compare": "evaluation",
     "compare_generation": "evaluation",
     "SparsifierLightningCallback": "integrations.lightning",
@@ -119,14 +119,15 @@ def __dir__() -> list[str]:
 
 
 _FOLLOWERS = {
+    "deadband.calibration.calibration": "deadband.allocation",
     "transformers.quantizers.auto": "deadband.integrations.transformers",
     "transformers.modeling_utils": "deadband.integrations.transformers_saving",
     "transformers.models.falcon.modeling_falcon": "deadband.integrations.transformers_falcon",
 }
-"""What is imported right after modules of transformers, so that it knows sparse models from then on."""
+"""What is imported right after a module: transformers knows sparse models from then on, a Calibration allocates."""
 
 
-class _FollowTransformers(importlib.abc.MetaPathFinder):
+class _Follow(importlib.abc.MetaPathFinder):
     """Imports `_FOLLOWERS`."""
 
     def __init__(self) -> None:
@@ -148,7 +149,7 @@ class _FollowTransformers(importlib.abc.MetaPathFinder):
         return spec
 
 
-_finder = _FollowTransformers()
+_finder = _Follow()
 for _name, _follower in _FOLLOWERS.items():
     if _name in sys.modules:
         del _finder.waiting[_name]
