@@ -543,6 +543,23 @@ def test_what_does_not_parse_is_named_and_the_rest_read():
     assert "good" in {each.name for each in facts.definitions}
 
 
+def test_include_guards_are_no_definitions():
+    source = """\
+#ifndef PART_H
+#define PART_H
+#ifndef SIZE
+#define SIZE 4
+#endif
+#ifdef FAST
+#define QUICK
+#endif
+int part(int a);
+#endif
+"""
+    facts = parse("part.h", source.encode())
+    assert [each.name for each in facts.definitions] == ["SIZE", "QUICK", "part"]
+
+
 def test_macros_for_compilers_hide_no_definition():
     source = """\
 #define LIBRARY_INLINE inline __attribute__((always_inline))

@@ -307,7 +307,7 @@ def _definitions(found: list[_Found], source: _Source) -> list[Definition]:
             outer.append(each)
         if each.kind == "scope":
             each.public = source.exports(each, inside) and private.isdisjoint(_implemented(each.node))
-        if each.kind in ("scope", "code") or (each.kind == "declaration" and local):
+        if each.kind in ("scope", "code") or (each.kind == "declaration" and local) or _is_guard(each.node):
             continue
         kind = _kind(each, inside)
         each.public = (
@@ -341,6 +341,16 @@ def _is_around(other: _Found, each: _Found) -> bool:
     while node is not None and node.type == "assignment_expression" and node != other.node:
         node = node.parent
     return node != other.node or node.type != "assignment_expression"
+
+
+def _is_guard(node: Node) -> bool:
+    """Whether it is the macro by which a header is included once: without a value, under an #ifndef of its name."""
+    above = node.parent
+    if node.type != "preproc_def" or node.child_by_field_name("value") is not None or above is None:
+        return False
+    name, tested = node.child_by_field_name("name"), above.child_by_field_name("name")
+    guarded = above.type == "preproc_ifdef" and above.children[0].type == "#ifndef"
+    return guarded and name is not None and tested is not None and name.text == tested.text
 
 
 def _kind(found: _Found, inside: _Found | None) -> str:
