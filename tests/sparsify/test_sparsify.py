@@ -244,6 +244,26 @@ def test_failing_to_tell_transformers_undoes_everything(monkeypatch):
     assert list(sparse_sites(model)) == ["model.layers.0.mlp.up_proj"]
 
 
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_densify_is_all_or_nothing(weights, monkeypatch):
+    import deadband.sparsify.sparsify
+
+    def failing(model, config):
+        raise KeyboardInterrupt
+
+    model = sparsify_(tiny_model("llama"), {"layers.0.mlp.up_proj": 0.5, "layers.1.mlp.up_proj": 0.1}, weights=weights)
+    before, kinds = state_of(model), [type(module) for module in model.modules()]
+    ids = torch.randint(3, 128, (1, 2))
+    with torch.no_grad():
+        expected = model(ids).logits
+        monkeypatch.setattr(deadband.sparsify.sparsify, "FOLLOWERS", [failing])
+        with pytest.raises(KeyboardInterrupt):
+            deadband.densify_(model)
+        assert same_state(model, before)
+        assert [type(module) for module in model.modules()] == kinds
+        assert torch.equal(model(ids).logits, expected)
+
+
 def test_modules_that_only_look_like_transformers_ones():
     model = mlp()
     model.config, model.save_pretrained = {}, None
