@@ -19,7 +19,7 @@ QUICK = {*BASELINES, "x86_64_v4_bf16"}  # the others are compiled from parts tha
 def flags_of_isas():
     """The flags of each instruction set, as CMakeLists.txt sets them."""
     found = dict(re.findall(r"^ *set\((v\d|flags_\w+) (.+)\)$", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE))
-    flags: dict[str, list[str]] = {name: [] for name in BASELINES}
+    flags: dict[str, list[str]] = {name: [] for name in sorted(BASELINES)}
     for name, value in found.items():
         if name.startswith("flags_"):
             flags[name.removeprefix("flags_")] = re.sub(r"\$\{(\w+)\}", lambda match: found[match[1]], value).split()

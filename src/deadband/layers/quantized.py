@@ -19,11 +19,10 @@ from deadband.layers.sparse import (
     SparseLinear,
     SparseSite,
     change_class_,
-    fill_skipped,
     uncounted,
 )
-from deadband.ops.linear import NIBBLES, count_, dequantize, quantized_linear, transformed
-from deadband.ops.skipping import apply_mask, keep_mask
+from deadband.ops.linear import NIBBLES, dequantize, quantized_linear, transformed
+from deadband.ops.skipping import apply_mask
 
 if TYPE_CHECKING:
     from deadband.layers.formats import QuantizedWeight
@@ -192,7 +191,8 @@ class QuantizedLinear(QuantizedMatrix, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = W · x + bias."""
-        if (torch.is_grad_enabled() and x.requires_grad) or transformed():
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad
+        if (needs_gradient and not torch.compiler.is_exporting()) or transformed():
             return F.linear(x, self.matrix(x.dtype), self.bias)
         return quantized_linear(
             x, self.codes, self.scales, self.minimum, self.bias, self.group_size,
@@ -214,13 +214,9 @@ class QuantizedSite(QuantizedMatrix, SparseSite):
         if buffers["mask"] is not None and rows:
             x = apply_mask(x, buffers["mask"])
         plain = transformed()
-        if self.training or plain or (torch.is_grad_enabled() and x.requires_grad):
-            if rows and (self.training or x.shape[:-1].numel() <= rows):
-                keep = keep_mask(x.detach(), threshold, scale, center, self.relative)
-                if counts is not None and not self.training and not plain:
-                    count_(counts, x.detach(), keep)
-                x = fill_skipped(x, keep, center, self.gradient)
-            return F.linear(x, self.matrix(x.dtype), bias)
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad
+        if self.training or plain or (needs_gradient and not torch.compiler.is_exporting()):
+            return self.masked_linear(x, self.matrix(x.dtype), bias, rows, None if plain else counts)
         if counts is None:
             counts = uncounted(x.device)
         return quantized_linear(

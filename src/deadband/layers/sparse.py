@@ -77,15 +77,19 @@ class SparseSite(nn.Module):
         mixed = x.dtype is not weight.dtype  # autocast: torch's own linear knows what to do, or to say
         plain = transformed()
         if self.training or mixed or plain or (needs_gradient and not torch.compiler.is_exporting()):
-            if rows and (self.training or x.shape[:-1].numel() <= rows):
-                keep = keep_mask(x.detach(), threshold, scale, center, self.relative)
-                if counts is not None and not self.training and not plain:
-                    count_(counts, x.detach(), keep)
-                x = fill_skipped(x, keep, center, self.gradient)
-            return F.linear(x, weight, bias)
+            return self.masked_linear(x, weight, bias, rows, None if plain else counts)
         if counts is None:
             counts = uncounted(x.device)
         return sparse_linear(x, weight, bias, threshold, scale, center, offset, self.relative, rows, counts)
+
+    def masked_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, counts: Tensor | None) -> Tensor:
+        """What the layer's operator computes, by torch's own: for gradients, training, autocast and torch.func."""
+        if rows and (self.training or x.shape[:-1].numel() <= rows):
+            keep = keep_mask(x.detach(), self.threshold, self.scale, self.center, self.relative)
+            if counts is not None and not self.training:
+                count_(counts, x.detach(), keep)
+            x = fill_skipped(x, keep, self.center, self.gradient)
+        return F.linear(x, weight, bias)
 
     def dense_matrix(self) -> Tensor:
         """The weight as [out_features, in_features], detached."""
