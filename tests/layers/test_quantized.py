@@ -759,6 +759,16 @@ def test_compile_a_whole_model_and_export_a_layer():
     assert any("quantized_linear" in str(node.target) for node in program.graph.nodes)
 
 
+def test_export_with_gradients_on_keeps_the_codes():
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 8)).eval()
+    sparsify_(model, {"1": 0.1, "2": 0.1}, weights="int8")  # their inputs have gradients: the first layer's weight does
+    x = torch.randn(2, 16)
+    program = torch.export.export(model, (x,))
+    assert sum("quantized_linear" in str(node.target) for node in program.graph.nodes) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
 def test_given_weights_stay_the_callers():
     model = mlp()
     given = quantize(model[0].weight.detach(), "int8")

@@ -13,14 +13,7 @@ from torch.nn import functional as F
 from deadband.layers import scope
 from deadband.layers.computed import ComputedWeight
 from deadband.layers.memory import on_huge_pages
-from deadband.layers.sparse import (
-    SPARSE_CLASSES,
-    DenseLinear,
-    SparseLinear,
-    SparseSite,
-    change_class_,
-    uncounted,
-)
+from deadband.layers.sparse import SPARSE_CLASSES, DenseLinear, SparseLinear, SparseSite, change_class_, uncounted
 from deadband.ops.linear import NIBBLES, dequantize, quantized_linear, transformed
 from deadband.ops.skipping import apply_mask
 
