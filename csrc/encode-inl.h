@@ -59,6 +59,7 @@ struct Chunk {
   int64_t entry, count;  // the kept inputs in it
   int64_t first, quads;  // the quads that they fill
   int64_t group;
+  int64_t pairs;  // of rows of codes, where they are multiplied in pairs
 };
 
 // x, quantised, chunk by chunk.
@@ -111,9 +112,82 @@ DEADBAND_INLINE float encode_values(const T* values, int64_t count, int64_t quad
   return most / kLargestEntry;
 }
 
+// The same for weights of 4 bits, as pairs of signed bytes: (second << 8 | first) * 0x10001. An entry that takes more
+// steps than a byte holds becomes several, each with the row of codes. Returns the step; `pairs`: how many there are.
+//
+// 9/4 of the root mean square of the chunk are 127 steps. So rounding costs 0.5 % of the product, whatever the values,
+// where the codes' own rounding costs about 9 %; entries become fewer than 6/5 as many; and their sizes sum up to
+// less than 4096 steps, if they are kNibblesMany or fewer.
+constexpr int64_t kNibblesMany = 64;
+template <class T>
+DEADBAND_INLINE float encode_nibbles(const T* values, int64_t count, const uint8_t** codes, int32_t* words,
+                                     int32_t* sum, int64_t* pairs) {
+  Vi numbers;
+  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = lane;
+  float value[kNibblesMany + kLanes];
+  Vi largest = {};  // as bits: those of NaN and infinity are larger than those of any number
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Vf each = load_in_order(values + i);
+    if (i + kLanes > count) each = (Vf)((Vi)each & (numbers < splat_int((int32_t)(count - i))));
+    store(value + i, each);
+    Vi size = (Vi)magnitude(each);
+    largest = size > largest ? size : largest;
+  }
+  int32_t bits = most_of_lanes(largest);
+  *sum = 0;
+  *pairs = (count + 1) / 2;
+  if (bits >= 0x7f800000) {
+    memset(words, 0, *pairs * sizeof *words);
+    return __builtin_nanf("");
+  }
+  float most;
+  memcpy(&most, &bits, sizeof most);
+  float scale = 1.0f / most;
+  if (!(scale <= 3.40282347e38f)) scale = 0.0f;  // all zero, or too small to matter
+  Vf squares = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Vf each = load(value + i) * scale;
+    squares += each * each;
+  }
+  float limit = 2.25f * __builtin_sqrtf(sum_lanes(squares) / (float)count);  // in parts of the largest
+  float inverse = limit > 0 ? 127.0f / limit * scale : 0.0f;
+  if (!(inverse <= 3.40282347e38f)) inverse = 0.0f;
+  int32_t steps[2 * kNibblesMany];
+  Vi all = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Vf scaled = load(value + i) * inverse;
+    Vf half = (Vf)(((Vu)scaled & 0x80000000u) | 0x3f000000u);  // away from zero; conversion cuts off
+    Vi each = __builtin_convertvector(scaled + half, Vi);
+    memcpy(steps + i, &each, sizeof each);
+    all += each;
+  }
+  *sum = sum_of_lanes(all);
+  if (most * inverse >= 127.5f) {
+    const uint8_t* own[kNibblesMany];
+    int32_t entries[kNibblesMany];
+    memcpy(own, codes, count * sizeof *own);
+    memcpy(entries, steps, count * sizeof *entries);
+    int64_t rows = 0;
+    for (int64_t i = 0; i < count; ++i)
+      for (int32_t left = entries[i]; left;) {
+        int32_t part = left > 127 ? 127 : left < -127 ? -127 : left;
+        codes[rows] = own[i];
+        steps[rows++] = part;
+        left -= part;
+      }
+    count = rows;
+    *pairs = (count + 1) / 2;
+    steps[count] = 0;
+    if (count & 1) codes[count] = codes[count - 1];
+  }
+  for (int64_t p = 0; p < *pairs; ++p)
+    words[p] = (int32_t)(((steps[2 * p] & 255u) | (steps[2 * p + 1] & 255u) << 8) * 0x10001u);
+  return most * limit / 127.0f;
+}
+
 // Cuts the kept inputs (all where `index` is NULL) into chunks of `most` or a little less, as even as can be within a
-// group, and notes where their weights lie.
-void cut_chunks(const int32_t* index, int64_t count, const Quantized& w, int64_t most, Encoded* x) {
+// group, and notes where their weights lie. With `repeats` there is room for what encode_nibbles adds.
+void cut_chunks(const int32_t* index, int64_t count, const Quantized& w, int64_t most, bool repeats, Encoded* x) {
   int64_t chunks = 0, quads = 0, group = 0, end = w.group_size;
   for (int64_t i = 0; i < count;) {
     for (int64_t input = index ? index[i] : i; input >= end; end += w.group_size) ++group;
@@ -124,8 +198,8 @@ void cut_chunks(const int32_t* index, int64_t count, const Quantized& w, int64_t
       stop = count;
     while (i < stop) {
       int64_t left = stop - i, pieces = (left + most - 1) / most;
-      int64_t own = pieces == 1 ? left : round_up(left / pieces, 4), own_quads = (own + 3) / 4;
-      x->chunk[chunks++] = {i, own, quads, own_quads, group};
+      int64_t own = pieces == 1 ? left : round_up(left / pieces, 4), own_quads = (own + (repeats ? own / 5 : 0) + 3) / 4;
+      x->chunk[chunks++] = {i, own, quads, own_quads, group, 0};
       const uint8_t** to = x->codes + 4 * quads;
       quads += own_quads;
       for (; own; --own, ++i) *to++ = w.codes + (index ? index[i] : i) * w.row_bytes;
@@ -141,7 +215,7 @@ struct EncodedSizes {
 
   EncodedSizes(const Quantized& w, int64_t rows) : rows(rows) {
     chunks = w.in / chunk_size(rows, w.scales) + w.in / w.group_size + 2;
-    quads = w.in / 4 + chunks;
+    quads = w.in * 3 / 10 + chunks;
   }
   size_t chunk() const { return round_up(chunks * sizeof(Chunk), 64); }
   size_t codes() const { return round_up(quads * 4 * sizeof(char*), 64); }
@@ -162,11 +236,19 @@ Encoded encode(const Input<T>& input, const Kept& kept, const Quantized& w, int 
                      (int32_t*)(memory += sizes.codes()),
                      (float*)(memory += sizes.words()),
                      (int32_t*)(memory += sizes.step())};
-  cut_chunks(kept.index, kept.count, w, chunk_size(rows, w.scales), &encoded);
+  bool nibbles = w.bits == 4 && rows == 1;
+  cut_chunks(kept.index, kept.count, w, nibbles ? kNibblesMany : chunk_size(rows, w.scales), nibbles, &encoded);
   parallel(threads_for(rows * kept.count, kEncodedPerThread, threads), [&](int part, int parts) {
     Range mine = share(encoded.chunks, 1, part, parts);
     for (int64_t c = mine.begin; c < mine.end; ++c) {
-      const Chunk& chunk = encoded.chunk[c];
+      Chunk& chunk = encoded.chunk[c];
+      if (nibbles) {
+        const uint8_t** codes = encoded.codes + 4 * chunk.first;
+        int32_t *words = encoded.words + 2 * chunk.first, *sum = encoded.sum + c;
+        encoded.step[c] = kept.index ? encode_nibbles(kept.value + chunk.entry, chunk.count, codes, words, sum, &chunk.pairs)
+                                     : encode_nibbles(input.x + chunk.entry, chunk.count, codes, words, sum, &chunk.pairs);
+        continue;
+      }
       for (int64_t r = 0; r < rows; ++r) {
         int32_t* words = encoded.words + 2 * (chunk.first * rows + chunk.quads * r);
         int32_t* sum = encoded.sum + c * rows + r;

@@ -21,6 +21,7 @@
 
 #include "bytes-inl.h"
 #include "encode-inl.h"
+#include "nibbles-inl.h"
 #include "select-inl.h"
 #include "sizes-inl.h"
 #include "threads-inl.h"
@@ -161,6 +162,9 @@ DEADBAND_INLINE void stream_chunk(const Quantized& w, const Encoded& x, int64_t 
 // One row of x, outputs [begin, end): sums += the product with chunks [begin, end).
 template <int Bits>
 void stream_outputs(const Quantized& w, const Encoded& x, Range chunks, Range outputs, float* sums) {
+  if constexpr (Bits == 4)
+    return w.minimum ? stream_nibbles<true>(w, x, chunks, outputs, sums)
+                     : stream_nibbles<false>(w, x, chunks, outputs, sums);
   int64_t whole = min_of((w.out - outputs.begin) / kOutputs<Bits> * kOutputs<Bits>,
                          round_up(outputs.end - outputs.begin, kOutputs<Bits>));
   Range blocks = {outputs.begin, outputs.begin + whole}, rest = {blocks.end, outputs.end};
