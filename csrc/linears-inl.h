@@ -10,6 +10,7 @@
 #include "encode-inl.h"
 #include "kernel_table.h"
 #include "kernels.h"
+#include "panels-inl.h"
 #include "quantized-inl.h"
 #include "select-inl.h"
 #include "sizes-inl.h"
@@ -70,7 +71,8 @@ int64_t prepare(const Input<T>& input, const deadband_layer& layer, int threads,
 DEADBAND_INLINE size_t share_bytes(const deadband_layer& layer, int64_t rows, int64_t in) {
   if (!layer.bits) return stream_bytes(rows, layer.out);
   Quantized w = quantized_of(layer, in);
-  return layer.bits == 8 ? multiply_bytes<8>(w, rows) : multiply_bytes<4>(w, rows);
+  if (rows > 1) return layer.bits == 8 ? panel_bytes<8>(w, rows) : panel_bytes<4>(w, rows);
+  return layer.bits == 8 ? multiply_bytes<8>(w) : multiply_bytes<4>(w);
 }
 
 template <class T>
@@ -86,6 +88,9 @@ void multiply(const deadband_layer& layer, const Task<T>& task, int64_t rows, in
     Range chunks = share(x.chunks, 1, part, parts);
     layer.bits == 8 ? stream_outputs<8>(w, x, chunks, {0, w.out}, sums)
                     : stream_outputs<4>(w, x, chunks, {0, w.out}, sums);
+  } else if (rows > 1) {
+    layer.bits == 8 ? panel_share<T, 8>(w, x, task.target, part, parts, scratch)
+                    : panel_share<T, 4>(w, x, task.target, part, parts, scratch);
   } else {
     layer.bits == 8 ? multiply_share<T, 8>(w, x, task.target, part, parts, scratch)
                     : multiply_share<T, 4>(w, x, task.target, part, parts, scratch);
