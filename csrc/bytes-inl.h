@@ -170,7 +170,8 @@ DEADBAND_INLINE Vi multiply_words(Vi codes, int32_t word) {
 #endif
 }
 DEADBAND_INLINE void multiply_add(Vi* sums, Vb codes, const int32_t* words, int64_t quads) {
-  Vi even = (Vi)codes & 0x00ff00ff, odd = (Vi)((Vu)codes >> 8) & 0x00ff00ff;
+  typedef uint16_t Words __attribute__((vector_size(kVectorBytes)));
+  Vi even = (Vi)codes & 0x00ff00ff, odd = (Vi)((Words)codes >> 8);
   sums[0] += multiply_words(even, words[0]) + multiply_words(odd, words[quads]);
 }
 DEADBAND_INLINE Vi total(const Vi* sums) { return sums[0]; }

@@ -1,8 +1,5 @@
-// x as quantised weights meet it: cut into chunks of inputs, with the places of their codes.
-//
-// Entries of x become 16-bit integers, with a step of their own for each chunk. That rounding (2^-16 of the chunk's
-// largest entry) is far below that of bfloat16. Rounding x to 8 bits for 4-bit weights, with half the products, gains
-// nothing.
+// x as quantised weights meet it: cut into chunks of inputs, with the places of their codes, and rounded to integers with
+// a step of their own for each chunk. This is the way of one row of x; panels-inl.h has that of more.
 #ifndef DEADBAND_ENCODE_INL_H
 #define DEADBAND_ENCODE_INL_H
 
@@ -20,17 +17,11 @@
 namespace deadband {
 namespace {
 
-constexpr int64_t kChunkMany = 4 * kMostQuads;
-// Inputs of one chunk: of one group, so that they share their scales, and few enough for the 32-bit sums. With few rows
-// of x there are fewer of them, as many rows of codes come from memory side by side: 128, for two rows of x, read half
-// as fast. Where sums are scaled once, in the end, even fewer. With many rows of x longer sums save time. Measured as
-// in quantized-inl.h, one row: chunks of 16 inputs cost up to 7 % with scales of groups, those of 32 cost 10 % without,
-// and those of 64 up to 20 %, nothing skipped.
-DEADBAND_INLINE int64_t chunk_size(int64_t rows, bool in_groups) {
-  if (rows > 16) return kChunkMany;
-  return rows == 1 && !in_groups ? 16 : 32;
-}
-constexpr int64_t kEncodedPerThread = 16384;
+// The most inputs of a chunk: of one group, so that they share their scales, and few enough for the sums. The more there
+// are, the less often sums are scaled; but as many rows of codes come from memory side by side. Measured on Zen 4,
+// 8 bits without groups, half skipped, rows of 2 and 8 KB: 32 inputs take 12 to 18 % longer than 64, and 16 up to 25 %.
+constexpr int64_t kChunkMost = 64;
+constexpr int64_t kEncodedPerThread = 2048;
 
 struct Quantized {
   int bits;
@@ -72,121 +63,89 @@ struct Encoded {
   int32_t* sum;           // [chunks][rows]: of the integers
 };
 
-// Integers for the values of a chunk. Whole vectors of values are read, those beyond `count` not used. Returns the
-// step; NaN if a value is not finite.
-template <class T>
-DEADBAND_INLINE float encode_values(const T* values, int64_t count, int64_t quads, int32_t* words, int32_t* sum) {
-  Vi numbers;
-  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = lane;
-  auto value_at = [&](int64_t i) __attribute__((always_inline)) {
-    Vf value = load_in_order(values + i);
-    return i + kLanes <= count ? value : (Vf)((Vi)value & (numbers < splat_int((int32_t)(count - i))));
-  };
-  Vi largest = {};  // as bits: those of NaN and infinity are larger than those of any number
+// Bits of the largest magnitude among whole vectors of values: those of NaN and infinity are larger than of any number.
+DEADBAND_INLINE int32_t largest_bits(const float* values, int64_t count) {
+  Vi largest = {};
   for (int64_t i = 0; i < count; i += kLanes) {
-    Vi size = (Vi)magnitude(value_at(i));
+    Vi size = (Vi)magnitude(load(values + i));
     largest = size > largest ? size : largest;
   }
-  int32_t bits = most_of_lanes(largest);
-  *sum = 0;
-  if (bits >= 0x7f800000) {
-    memset(words, 0, 2 * quads * sizeof *words);
-    return __builtin_nanf("");
-  }
-  float most;
-  memcpy(&most, &bits, sizeof most);
-  float inverse = kLargestEntry / most;
-  if (!(inverse <= 3.40282347e38f)) inverse = 0.0f;  // all zero, or too small to matter
-  int32_t integers[kChunkMany];
-  Vi all = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Vf scaled = value_at(i) * inverse;
-    Vf half = (Vf)(((Vu)scaled & 0x80000000u) | 0x3f000000u);  // away from zero; conversion cuts off
-    Vi each = __builtin_convertvector(scaled + half, Vi);
-    memcpy(integers + i, &each, sizeof each);
-    all += each;
-  }
-  for (int64_t i = round_up(count, kLanes); i < 4 * quads; ++i) integers[i] = 0;
-  encode_entries(integers, quads, words);
-  *sum = sum_of_lanes(all);
-  return most / kLargestEntry;
+  return most_of_lanes(largest);
 }
+constexpr int32_t kInfinityBits = 0x7f800000;
 
-// The same for weights of 4 bits, as pairs of signed bytes: (second << 8 | first) * 0x10001. An entry that takes more
-// steps than a byte holds becomes several, each with the row of codes. Returns the step; `pairs`: how many there are.
-//
-// 9/4 of the root mean square of the chunk are 127 steps. So rounding costs 0.5 % of the product, whatever the values,
-// where the codes' own rounding costs about 9 %; entries become fewer than 6/5 as many; and their sizes sum up to
-// less than 4096 steps, if they are kNibblesMany or fewer.
-constexpr int64_t kNibblesMany = 64;
-template <class T>
-DEADBAND_INLINE float encode_nibbles(const T* values, int64_t count, const uint8_t** codes, int32_t* words,
-                                     int32_t* sum, int64_t* pairs) {
-  Vi numbers;
-  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = lane;
-  float value[kNibblesMany + kLanes];
-  Vi largest = {};  // as bits: those of NaN and infinity are larger than those of any number
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Vf each = load_in_order(values + i);
-    if (i + kLanes > count) each = (Vf)((Vi)each & (numbers < splat_int((int32_t)(count - i))));
-    store(value + i, each);
-    Vi size = (Vi)magnitude(each);
-    largest = size > largest ? size : largest;
-  }
-  int32_t bits = most_of_lanes(largest);
-  *sum = 0;
-  *pairs = (count + 1) / 2;
-  if (bits >= 0x7f800000) {
-    memset(words, 0, *pairs * sizeof *words);
-    return __builtin_nanf("");
-  }
-  float most;
-  memcpy(&most, &bits, sizeof most);
-  float scale = 1.0f / most;
-  if (!(scale <= 3.40282347e38f)) scale = 0.0f;  // all zero, or too small to matter
-  Vf squares = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Vf each = load(value + i) * scale;
-    squares += each * each;
-  }
-  float limit = 2.25f * __builtin_sqrtf(sum_lanes(squares) / (float)count);  // in parts of the largest
-  float inverse = limit > 0 ? 127.0f / limit * scale : 0.0f;
-  if (!(inverse <= 3.40282347e38f)) inverse = 0.0f;
-  int32_t steps[2 * kNibblesMany];
+// Whole vectors of values in steps, halves away from zero. Returns their sum. `inverse`: of the step.
+DEADBAND_INLINE int32_t round_to_steps(const float* values, int64_t count, float inverse, int32_t* steps) {
   Vi all = {};
   for (int64_t i = 0; i < count; i += kLanes) {
-    Vf scaled = load(value + i) * inverse;
-    Vf half = (Vf)(((Vu)scaled & 0x80000000u) | 0x3f000000u);  // away from zero; conversion cuts off
+    Vf scaled = load(values + i) * inverse;
+    Vf half = (Vf)(((Vu)scaled & 0x80000000u) | 0x3f000000u);  // conversion cuts off
     Vi each = __builtin_convertvector(scaled + half, Vi);
     memcpy(steps + i, &each, sizeof each);
     all += each;
   }
-  *sum = sum_of_lanes(all);
-  if (most * inverse >= 127.5f) {
-    const uint8_t* own[kNibblesMany];
-    int32_t entries[kNibblesMany];
+  return sum_of_lanes(all);
+}
+
+// 1 / step, or zero where that is no number: all values are zero then, or too small to matter.
+DEADBAND_INLINE float inverse_of(float step) {
+  float inverse = 1.0f / step;
+  return inverse <= 3.40282347e38f ? inverse : 0.0f;
+}
+
+// A chunk for weights of 8 bits: 16-bit integers, of which the largest is kLargestEntry. That rounding is far below that
+// of bfloat16. Returns the step.
+DEADBAND_INLINE float encode_octets(const float* values, float most, int64_t count, int64_t quads, int32_t* words,
+                                    int32_t* sum) {
+  int32_t steps[kChunkMost + kLanes];
+  float step = most / kLargestEntry;
+  *sum = round_to_steps(values, round_up(count, kLanes), inverse_of(step), steps);
+  for (int64_t i = round_up(count, kLanes); i < 4 * quads; ++i) steps[i] = 0;
+  encode_entries(steps, quads, words);
+  return step;
+}
+
+// A chunk for weights of 4 bits: pairs of signed bytes, (second << 8 | first) * 0x10001. An entry of more steps than a
+// byte holds becomes several, each with the row of codes. Returns the step; `pairs`: how many there are.
+//
+// 9/4 of the root mean square of the chunk are 127 steps. So rounding costs half a percent of the product, whatever the
+// values, where the codes' own rounding costs nine; entries become fewer than 6/5 as many; and the sum of their
+// magnitudes stays below 4096.
+DEADBAND_INLINE float encode_nibbles(const float* values, float most, int64_t count, const uint8_t** codes,
+                                     int32_t* words, int32_t* sum, int64_t* pairs) {
+  int32_t steps[kChunkMost + kLanes], parts[2 * kChunkMost];
+  Vf squares = {};
+  float inverse = inverse_of(most);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Vf part = load(values + i) * inverse;
+    squares += part * part;
+  }
+  float step = most * __builtin_sqrtf(sum_lanes(squares) / (float)count) * (2.25f / 127);
+  *sum = round_to_steps(values, round_up(count, kLanes), inverse_of(step), steps);
+  const int32_t* entries = steps;
+  if (most > 127 * step) {
+    const uint8_t* own[kChunkMost];
     memcpy(own, codes, count * sizeof *own);
-    memcpy(entries, steps, count * sizeof *entries);
     int64_t rows = 0;
     for (int64_t i = 0; i < count; ++i)
-      for (int32_t left = entries[i]; left;) {
-        int32_t part = left > 127 ? 127 : left < -127 ? -127 : left;
+      for (int32_t left = steps[i]; left; left -= parts[rows++]) {
         codes[rows] = own[i];
-        steps[rows++] = part;
-        left -= part;
+        parts[rows] = left > 127 ? 127 : left < -127 ? -127 : left;
       }
+    parts[rows] = 0;
+    codes[rows] = own[0];
     count = rows;
-    *pairs = (count + 1) / 2;
+    entries = parts;
+  } else
     steps[count] = 0;
-    if (count & 1) codes[count] = codes[count - 1];
-  }
+  *pairs = (count + 1) / 2;
   for (int64_t p = 0; p < *pairs; ++p)
-    words[p] = (int32_t)(((steps[2 * p] & 255u) | (steps[2 * p + 1] & 255u) << 8) * 0x10001u);
-  return most * limit / 127.0f;
+    words[p] = (int32_t)(((entries[2 * p] & 255u) | (entries[2 * p + 1] & 255u) << 8) * 0x10001u);
+  return step;
 }
 
 // Cuts the kept inputs (all where `index` is NULL) into chunks of `most` or a little less, as even as can be within a
-// group, and notes where their weights lie. With `repeats` there is room for what encode_nibbles adds.
+// group. With `repeats` there is room for what encode_nibbles adds, and for one more.
 void cut_chunks(const int32_t* index, int64_t count, const Quantized& w, int64_t most, bool repeats, Encoded* x) {
   int64_t chunks = 0, quads = 0, group = 0, end = w.group_size;
   for (int64_t i = 0; i < count;) {
@@ -198,72 +157,77 @@ void cut_chunks(const int32_t* index, int64_t count, const Quantized& w, int64_t
       stop = count;
     while (i < stop) {
       int64_t left = stop - i, pieces = (left + most - 1) / most;
-      int64_t own = pieces == 1 ? left : round_up(left / pieces, 4), own_quads = (own + (repeats ? own / 5 : 0) + 3) / 4;
+      int64_t own = pieces == 1 ? left : round_up(left / pieces, 4);
+      int64_t own_quads = (own + (repeats ? own / 5 + 1 : 0) + 3) / 4;
       x->chunk[chunks++] = {i, own, quads, own_quads, group, 0};
-      const uint8_t** to = x->codes + 4 * quads;
       quads += own_quads;
-      for (; own; --own, ++i) *to++ = w.codes + (index ? index[i] : i) * w.row_bytes;
-      for (; to < x->codes + 4 * quads; ++to) *to = to[-1];
+      i += own;
     }
   }
   x->chunks = chunks;
 }
 
-// Memory for an x that is encoded for a weight.
-struct EncodedSizes {
-  int64_t chunks, quads, rows;
+// Notes where the codes of a chunk's inputs lie; the last stand for what is left of the quads.
+DEADBAND_INLINE void place_codes(const int32_t* index, const Chunk& chunk, const Quantized& w, const uint8_t** codes) {
+  for (int64_t k = 0; k < chunk.count; ++k)
+    codes[k] = w.codes + (index ? index[chunk.entry + k] : chunk.entry + k) * w.row_bytes;
+  for (int64_t k = chunk.count; k < 4 * chunk.quads; ++k) codes[k] = codes[k - 1];
+}
 
-  EncodedSizes(const Quantized& w, int64_t rows) : rows(rows) {
-    chunks = w.in / chunk_size(rows, w.scales) + w.in / w.group_size + 2;
-    quads = w.in * 3 / 10 + chunks;
+// Memory for a row of x that is encoded for a weight.
+struct EncodedSizes {
+  int64_t chunks, quads;
+
+  explicit EncodedSizes(const Quantized& w) {
+    chunks = w.in / kChunkMost + w.in / w.group_size + 2;
+    quads = w.in * 3 / 10 + 2 * chunks;
   }
   size_t chunk() const { return round_up(chunks * sizeof(Chunk), 64); }
   size_t codes() const { return round_up(quads * 4 * sizeof(char*), 64); }
-  size_t words() const { return round_up(quads * rows * 2 * sizeof(int32_t), 64); }
-  size_t step() const { return round_up(chunks * rows * sizeof(float), 64); }
+  size_t words() const { return round_up(quads * 2 * sizeof(int32_t), 64); }
+  size_t step() const { return round_up(chunks * sizeof(float), 64); }
   size_t total() const { return chunk() + codes() + words() + 2 * step(); }
 };
+
+// Chunk `c` of a row.
+template <class T>
+void encode_chunk(const Input<T>& input, const Kept& kept, const Quantized& w, int64_t c, Encoded* x) {
+  Chunk& chunk = x->chunk[c];
+  const uint8_t** codes = x->codes + 4 * chunk.first;
+  int32_t* words = x->words + 2 * chunk.first;
+  place_codes(kept.index, chunk, w, codes);
+  float values[kChunkMost + kLanes], most;
+  for (int64_t k = 0; k < chunk.count; ++k)
+    values[k] = kept.index ? kept.value[chunk.entry + k] : to_float(input.x[chunk.entry + k]);
+  for (int64_t k = chunk.count; k < chunk.count + kLanes; ++k) values[k] = 0;
+  int32_t largest = largest_bits(values, round_up(chunk.count, kLanes));
+  memcpy(&most, &largest, sizeof most);
+  chunk.pairs = (chunk.count + 1) / 2;
+  x->sum[c] = 0;
+  if (largest >= kInfinityBits) {
+    memset(words, 0, 2 * chunk.quads * sizeof *words);
+    x->step[c] = __builtin_nanf("");
+  } else if (w.bits == 8)
+    x->step[c] = encode_octets(values, most, chunk.count, chunk.quads, words, x->sum + c);
+  else
+    x->step[c] = encode_nibbles(values, most, chunk.count, codes, words, x->sum + c, &chunk.pairs);
+}
 
 // `kept.index` is NULL where nothing is selected: then kept.count is the number of inputs.
 template <class T>
 Encoded encode(const Input<T>& input, const Kept& kept, const Quantized& w, int threads, char* memory) {
-  EncodedSizes sizes(w, input.rows);
-  int64_t rows = input.rows;
-  Encoded encoded = {rows,
+  EncodedSizes sizes(w);
+  Encoded encoded = {1,
                      0,
                      (Chunk*)memory,
                      (const uint8_t**)(memory += sizes.chunk()),
                      (int32_t*)(memory += sizes.codes()),
                      (float*)(memory += sizes.words()),
                      (int32_t*)(memory += sizes.step())};
-  bool nibbles = w.bits == 4 && rows == 1;
-  cut_chunks(kept.index, kept.count, w, nibbles ? kNibblesMany : chunk_size(rows, w.scales), nibbles, &encoded);
-  parallel(threads_for(rows * kept.count, kEncodedPerThread, threads), [&](int part, int parts) {
+  cut_chunks(kept.index, kept.count, w, kChunkMost, w.bits == 4, &encoded);
+  parallel(threads_for(kept.count, kEncodedPerThread, threads), [&](int part, int parts) {
     Range mine = share(encoded.chunks, 1, part, parts);
-    for (int64_t c = mine.begin; c < mine.end; ++c) {
-      Chunk& chunk = encoded.chunk[c];
-      if (nibbles) {
-        const uint8_t** codes = encoded.codes + 4 * chunk.first;
-        int32_t *words = encoded.words + 2 * chunk.first, *sum = encoded.sum + c;
-        encoded.step[c] = kept.index ? encode_nibbles(kept.value + chunk.entry, chunk.count, codes, words, sum, &chunk.pairs)
-                                     : encode_nibbles(input.x + chunk.entry, chunk.count, codes, words, sum, &chunk.pairs);
-        continue;
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        int32_t* words = encoded.words + 2 * (chunk.first * rows + chunk.quads * r);
-        int32_t* sum = encoded.sum + c * rows + r;
-        float* step = encoded.step + c * rows + r;
-        float values[kChunkMany + kLanes];
-        const float* from = values;
-        if (kept.index && rows == 1)
-          from = kept.value + chunk.entry;
-        else
-          for (int64_t k = 0; k < chunk.count; ++k)
-            values[k] = kept.index ? kept.value[(chunk.entry + k) * rows + r]
-                                   : to_float(input.x[r * input.stride + chunk.entry + k]);
-        *step = encode_values(from, chunk.count, chunk.quads, words, sum);
-      }
-    }
+    for (int64_t c = mine.begin; c < mine.end; ++c) encode_chunk(input, kept, w, c, &encoded);
   });
   return encoded;
 }

@@ -21,7 +21,9 @@
 
 #include "bytes-inl.h"
 #include "encode-inl.h"
-#include "nibbles-inl.h"
+#include "int4_row-inl.h"
+#include "int8_row-inl.h"
+#include "lines-inl.h"
 #include "select-inl.h"
 #include "sizes-inl.h"
 #include "threads-inl.h"
@@ -91,84 +93,15 @@ DEADBAND_INLINE Vb upper_nibbles(Vb codes) { return codes; }
 DEADBAND_INLINE Vi upper_total(Vi sum, Vi lower) { return (sum - lower) >> 4; }
 #endif
 
-// What is fetched while a block is multiplied: of the rows so many inputs later, at that byte.
-struct Fetch {
-  int64_t inputs, byte;
-};
-
-// One row of x: a chunk's weights of the block at `byte` of their rows.
-template <int Bits, bool Whole>
-DEADBAND_INLINE void stream_block(const uint8_t* const* codes, int64_t byte, const uint8_t* end, int64_t quads,
-                                  Fetch near, Fetch far, const int32_t* words, Vi* totals) {
-  Vi sums[kColumns<Bits>][kParts] = {};
-  for (int64_t q = 0; q < quads; ++q, codes += 4, ++words) {
-    Vb rows[4], columns[4];
-    for (int k = 0; k < 4; ++k) {
-      __builtin_prefetch(codes[far.inputs + k] + far.byte, 0, 2);
-      __builtin_prefetch(codes[near.inputs + k] + near.byte, 0, 3);
-      rows[k] = Whole ? load_bytes(codes[k] + byte) : load_block(codes[k] + byte, end);
-    }
-    interleave(rows, columns);
-    for (int c = 0; c < 4; ++c) {
-      if constexpr (Bits == 8)
-        multiply_add(sums[c], from_signed(columns[c]), words, quads);
-      else {
-        multiply_add(sums[c], columns[c] & 15, words, quads);
-        multiply_add(sums[4 + c], upper_nibbles(columns[c]), words, quads);
-      }
-    }
-  }
-  for (int c = 0; c < 4; ++c) {
-    totals[c] = total(sums[c]);
-    if constexpr (Bits == 4) totals[4 + c] = upper_total(total(sums[4 + c]), totals[c]);
-  }
-}
-
-// The scales of the next chunk, where they are others.
-template <int Bits>
-DEADBAND_INLINE void fetch_scales(const uint16_t* scales, int64_t next) {
-  if (scales && next)
-    for (int64_t o = 0; o < kOutputs<Bits>; o += 32) __builtin_prefetch(scales + next + o, 0, 2);
-}
-
-// One row of x: sums += the product of a chunk with outputs [begin, end), whole blocks or a part of one, of a tile.
-template <int Bits, bool Whole>
-DEADBAND_INLINE void stream_chunk(const Quantized& w, const Encoded& x, int64_t c, Range outputs, Range tile,
-                                  float* sums) {
-  const Chunk& chunk = x.chunk[c];
-  bool last = c + 1 == x.chunks;
-  int64_t next = last ? 0 : 4 * chunk.quads, next_scales = last ? 0 : (x.chunk[c + 1].group - chunk.group) * w.out;
-  int64_t tile_end = tile.end * Bits / 8, width = tile_end - tile.begin * Bits / 8;
-  const uint16_t* scales = w.scales ? w.scales + chunk.group * w.out : nullptr;
-  const uint16_t* minimum = w.minimum ? w.minimum + chunk.group * w.out : nullptr;
-  for (int64_t o = outputs.begin; o < outputs.end; o += kOutputs<Bits>, sums += kOutputs<Bits>) {
-    int64_t byte = o * Bits / 8;
-    Fetch near = {0, byte + kNear};
-    if (near.byte >= tile_end) near = {next, width < kNear ? byte : near.byte - width};
-    const uint16_t *own = scales ? scales + o : nullptr, *lowest = minimum ? minimum + o : nullptr;
-    fetch_scales<Bits>(own, next_scales);
-    fetch_scales<Bits>(lowest, next_scales);
-    Vi totals[kColumns<Bits>];
-    stream_block<Bits, Whole>(x.codes + 4 * chunk.first, byte, end_of(w), chunk.quads, near, {next, byte},
-                              x.words + 2 * chunk.first, totals);
-    flush<Bits, false, Whole>(totals, x.step[c], x.sum[c], own, lowest, w.out - o, sums);
-    if constexpr (Bits == 4) flush<Bits, true, Whole>(totals + 4, x.step[c], x.sum[c], own, lowest, w.out - o, sums);
-  }
-}
-
 // One row of x, outputs [begin, end): sums += the product with chunks [begin, end).
 template <int Bits>
 void stream_outputs(const Quantized& w, const Encoded& x, Range chunks, Range outputs, float* sums) {
-  if constexpr (Bits == 4)
-    return w.minimum ? stream_nibbles<true>(w, x, chunks, outputs, sums)
-                     : stream_nibbles<false>(w, x, chunks, outputs, sums);
-  int64_t whole = min_of((w.out - outputs.begin) / kOutputs<Bits> * kOutputs<Bits>,
-                         round_up(outputs.end - outputs.begin, kOutputs<Bits>));
-  Range blocks = {outputs.begin, outputs.begin + whole}, rest = {blocks.end, outputs.end};
-  for (int64_t c = chunks.begin; c < chunks.end; ++c) {
-    stream_chunk<Bits, true>(w, x, c, blocks, outputs, sums);
-    stream_chunk<Bits, false>(w, x, c, rest, outputs, sums + whole);
-  }
+  if (Bits == 8)
+    stream_lines<Int8Row>(w, x, chunks, outputs, sums);
+  else if (w.minimum)
+    stream_lines<Int4Row<true>>(w, x, chunks, outputs, sums);
+  else
+    stream_lines<Int4Row<false>>(w, x, chunks, outputs, sums);
 }
 
 // y = sums * the channels' scales + bias + offset.

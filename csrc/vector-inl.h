@@ -108,6 +108,21 @@ DEADBAND_INLINE void store_pair_part(T* p, Pair v, int64_t count) {
 
 DEADBAND_INLINE Vf magnitude(Vf v) { return (Vf)((Vu)v & 0x7fffffffu); }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each set of lanes their numbers, a byte for each, side by side.
+struct LaneNumbers {
+  uint64_t of[256];
+};
+constexpr LaneNumbers lane_numbers() {
+  LaneNumbers numbers = {};
+  for (int mask = 0; mask < 256; ++mask)
+    for (uint64_t lane = 0, count = 0; lane < 8; ++lane)
+      if (mask >> lane & 1) numbers.of[mask] |= lane << 8 * count++;
+  return numbers;
+}
+constexpr LaneNumbers kLaneNumbers = lane_numbers();
+#endif
+
 // The lanes with `keep`, and their numbers from `first` on, side by side; writes whole vectors. Returns how many.
 DEADBAND_INLINE int64_t store_kept(float* values, int32_t* index, Vf v, Vu keep, int32_t first) {
 #if defined(__AVX512F__)
@@ -117,6 +132,12 @@ DEADBAND_INLINE int64_t store_kept(float* values, int32_t* index, Vf v, Vu keep,
   // compressing to memory instead is slow on AMD
   store(values, (Vf)_mm512_maskz_compress_ps(mask, (__m512)v));
   _mm512_storeu_si512(index, _mm512_maskz_compress_epi32(mask, numbers));
+  return __builtin_popcount(mask);
+#elif defined(__AVX2__)
+  int mask = _mm256_movemask_ps((__m256)keep);
+  __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)kLaneNumbers.of[mask]));
+  _mm256_storeu_ps(values, _mm256_permutevar8x32_ps((__m256)v, lanes));
+  _mm256_storeu_si256((__m256i*)index, _mm256_add_epi32(lanes, _mm256_set1_epi32(first)));
   return __builtin_popcount(mask);
 #else
   int64_t count = 0;

@@ -4,11 +4,8 @@
 // pairs. That takes 16 instructions for 64 bytes: few enough that memory is what they wait for, also with vectors of
 // 256 bits where there are longer ones. The sums may wrap. They start at -8 times the sum of x, so that the total is
 // that of (q - 8) x, which encode_nibbles keeps within 16 bits.
-//
-// The first-level cache is what a line of each row of a chunk, and the fetches, have to fit. A row is fetched kLead
-// bytes ahead; towards the end of the rows, the first bytes of the next chunk's are.
-#ifndef DEADBAND_NIBBLES_INL_H
-#define DEADBAND_NIBBLES_INL_H
+#ifndef DEADBAND_INT4_ROW_INL_H
+#define DEADBAND_INT4_ROW_INL_H
 
 #include <stdint.h>
 #include <string.h>
@@ -18,15 +15,14 @@
 #include <arm_neon.h>
 #endif
 
+#include "bytes-inl.h"
 #include "encode-inl.h"
+#include "lines-inl.h"
 #include "sizes-inl.h"
-#include "threads-inl.h"
+#include "vector-inl.h"
 
 namespace deadband {
 namespace {
-
-constexpr int64_t kLine = 64, kLineOutputs = 2 * kLine;
-constexpr int64_t kLead = 6 * kLine;
 
 // What sums are scaled in: one vector, but no longer than 256 bits, as the sums come in halves of 8.
 constexpr int kScaled = kLanes < 8 ? kLanes : 8;
@@ -124,7 +120,7 @@ DEADBAND_INLINE void flush_line(const LineSums line, float step, int32_t sum, co
                                 const uint16_t* minimum, float* sums) {
   const Vscaled zero = {};
   Vscaled steps = zero + step, lowest = zero + step * (float)sum, centre = zero + 8 * step * (float)sum;
-  for (int n = 0; n < kLineOutputs / kScaled; ++n) {
+  for (int n = 0; n < 2 * kLine / kScaled; ++n) {
     int64_t o = n * kScaled;
     Vscaled value = Minimum ? sums_of(line, n) * steps + centre : sums_of(line, n) * steps;
     Vscaled before = load_scaled(sums + o);
@@ -134,76 +130,28 @@ DEADBAND_INLINE void flush_line(const LineSums line, float step, int32_t sum, co
   }
 }
 
-// 64 bytes of codes, copied to `line` if the codes end before. Those of the next row, which the end of a row meets, go to
-// sums that nobody reads.
-template <bool Whole>
-DEADBAND_INLINE const uint8_t* line_at(const uint8_t* p, const uint8_t* end, uint8_t* line) {
-  if (Whole || p + kLine <= end) return p;
-  if (p < end) memcpy(line, p, end - p);
-  return line;
-}
-
-// What is fetched while a line is multiplied: of these rows, at that byte.
-struct Ahead {
-  const uint8_t* const* codes;
-  int64_t byte;
-};
-
-// sums += the product of a chunk with the outputs of the line at `byte` of the rows.
-template <bool Minimum, bool Whole>
-DEADBAND_INLINE void add_line(const Encoded& x, int64_t c, int64_t byte, const uint8_t* end, Ahead ahead,
-                              const uint16_t* scales, const uint16_t* minimum, float* sums) {
-  const Chunk& chunk = x.chunk[c];
-  const uint8_t* const* codes = x.codes + 4 * chunk.first;
-  const int32_t* words = x.words + 2 * chunk.first;
-  uint8_t parts[2][kLine];
-  LineSums line;
-  start_line(line, -8 * x.sum[c]);
-  for (int64_t p = 0; p < chunk.pairs; ++p, codes += 2, ahead.codes += 2) {
-    __builtin_prefetch(ahead.codes[0] + ahead.byte, 0, 2);
-    __builtin_prefetch(ahead.codes[1] + ahead.byte, 0, 2);
-    add_rows(line, line_at<Whole>(codes[0] + byte, end, parts[0]), line_at<Whole>(codes[1] + byte, end, parts[1]),
-             words[p]);
-  }
-  flush_line<Minimum>(line, x.step[c], x.sum[c], scales, minimum, sums);
-}
-
-// The last line of a row, of which `outputs` are left.
+// The product of a chunk with the outputs of a line.
 template <bool Minimum>
-void add_last_line(const Encoded& x, int64_t c, int64_t byte, const uint8_t* end, Ahead ahead, int64_t outputs,
-                   const uint16_t* scales, const uint16_t* minimum, float* sums) {
-  uint16_t parts[2][kLineOutputs] = {};
-  if (scales) memcpy(parts[0], scales, outputs * sizeof *scales);
-  if (Minimum) memcpy(parts[1], minimum, outputs * sizeof *minimum);
-  add_line<Minimum, false>(x, c, byte, end, ahead, scales ? parts[0] : nullptr, parts[1], sums);
-}
+struct Int4Row {
+  static constexpr int kBits = 4;
 
-// Outputs [begin, end), of which begin is a multiple of kLineOutputs: sums += the product with chunks [begin, end).
-template <bool Minimum>
-void stream_nibbles(const Quantized& w, const Encoded& x, Range chunks, Range outputs, float* sums) {
-  const uint8_t* end = end_of(w);
-  int64_t width = round_up((outputs.end - outputs.begin + 1) / 2, kLine);
-  for (int64_t c = chunks.begin; c < chunks.end; ++c) {
-    int64_t next = c + 1 < chunks.end ? c + 1 : c;
-    int64_t scale = x.chunk[c].group * w.out, next_scale = (x.chunk[next].group - x.chunk[c].group) * w.out;
-    for (int64_t line = 0; line < width; line += kLine) {
-      int64_t byte = outputs.begin / 2 + line, o = 2 * byte;
-      Ahead ahead = {x.codes + 4 * x.chunk[c].first, byte + kLead};
-      if (line + kLead >= width) ahead = {x.codes + 4 * x.chunk[next].first, width < kLead ? byte : byte + kLead - width};
-      const uint16_t* scales = w.scales ? w.scales + scale + o : nullptr;
-      const uint16_t* minimum = Minimum ? w.minimum + scale + o : nullptr;
-      if (next_scale)
-        for (int64_t k = 0; k < kLineOutputs; k += 32) {
-          __builtin_prefetch(scales + next_scale + k, 0, 2);
-          if (Minimum) __builtin_prefetch(minimum + next_scale + k, 0, 2);
-        }
-      if (o + kLineOutputs <= w.out)
-        add_line<Minimum, true>(x, c, byte, end, ahead, scales, minimum, sums + 2 * line);
-      else
-        add_last_line<Minimum>(x, c, byte, end, ahead, w.out - o, scales, minimum, sums + 2 * line);
+  template <bool Whole>
+  static DEADBAND_INLINE void add_line(const Encoded& x, int64_t c, int64_t byte, const uint8_t* end, Ahead ahead,
+                                       const uint16_t* scales, const uint16_t* minimum, float* sums) {
+    const Chunk& chunk = x.chunk[c];
+    const uint8_t* const* codes = x.codes + 4 * chunk.first;
+    const int32_t* words = x.words + 2 * chunk.first;
+    uint8_t parts[2][kLine];
+    LineSums line;
+    start_line(line, -8 * x.sum[c]);
+    for (int64_t p = 0; p < chunk.pairs; ++p, codes += 2, ahead.codes += 2) {
+      for (int k = 0; k < 2; ++k) __builtin_prefetch(ahead.codes[k] + ahead.byte, 0, 2);
+      add_rows(line, line_at<Whole>(codes[0] + byte, end, parts[0]), line_at<Whole>(codes[1] + byte, end, parts[1]),
+               words[p]);
     }
+    flush_line<Minimum>(line, x.step[c], x.sum[c], scales, minimum, sums);
   }
-}
+};
 
 }  // namespace
 }  // namespace deadband
