@@ -124,6 +124,7 @@ constexpr int32_t kLargestEntry = 127 * 256;
 constexpr int64_t kMostQuads = 32;
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+#define DEADBAND_BYTE_DOT
 // Products of bytes with bytes: an entry is 256 * high + low, both signed. Each part has sums of its own.
 constexpr int kParts = 2;
 DEADBAND_INLINE void encode_entries(const int32_t* x, int64_t quads, int32_t* words) {

@@ -16,7 +16,7 @@ namespace {
 
 // Vectors of a row that meet x in one visit, as many as have registers for their sums. If it were less than a line with
 // AVX2, rows at a distance of 4 KB would have pushed it out of the first-level cache before the next visit.
-constexpr int kVisit = kVectorBytes == 32 && kParts == 1 ? 2 : 1;
+constexpr int kVectorsOfVisit = kVectorBytes == 32 && kParts == 1 ? 2 : 1;
 
 // Integer sums of a vector's columns, in interleave's order -> float32 sums, in the order of outputs.
 DEADBAND_INLINE void flush_columns(Vi* totals, float step, int32_t sum, const uint16_t* scales, float* sums) {
@@ -37,24 +37,24 @@ struct Int8Row {
                                        const uint16_t* scales, const uint16_t*, float* sums) {
     const Chunk& chunk = x.chunk[c];
     uint8_t parts[4][kLine];
-    for (int64_t begin = 0; begin < kLine; begin += kVisit * kVectorBytes) {
+    for (int64_t begin = 0; begin < kLine; begin += kVectorsOfVisit * kVectorBytes) {
       const uint8_t* const* codes = x.codes + 4 * chunk.first;
       const int32_t* words = x.words + 2 * chunk.first;
-      Vi columns[kVisit][4][kParts] = {};
+      Vi columns[kVectorsOfVisit][4][kParts] = {};
       for (int64_t q = 0; q < chunk.quads; ++q, codes += 4, ++words) {
         const uint8_t* lines[4];
         for (int k = 0; k < 4; ++k) {
           if (begin == 0) __builtin_prefetch(ahead.codes[4 * q + k] + ahead.byte, 0, 2);
           lines[k] = line_at<Whole>(codes[k] + byte, end, parts[k]) + begin;
         }
-        for (int v = 0; v < kVisit; ++v) {
+        for (int v = 0; v < kVectorsOfVisit; ++v) {
           Vb rows[4], bytes[4];
           for (int k = 0; k < 4; ++k) rows[k] = load_bytes(lines[k] + v * kVectorBytes);
           interleave(rows, bytes);
           for (int k = 0; k < 4; ++k) multiply_add(columns[v][k], from_signed(bytes[k]), words, chunk.quads);
         }
       }
-      for (int v = 0; v < kVisit; ++v) {
+      for (int v = 0; v < kVectorsOfVisit; ++v) {
         Vi totals[4];
         for (int k = 0; k < 4; ++k) totals[k] = total(columns[v][k]);
         int64_t o = begin + v * kVectorBytes;

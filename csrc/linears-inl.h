@@ -36,6 +36,7 @@ DEADBAND_INLINE size_t task_bytes(const deadband_layer& layer, int64_t rows, int
   if (!layer.bits || layer.threshold) bytes = kept_bytes(in, sizeof(int32_t)) + kept_bytes(in * rows, sizeof(float));
   if (!layer.bits) return bytes;
   Quantized w = quantized_of(layer, in);
+  if (rows > 1) return bytes + RowsSizes(w, rows).total();
   bytes += EncodedSizes(w).total();
   return bytes + (by_inputs(w, rows, threads) ? threads * sums_stride(w) * sizeof(float) : 0);
 }
@@ -61,10 +62,13 @@ int64_t prepare(const Input<T>& input, const deadband_layer& layer, int threads,
   }
   if (!layer.bits) return task->kept.count * layer.out * (int64_t)sizeof(T);
   task->quantized = quantized_of(layer, in);
+  if (rows > 1) {
+    task->encoded = encode_rows(input, task->kept, task->quantized, threads, memory);
+    return rows * task->kept.count * layer.out / (kOperationsPerThread / kBytesPerThread);
+  }
   task->encoded = encode(input, task->kept, task->quantized, threads, memory);
   task->sums = (float*)(memory + EncodedSizes(task->quantized).total());
-  if (rows == 1) return task->kept.count * task->quantized.row_bytes;
-  return rows * task->kept.count * layer.out / (kOperationsPerThread / kBytesPerThread);
+  return task->kept.count * task->quantized.row_bytes;
 }
 
 // A thread's memory for its share of a layer.

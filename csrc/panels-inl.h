@@ -9,6 +9,8 @@
 
 #include "bytes-inl.h"
 #include "encode-inl.h"
+#include "lines-inl.h"
+#include "panel_dot-inl.h"
 #include "quantized-inl.h"
 #include "select-inl.h"
 #include "sizes-inl.h"
@@ -18,76 +20,209 @@
 namespace deadband {
 namespace {
 
-constexpr int64_t kSumsMany = 32768;             // sums of a tile of outputs: they stay in the second-level cache
-constexpr int64_t kQuantizedRows = 256;          // rows of x that are encoded at a time
-constexpr int kPanelTile = kParts == 2 ? 3 : 6;  // rows whose sums fit the registers, 4 * kParts vectors each
+constexpr int64_t kSumsMany = 32768;     // sums of a tile of outputs: they stay in the second-level cache
+constexpr int64_t kQuantizedRows = 256;  // rows of x that are encoded at a time
+constexpr int64_t kChunkMany = 4 * kMostQuads;  // inputs of a chunk, at most
+constexpr int64_t kPanelRows4 = 4;       // rows whose sums fit the registers
 
-// A chunk's weights of one block, interleaved: [quads][4], of nibbles the lower ones and then the upper.
+// Inputs of one chunk. With few rows of x as many rows of codes come from memory side by side: 128, for two rows of x,
+// read half as fast as 32. With many rows of x longer sums save time.
 template <int Bits>
-DEADBAND_INLINE void fill_panel(const uint8_t* const* codes, int64_t byte, const uint8_t* end, int64_t quads,
-                                int64_t ahead, Vb* panel) {
-  for (int64_t q = 0; q < quads; ++q, codes += 4) {
-    Vb rows[4], columns[4];
-    for (int k = 0; k < 4; ++k) {
+DEADBAND_INLINE int64_t panel_chunk(int64_t rows) {
+  return Bits == 8 && rows > 16 ? kChunkMany : 32;
+}
+DEADBAND_INLINE int64_t panel_chunk(const Quantized& w, int64_t rows) {
+  return w.bits == 8 ? panel_chunk<8>(rows) : panel_chunk<4>(rows);
+}
+
+// Tiles of rows differ by one row at most: 5 rows are 3 and 2, not 4 and 1.
+DEADBAND_INLINE int64_t row_tiles(int64_t rows) { return (rows + kPanelRows4 - 1) / kPanelRows4; }
+DEADBAND_INLINE Range row_tile(int64_t rows, int64_t tile) { return share(rows, 1, (int)tile, (int)row_tiles(rows)); }
+
+// Integers for whole vectors of values, the largest kMostEntry<Bits>, and their sum. Returns the step; NaN if a value is
+// not finite.
+template <int Bits>
+DEADBAND_INLINE float round_values(const float* values, int64_t count, int32_t* integers, int32_t* sum) {
+  int32_t bits = largest_bits(values, count);
+  if (bits >= kInfinityBits) {
+    memset(integers, 0, count * sizeof *integers);
+    *sum = 0;
+    return __builtin_nanf("");
+  }
+  float most;
+  memcpy(&most, &bits, sizeof most);
+  float step = most / kMostEntry<Bits>;
+  *sum = round_to_steps(values, count, inverse_of(step), integers);
+  return step;
+}
+
+// The words of one row are written `stride` apart.
+template <class T, int Bits>
+void encode_chunk_rows(const Input<T>& input, const Kept& kept, const Quantized& w, const Encoded& x, int64_t c) {
+  using Dot = PanelDot<Bits>;
+  const Chunk& chunk = x.chunk[c];
+  place_codes(kept.index, chunk, w, x.codes + 4 * chunk.first);
+  int64_t rows = x.rows, count = round_up(4 * chunk.quads, kLanes);
+  int64_t steps = 4 / Dot::kInputs * chunk.quads;
+  int32_t* words = x.words + 4 / Dot::kInputs * Dot::kWords * chunk.first * rows;
+  for (int64_t t = 0; t < row_tiles(rows); ++t) {
+    Range tile = row_tile(rows, t);
+    int64_t stride = (tile.end - tile.begin) * Dot::kWords;
+    for (int64_t r = tile.begin; r < tile.end; ++r) {
+      float values[kChunkMany + kLanes];
+      int32_t integers[kChunkMany + kLanes];
+      for (int64_t k = 0; k < chunk.count; ++k)
+        values[k] = kept.index ? kept.value[(chunk.entry + k) * rows + r]
+                               : to_float(input.x[r * input.stride + chunk.entry + k]);
+      for (int64_t k = chunk.count; k < count; ++k) values[k] = 0.0f;
+      x.step[c * rows + r] = round_values<Bits>(values, count, integers, x.sum + c * rows + r);
+      int32_t* to = words + (r - tile.begin) * Dot::kWords;
+      for (int64_t s = 0; s < steps; ++s, to += stride) Dot::words(integers + s * Dot::kInputs, to);
+    }
+    words += steps * stride;
+  }
+}
+
+// Memory for several rows that are encoded for a weight.
+struct RowsSizes {
+  int64_t chunks, quads, rows;
+
+  RowsSizes(const Quantized& w, int64_t rows) : rows(rows) {
+    chunks = w.in / panel_chunk(w, rows) + w.in / w.group_size + 2;
+    quads = w.in / 4 + chunks;
+  }
+  size_t chunk() const { return round_up(chunks * sizeof(Chunk), 64); }
+  size_t codes() const { return round_up(quads * 4 * sizeof(char*), 64); }
+  size_t words() const { return round_up(quads * rows * 2 * sizeof(int32_t), 64); }
+  size_t step() const { return round_up(chunks * rows * sizeof(float), 64); }
+  size_t total() const { return chunk() + codes() + words() + 2 * step(); }
+};
+
+// words: [chunks][tiles of rows][steps][rows of the tile], as PanelDot takes them. The rest as of a single row.
+template <class T>
+Encoded encode_rows(const Input<T>& input, const Kept& kept, const Quantized& w, int threads, char* memory) {
+  RowsSizes sizes(w, input.rows);
+  Encoded x = {input.rows,
+               0,
+               (Chunk*)memory,
+               (const uint8_t**)(memory += sizes.chunk()),
+               (int32_t*)(memory += sizes.codes()),
+               (float*)(memory += sizes.words()),
+               (int32_t*)(memory += sizes.step())};
+  cut_chunks(kept.index, kept.count, w, panel_chunk(w, input.rows), false, &x);
+  parallel(threads_for(input.rows * kept.count, kEncodedPerThread, threads), [&](int part, int parts) {
+    Range mine = share(x.chunks, 1, part, parts);
+    for (int64_t c = mine.begin; c < mine.end; ++c)
+      w.bits == 8 ? encode_chunk_rows<T, 8>(input, kept, w, x, c) : encode_chunk_rows<T, 4>(input, kept, w, x, c);
+  });
+  return x;
+}
+
+// A panel: the codes of a chunk's inputs and of the outputs of a cache line, [strips][steps][vectors], and their
+// scales.
+template <int Bits>
+struct Panel {
+  using Dot = PanelDot<Bits>;
+  static constexpr int kOutputs = kLine * 8 / Bits;
+  static constexpr int kBlocks = kLine / kVectorBytes, kBlockVectors = Dot::kColumnsOfBlock * Dot::kNibbles;
+  static constexpr int kStrips = kBlocks * kBlockVectors / Dot::kVectors;
+  static constexpr int kSteps = (Bits == 8 ? kChunkMany : 32) / Dot::kInputs;
+  Vb codes[kStrips][kSteps][Dot::kVectors];
+  float scale[kOutputs], lowest[kOutputs];
+};
+
+// Fetches: see quantized-inl.h.
+template <int Bits, bool Whole>
+DEADBAND_INLINE void fill_codes(const uint8_t* const* codes, int64_t byte, const uint8_t* end, int64_t steps,
+                                int64_t ahead, Panel<Bits>* panel) {
+  using Dot = PanelDot<Bits>;
+  for (int64_t s = 0; s < steps; ++s, codes += Dot::kInputs) {
+    for (int k = 0; k < Dot::kInputs; ++k) {
       __builtin_prefetch(codes[ahead + k] + byte, 0, 2);
       __builtin_prefetch(codes[k] + byte + kNear, 0, 3);
-      rows[k] = load_block(codes[k] + byte, end);
     }
-    interleave(rows, columns);
-    for (int c = 0; c < 4; ++c) {
-      if constexpr (Bits == 8)
-        panel[4 * q + c] = from_signed(columns[c]);
-      else {
-        panel[4 * q + c] = columns[c] & 15;
-        panel[4 * (kChunkMany / 4 + q) + c] = (Vb)((Vu)columns[c] >> 4) & 15;
+    for (int b = 0; b < Panel<Bits>::kBlocks; ++b) {
+      Vb rows[Dot::kInputs], vectors[Panel<Bits>::kBlockVectors];
+      for (int k = 0; k < Dot::kInputs; ++k) {
+        const uint8_t* p = codes[k] + byte + b * kVectorBytes;
+        rows[k] = Whole ? load_bytes(p) : load_block(p, end);
+      }
+      Dot::split(rows, vectors);
+      for (int v = 0; v < Panel<Bits>::kBlockVectors; ++v) {
+        int n = b * Panel<Bits>::kBlockVectors + v;
+        panel->codes[n / Dot::kVectors][s][n % Dot::kVectors] = vectors[v];
       }
     }
   }
 }
 
-// R rows of x meet a panel. sums: [R][sums_stride].
-template <int Bits, bool Upper, int R>
-void multiply_panel(const Vb* panel, const Chunk& chunk, const int32_t* words, const float* step, const int32_t* sum,
-                    const uint16_t* scales, const uint16_t* minimum, int64_t left, float* sums, int64_t sums_stride) {
-  Vi parts[R][4][kParts] = {};
-  for (int64_t q = 0; q < chunk.quads; ++q)
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < 4; ++c)
-        multiply_add(parts[r][c], panel[4 * q + c], words + 2 * chunk.quads * r + q, chunk.quads);
-  for (int r = 0; r < R; ++r) {
-    Vi totals[4];
-    for (int c = 0; c < 4; ++c) totals[c] = total(parts[r][c]);
-    flush<Bits, Upper, false>(totals, step[r], sum[r], scales, minimum, left, sums + r * sums_stride);
+// The scales of outputs from `o` on. A code less 8 is what meets x: the minimum grows by as much.
+template <int Bits>
+void fill_scales(const Quantized& w, int64_t group, int64_t o, Panel<Bits>* panel) {
+  if (!w.scales) return;
+  const uint16_t *scales = w.scales + group * w.out, *minimum = w.minimum ? w.minimum + group * w.out : nullptr;
+  for (int64_t k = 0; k < Panel<Bits>::kOutputs; k += kLanes) {
+    Vf scale = load_scales(scales + o + k, w.out - o - k);
+    store(panel->scale + k, scale);
+    if (minimum) store(panel->lowest + k, load_scales(minimum + o + k, w.out - o - k) + scale * kZero<Bits>);
   }
 }
 
-template <int Bits, bool Upper, int R = kPanelTile, class... Rest>
-DEADBAND_INLINE void multiply_panel_rows(int64_t count, const Vb* panel, Rest... rest) {
+// R rows of x meet a panel: sums [R][stride] += their products.
+template <int Bits, int R>
+void meet_panel(const Panel<Bits>& panel, int64_t steps, const int32_t* words, const float* step, const int32_t* sum,
+                bool scaled, bool minimum, float* sums, int64_t stride) {
+  using Dot = PanelDot<Bits>;
+  for (int strip = 0; strip < Panel<Bits>::kStrips; ++strip) {
+    Vi parts[R][kRowSums], totals[R][Dot::kOutputVectors];
+    for (int r = 0; r < R; ++r) Dot::start(parts[r], sum[r]);
+    const Vb(*codes)[Dot::kVectors] = panel.codes[strip];
+    const int32_t* word = words;
+    for (int64_t s = 0; s < steps; ++s, word += R * Dot::kWords)
+      for (int r = 0; r < R; ++r) Dot::multiply(parts[r], codes[s], word + r * Dot::kWords);
+    for (int r = 0; r < R; ++r) Dot::totals(parts[r], totals[r]);
+    for (int v = 0; v < Dot::kOutputVectors; ++v) {
+      int64_t o = Dot::output(strip * Dot::kOutputVectors + v);
+      for (int r = 0; r < R; ++r) {
+        float* to = sums + r * stride + o;
+        Vf value = __builtin_convertvector(totals[r][v], Vf) * splat(step[r]);
+        if (scaled) value *= load(panel.scale + o);
+        if (minimum) value += load(panel.lowest + o) * splat(step[r] * (float)sum[r]);
+        store(to, load(to) + value);
+      }
+    }
+  }
+}
+
+template <int Bits, int R = kPanelRows4, class... Rest>
+DEADBAND_INLINE void meet_panel_rows(int64_t count, const Panel<Bits>& panel, Rest... rest) {
   if constexpr (R > 1)
-    if (count < R) return multiply_panel_rows<Bits, Upper, R - 1>(count, panel, rest...);
-  multiply_panel<Bits, Upper, R>(panel, rest...);
+    if (count < R) return meet_panel_rows<Bits, R - 1>(count, panel, rest...);
+  meet_panel<Bits, R>(panel, rest...);
 }
 
 // Several rows of x, outputs [begin, end): sums[rows][stride] += the product with all chunks.
 template <int Bits>
-void panel_outputs(const Quantized& w, const Encoded& x, Range outputs, float* sums, int64_t stride, Vb* panel) {
+void panel_outputs(const Quantized& w, const Encoded& x, Range outputs, float* sums, int64_t stride,
+                   Panel<Bits>* panel) {
+  using Dot = PanelDot<Bits>;
   for (int64_t c = 0; c < x.chunks; ++c) {
     const Chunk& chunk = x.chunk[c];
-    int64_t ahead = c + 1 < x.chunks ? 4 * chunk.quads : 0;
-    for (int64_t o = outputs.begin; o < outputs.end; o += kOutputs<Bits>) {
-      const uint16_t* scales = w.scales ? w.scales + chunk.group * w.out + o : nullptr;
-      const uint16_t* minimum = w.minimum ? w.minimum + chunk.group * w.out + o : nullptr;
-      fill_panel<Bits>(x.codes + 4 * chunk.first, o * Bits / 8, end_of(w), chunk.quads, ahead, panel);
-      for (int64_t r = 0; r < x.rows; r += kPanelTile) {
-        const int32_t* words = x.words + 2 * (chunk.first * x.rows + chunk.quads * r);
-        const float* step = x.step + c * x.rows + r;
-        const int32_t* sum = x.sum + c * x.rows + r;
-        float* own = sums + r * stride + o - outputs.begin;
-        multiply_panel_rows<Bits, false>(x.rows - r, panel, chunk, words, step, sum, scales, minimum, w.out - o, own,
-                                         stride);
-        if constexpr (Bits == 4)
-          multiply_panel_rows<Bits, true>(x.rows - r, panel + kChunkMany, chunk, words, step, sum, scales, minimum,
-                                          w.out - o, own, stride);
+    int64_t ahead = c + 1 < x.chunks ? 4 * chunk.quads : 0, steps = 4 / Dot::kInputs * chunk.quads;
+    for (int64_t o = outputs.begin; o < outputs.end; o += Panel<Bits>::kOutputs) {
+      int64_t byte = o * Bits / 8;
+      if (byte + kLine <= w.row_bytes)
+        fill_codes<Bits, true>(x.codes + 4 * chunk.first, byte, end_of(w), steps, ahead, panel);
+      else
+        fill_codes<Bits, false>(x.codes + 4 * chunk.first, byte, end_of(w), steps, ahead, panel);
+      fill_scales(w, chunk.group, o, panel);
+      const int32_t* words = x.words + 4 / Dot::kInputs * Dot::kWords * chunk.first * x.rows;
+      for (int64_t t = 0; t < row_tiles(x.rows); ++t) {
+        Range tile = row_tile(x.rows, t);
+        int64_t r = tile.begin, count = tile.end - r;
+        meet_panel_rows<Bits>(count, *panel, steps, words, x.step + c * x.rows + r, x.sum + c * x.rows + r,
+                              w.scales != nullptr, w.minimum != nullptr, sums + r * stride + o - outputs.begin, stride);
+        words += steps * count * Dot::kWords;
       }
     }
   }
@@ -98,12 +233,11 @@ DEADBAND_INLINE int64_t panel_tile(const Quantized& w, int64_t rows) {
   constexpr int64_t kStep = kOutputStep<Bits>;
   return min_of(max_of(kSumsMany / rows, 2 * kStep) / kStep * kStep, round_up(w.out, kStep));
 }
-constexpr size_t kPanelBytes = 2 * kChunkMany * kVectorBytes;
 
 // Bytes that panel_share takes.
 template <int Bits>
 DEADBAND_INLINE size_t panel_bytes(const Quantized& w, int64_t rows) {
-  return kPanelBytes + rows * panel_tile<Bits>(w, rows) * sizeof(float);
+  return sizeof(Panel<Bits>) + rows * panel_tile<Bits>(w, rows) * sizeof(float);
 }
 
 // One thread's share of the product.
@@ -111,11 +245,11 @@ template <class T, int Bits>
 void panel_share(const Quantized& w, const Encoded& x, const Output<T>& target, int part, int parts, char* scratch) {
   Range mine = share(w.out, kOutputStep<Bits>, part, parts);
   int64_t tile = panel_tile<Bits>(w, x.rows);
-  float* sums = (float*)(scratch + kPanelBytes);
+  float* sums = (float*)(scratch + sizeof(Panel<Bits>));
   for (int64_t o = mine.begin; o < mine.end; o += tile) {
     Range cut = {o, min_of(o + tile, mine.end)};
     memset(sums, 0, x.rows * tile * sizeof(float));
-    panel_outputs<Bits>(w, x, cut, sums, tile, (Vb*)scratch);
+    panel_outputs<Bits>(w, x, cut, sums, tile, (Panel<Bits>*)scratch);
     finish_rows(w, target, sums, tile, x.rows, cut);
   }
 }
