@@ -1,5 +1,5 @@
-// x as quantised weights meet it: cut into chunks of inputs, with the places of their codes, and rounded to integers with
-// a step of their own for each chunk. This is the way of one row of x; panels-inl.h has that of more.
+// x as quantised weights meet it: cut into chunks of inputs, with the places of their codes, and rounded to integers
+// with a step of their own for each chunk. This is the way of one row of x; panels-inl.h has that of more.
 #ifndef DEADBAND_ENCODE_INL_H
 #define DEADBAND_ENCODE_INL_H
 
@@ -17,9 +17,10 @@
 namespace deadband {
 namespace {
 
-// The most inputs of a chunk: of one group, so that they share their scales, and few enough for the sums. The more there
-// are, the less often sums are scaled; but as many rows of codes come from memory side by side. Measured on Zen 4,
-// 8 bits without groups, half skipped, rows of 2 and 8 KB: 32 inputs take 12 to 18 % longer than 64, and 16 up to 25 %.
+// The most inputs of a chunk: of one group, so that they share their scales, and few enough for the sums. The more
+// there are, the less often sums are scaled; but as many rows of codes come from memory side by side. Measured on Zen
+// 4, 8 bits without groups, half skipped, rows of 2 and 8 KB: 32 inputs take 12 to 18 % longer than 64, and 16 up to 25
+// %.
 constexpr int64_t kChunkMost = 64;
 constexpr int64_t kEncodedPerThread = 2048;
 
@@ -93,8 +94,8 @@ DEADBAND_INLINE float inverse_of(float step) {
   return inverse <= 3.40282347e38f ? inverse : 0.0f;
 }
 
-// A chunk for weights of 8 bits: 16-bit integers, of which the largest is kLargestEntry. That rounding is far below that
-// of bfloat16. Returns the step.
+// A chunk for weights of 8 bits: 16-bit integers, of which the largest is kLargestEntry. That rounding is far below
+// that of bfloat16. Returns the step.
 DEADBAND_INLINE float encode_octets(const float* values, float most, int64_t count, int64_t quads, int32_t* words,
                                     int32_t* sum) {
   int32_t steps[kChunkMost + kLanes];

@@ -44,7 +44,10 @@ struct Int8Row {
       for (int64_t q = 0; q < chunk.quads; ++q, codes += 4, ++words) {
         const uint8_t* lines[4];
         for (int k = 0; k < 4; ++k) {
-          if (begin == 0) __builtin_prefetch(ahead.codes[4 * q + k] + ahead.byte, 0, 2);
+          if (begin == 0) {
+            __builtin_prefetch(ahead.codes[4 * q + k] + ahead.byte, 0, 2);
+            __builtin_prefetch(ahead.next[4 * q + k] + byte, 0, 2);
+          }
           lines[k] = line_at<Whole>(codes[k] + byte, end, parts[k]) + begin;
         }
         for (int v = 0; v < kVectorsOfVisit; ++v) {

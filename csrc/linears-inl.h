@@ -76,7 +76,7 @@ DEADBAND_INLINE size_t share_bytes(const deadband_layer& layer, int64_t rows, in
   if (!layer.bits) return stream_bytes(rows, layer.out);
   Quantized w = quantized_of(layer, in);
   if (rows > 1) return layer.bits == 8 ? panel_bytes<8>(w, rows) : panel_bytes<4>(w, rows);
-  return layer.bits == 8 ? multiply_bytes<8>(w) : multiply_bytes<4>(w);
+  return multiply_bytes(w);
 }
 
 template <class T>
@@ -89,15 +89,12 @@ void multiply(const deadband_layer& layer, const Task<T>& task, int64_t rows, in
                          share(layer.out, 64, part, parts), (float*)scratch);
   else if (inputs) {
     float* sums = task.sums + part * sums_stride(w);
-    Range chunks = share(x.chunks, 1, part, parts);
-    layer.bits == 8 ? stream_outputs<8>(w, x, chunks, {0, w.out}, sums)
-                    : stream_outputs<4>(w, x, chunks, {0, w.out}, sums);
+    stream_outputs(w, x, share(x.chunks, 1, part, parts), {0, w.out}, sums);
   } else if (rows > 1) {
     layer.bits == 8 ? panel_share<T, 8>(w, x, task.target, part, parts, scratch)
                     : panel_share<T, 4>(w, x, task.target, part, parts, scratch);
   } else {
-    layer.bits == 8 ? multiply_share<T, 8>(w, x, task.target, part, parts, scratch)
-                    : multiply_share<T, 4>(w, x, task.target, part, parts, scratch);
+    multiply_share<T>(w, x, task.target, part, parts, scratch);
   }
 }
 

@@ -1,9 +1,9 @@
 // The way of one row of x through quantised weights: chunk by chunk, and along the chunk's rows of codes line by line.
 //
 // Half of the rows, chosen at random, come from memory at no more than 65 to 80 % of the rate of all: the processor
-// itself fetches ahead where runs are long, and few. So a row is fetched kLead bytes ahead, and towards its end the next
-// chunk's first lines. Measured on Zen 4 with 4 bits and half of the rows of 1 and 4 KB: leads of 2 lines take 20 %
-// longer, those of 4 and 8 up to 5 %, of 16 up to 15 %.
+// itself fetches ahead where runs are long, and few. So a row is fetched kLead bytes ahead, and towards its end the
+// next chunk's first lines. Measured on Zen 4 with 4 bits and half of the rows of 1 and 4 KB: leads of 2 lines take 20
+// % longer, those of 4 and 8 up to 5 %, of 16 up to 15 %.
 #ifndef DEADBAND_LINES_INL_H
 #define DEADBAND_LINES_INL_H
 
@@ -28,10 +28,11 @@ DEADBAND_INLINE const uint8_t* line_at(const uint8_t* p, const uint8_t* end, uin
   return line;
 }
 
-// What is fetched while a line is multiplied: of these rows, at that byte.
+// What is fetched while a line is multiplied: of these rows, at that byte; and of the next chunk's rows, the same line.
 struct Ahead {
   const uint8_t* const* codes;
   int64_t byte;
+  const uint8_t* const* next;
 };
 
 DEADBAND_INLINE void fetch_scales(const uint16_t* scales, int64_t outputs) {
@@ -61,9 +62,9 @@ void stream_lines(const Quantized& w, const Encoded& x, Range chunks, Range outp
     int64_t scale = x.chunk[c].group * w.out, next_scale = x.chunk[next].group * w.out;
     for (int64_t line = 0; line < width; line += kLine) {
       int64_t o = outputs.begin + line * 8 / Row::kBits, byte = o * Row::kBits / 8;
-      Ahead ahead = {x.codes + 4 * x.chunk[c].first, byte + kLead};
-      if (line + kLead >= width)
-        ahead = {x.codes + 4 * x.chunk[next].first, width < kLead ? byte : byte + kLead - width};
+      const uint8_t* const* next_codes = x.codes + 4 * x.chunk[next].first;
+      Ahead ahead = {x.codes + 4 * x.chunk[c].first, byte + kLead, next_codes};
+      if (line + kLead >= width) ahead = {next_codes, width < kLead ? byte : byte + kLead - width, next_codes};
       const uint16_t* scales = w.scales ? w.scales + scale + o : nullptr;
       const uint16_t* minimum = w.minimum ? w.minimum + scale + o : nullptr;
       if (scale != next_scale) {

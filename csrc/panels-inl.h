@@ -20,10 +20,11 @@
 namespace deadband {
 namespace {
 
-constexpr int64_t kSumsMany = 32768;     // sums of a tile of outputs: they stay in the second-level cache
-constexpr int64_t kQuantizedRows = 256;  // rows of x that are encoded at a time
+constexpr int64_t kSumsMany = 32768;            // sums of a tile of outputs: they stay in the second-level cache
+constexpr int64_t kQuantizedRows = 256;         // rows of x that are encoded at a time
 constexpr int64_t kChunkMany = 4 * kMostQuads;  // inputs of a chunk, at most
-constexpr int64_t kPanelRows4 = 4;       // rows whose sums fit the registers
+constexpr int64_t kRowsOfTile = 4;              // rows whose sums fit the registers
+constexpr int64_t kNear = 192;                  // bytes that the nearer fetch is ahead
 
 // Inputs of one chunk. With few rows of x as many rows of codes come from memory side by side: 128, for two rows of x,
 // read half as fast as 32. With many rows of x longer sums save time.
@@ -36,11 +37,11 @@ DEADBAND_INLINE int64_t panel_chunk(const Quantized& w, int64_t rows) {
 }
 
 // Tiles of rows differ by one row at most: 5 rows are 3 and 2, not 4 and 1.
-DEADBAND_INLINE int64_t row_tiles(int64_t rows) { return (rows + kPanelRows4 - 1) / kPanelRows4; }
+DEADBAND_INLINE int64_t row_tiles(int64_t rows) { return (rows + kRowsOfTile - 1) / kRowsOfTile; }
 DEADBAND_INLINE Range row_tile(int64_t rows, int64_t tile) { return share(rows, 1, (int)tile, (int)row_tiles(rows)); }
 
-// Integers for whole vectors of values, the largest kMostEntry<Bits>, and their sum. Returns the step; NaN if a value is
-// not finite.
+// Integers for whole vectors of values, the largest kMostEntry<Bits>, and their sum. Returns the step; NaN if a value
+// is not finite.
 template <int Bits>
 DEADBAND_INLINE float round_values(const float* values, int64_t count, int32_t* integers, int32_t* sum) {
   int32_t bits = largest_bits(values, count);
@@ -131,7 +132,22 @@ struct Panel {
   float scale[kOutputs], lowest[kOutputs];
 };
 
-// Fetches: see quantized-inl.h.
+// Bytes of one block: whole, or those before the end of the codes. Those of the next row, which a short block at the
+// end of a row meets, go to sums that nobody reads.
+DEADBAND_INLINE Vb load_block(const uint8_t* p, const uint8_t* end) {
+  if (p + kVectorBytes <= end) return load_bytes(p);
+  uint8_t block[kVectorBytes] = {};
+  if (p < end) memcpy(block, p, end - p);
+  return load_bytes(block);
+}
+DEADBAND_INLINE Vf load_scales(const uint16_t* p, int64_t left) {
+  if (left >= kLanes) return load_half(p);
+  uint16_t part[kLanes] = {};
+  if (left > 0) memcpy(part, p, left * sizeof *p);
+  return load_half(part);
+}
+
+// Weights are fetched twice: the next chunk's to the second-level cache, and those kNear bytes ahead to the first.
 template <int Bits, bool Whole>
 DEADBAND_INLINE void fill_codes(const uint8_t* const* codes, int64_t byte, const uint8_t* end, int64_t steps,
                                 int64_t ahead, Panel<Bits>* panel) {
@@ -194,7 +210,7 @@ void meet_panel(const Panel<Bits>& panel, int64_t steps, const int32_t* words, c
   }
 }
 
-template <int Bits, int R = kPanelRows4, class... Rest>
+template <int Bits, int R = kRowsOfTile, class... Rest>
 DEADBAND_INLINE void meet_panel_rows(int64_t count, const Panel<Bits>& panel, Rest... rest) {
   if constexpr (R > 1)
     if (count < R) return meet_panel_rows<Bits, R - 1>(count, panel, rest...);
@@ -230,7 +246,7 @@ void panel_outputs(const Quantized& w, const Encoded& x, Range outputs, float* s
 
 template <int Bits>
 DEADBAND_INLINE int64_t panel_tile(const Quantized& w, int64_t rows) {
-  constexpr int64_t kStep = kOutputStep<Bits>;
+  constexpr int64_t kStep = kOutputStep;
   return min_of(max_of(kSumsMany / rows, 2 * kStep) / kStep * kStep, round_up(w.out, kStep));
 }
 
@@ -243,7 +259,7 @@ DEADBAND_INLINE size_t panel_bytes(const Quantized& w, int64_t rows) {
 // One thread's share of the product.
 template <class T, int Bits>
 void panel_share(const Quantized& w, const Encoded& x, const Output<T>& target, int part, int parts, char* scratch) {
-  Range mine = share(w.out, kOutputStep<Bits>, part, parts);
+  Range mine = share(w.out, kOutputStep, part, parts);
   int64_t tile = panel_tile<Bits>(w, x.rows);
   float* sums = (float*)(scratch + sizeof(Panel<Bits>));
   for (int64_t o = mine.begin; o < mine.end; o += tile) {
