@@ -58,8 +58,10 @@ DEADBAND_API int deadband_dense_linear(int dtype, int layout, const void* x, int
 // 16 bytes hold the first 16 in their lower nibbles and the others in their upper ones. group_size inputs share their
 // scales: scales and minimum are float16[ceil(in / group_size)][out]; minimum may be NULL, and is where bits is 8.
 // group_size 0: scales is float32[out], and minimum NULL. A code q stands for scale * q with 8 bits, scale * (q - 8)
-// with 4, and scale * q + minimum where there is one. x is rounded to 16-bit integers, 128 inputs or fewer at a time,
-// with a step of 2^-15 of the largest that is kept. Where one of those is NaN or infinite, the whole row of y is NaN.
+// with 4, and scale * q + minimum where there is one. x is rounded to integers, those of a few inputs that are kept in
+// steps of their own: with 8 bits of 1 / 32512 of the largest of at most 128, with 4 of 1 / 127 of the largest of at
+// most 32, or, for a single row, of 9 / 508 of the root mean square of at most 64. Where one of those is NaN or
+// infinite, the whole row of y is NaN.
 DEADBAND_API int deadband_quantized_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
                                            int bits, const void* codes, const void* scales, const void* minimum,
                                            int64_t group_size, int64_t out, const void* bias, const float* threshold,
