@@ -79,6 +79,7 @@ def test_labels_of_the_plot_do_not_overlap(tmp_path, monkeypatch, case):
     assert sorted(os.listdir(tmp_path)) == ["demo.png", "demo.svg"]
     ((axes, notes),) = made
     assert [note.get_text() for note in notes] == [row["model"] for row in figures["rows"]]
+    axes.figure.draw_without_rendering()  # what is drawn knows the resolution, which savefig changes for a while
     boxes = [note.get_window_extent() for note in notes]
     for one, other in itertools.combinations(boxes, 2):
         assert not one.overlaps(other)
@@ -89,17 +90,9 @@ def test_labels_of_the_plot_do_not_overlap(tmp_path, monkeypatch, case):
 def test_the_table_shows_every_row():
     figures = figures_of(POINTS["as measured"])
     head, *lines = demo.table(figures).splitlines()
-    assert head.split() == ["skipped", "perplexity", "KL", "top-1", "MB/token", "GB/s", "tokens/s", "speed"]
-    assert lines[0].split() == [
-        "transformers,",
-        "float32",
-        *["25.0%", "15.800", "0.1000", "90.0%", "200.0", "7.0", "25.0", "1.00x"],
-    ]
-    assert lines[8].split() == [
-        "int4,",
-        "25%",
-        *["25.0%", "17.600", "0.1000", "90.0%", "200.0", "7.0", "98.0", "3.92x"],
-    ]
+    assert " ".join(head.split()) == "skipped perplexity KL top-1 MB/token GB/s tokens/s speed"
+    assert " ".join(lines[0].split()) == "transformers, float32 25.0% 15.800 0.1000 90.0% 200.0 7.0 25.0 1.00x"
+    assert " ".join(lines[8].split()) == "int4, 25% 25.0% 17.600 0.1000 90.0% 200.0 7.0 98.0 3.92x"
 
 
 @pytest.mark.parametrize("content", ["file", "folder"])

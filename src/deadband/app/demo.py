@@ -58,9 +58,10 @@ OWN = (
 """deadband's models. Those of a format stand together, and the first skips nothing."""
 SAVED = Variant("bfloat16", 0.4)  # the model that is kept and continues the prompt
 METHOD = "auto"
-WINDOW = 512
-CALIBRATION_TOKENS, EVALUATION_TOKENS = 4096, 2048
-ALLOCATION_WINDOW, ALLOCATION_TOKENS = 128, 1024  # auto makes some seventy passes for each budget
+FORM = {"relative": False, "center": True}  # rules of one form make one graph to compile, whatever is skipped
+WINDOW = 256
+CALIBRATION_TOKENS, EVALUATION_TOKENS = 2048, 1024  # for two cores with AVX2 alone, as all of these
+ALLOCATION_WINDOW, ALLOCATION_TOKENS = 128, 512  # auto makes some thirty passes for each budget
 DECODE_TOKENS, TRIED_TOKENS = 48, 8
 FIGURES = "figures.json"
 
@@ -124,12 +125,12 @@ def _run(folder: Path, output: Path, phase: _Phases) -> dict[str, Any]:
         calibration = calibrate(model, batches)
     asked = sorted({each.asked for each in OWN if each.asked})
     with phase("allocate", f"allocating {', '.join(f'{each:.0%}' for each in asked)}, method {METHOD}"):
-        budgets = allocate_budgets(calibration, asked, METHOD, model=model, batches=short)
+        budgets = allocate_budgets(calibration, asked, METHOD, model=model, batches=short, **FORM)
     with phase("make", "making the sparse and the quantised models"):
         models = {Variant(_dtype_of(plain)): plain, **own_models(model, calibration, budgets)}
     with phase("judge", f"judging {len(models)} models on {len(windows) * WINDOW:,} other tokens"):
         qualities = _judged(models, windows)
-    with phase("compile", "compiling one token's work (a minute the first time)"):
+    with phase("compile", "compiling one token's work (two minutes the first time)"):
         for each in list(models.values())[1:]:
             prepare_decode_(each)
     with phase("decode", f"decoding {DECODE_TOKENS} tokens with each, in turns"):
@@ -173,19 +174,26 @@ def _in_faster_dtype(model: Any, prompt: Tensor) -> Any:
 
 
 def own_models(model: Any, calibration: Calibration, budgets: Sequence[Thresholds]) -> dict[Variant, Any]:
-    """deadband's models; quantised ones have float32 activations, as nothing large is left to convert."""
+    """deadband's models; quantised ones have float32 activations, as nothing large is left to convert.
+
+    Those that skip nothing have rules of the same form with thresholds of zero, which share a graph with the others.
+    """
     thresholds = {each.sparsity: each for each in budgets}
+    nothing = {name: dataclasses.replace(rule, threshold=0.0) for name, rule in budgets[0].rules.items()}
     made: dict[Variant, Any] = {}
     for variant in OWN:
         if variant.asked:
             first = copy.deepcopy(made[Variant(variant.weights, 0.0)])
             made[variant] = sparsify_(first, thresholds[variant.asked])
         elif variant.weights == _dtype_of(model):
-            made[variant] = sparsify_(copy.deepcopy(model), exact=True)
+            made[variant] = sparsify_(copy.deepcopy(model), nothing)
         else:
-            moments = second_moments_of(calibration)
             made[variant] = sparsify_(
-                copy.deepcopy(model), exact=True, weights=variant.weights, second_moments=moments, progress=True
+                copy.deepcopy(model),
+                nothing,
+                weights=variant.weights,
+                second_moments=second_moments_of(calibration),
+                progress=True,
             ).to(torch.float32)
     return made
 

@@ -41,7 +41,8 @@ def slow_by(dtype: torch.dtype) -> float:
     """
     rows, features, outputs = _TRIED
     with torch.inference_mode(False), torch.no_grad():
-        a, b = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((rows, features), (features, outputs)))
+        a, b = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((rows, features), (outputs, features)))
+        b = b.t()  # as of a linear layer; other layouts may be slower still
         own, wide = [], []
         for _ in range(4):  # the first call of each prepares
             own.append(_seconds(lambda: torch.mm(a, b)))
