@@ -310,8 +310,8 @@ DEMO_ROWS = (
     "The weights of this model come from a file of 4 bits (Q4_1), which flatters int4."
 )
 EARLIER_DEMO_ROWS = (
-    "*dense* is transformers as it is; the sparse rows decode after `prepare_decode_`, which is a good part of the speed "
-    "of a model as small as this."
+    "*dense* is transformers as it is; the sparse rows decode after `prepare_decode_`, which is a good part of the "
+    "speed of a model as small as this."
 )
 
 
