@@ -58,7 +58,7 @@ OWN = (
 """deadband's models. Those of a format stand together, and the first skips nothing."""
 SAVED = Variant("bfloat16", 0.4)  # the model that is kept and continues the prompt
 METHOD = "auto"
-FORM = {"relative": False, "center": True}  # rules of one form make one graph to compile, whatever is skipped
+FORM = {"relative": False, "center": True}  # fewer graphs to compile, and candidates to try
 WINDOW = 256
 CALIBRATION_TOKENS, EVALUATION_TOKENS = 2048, 1024  # for two cores with AVX2 alone, as all of these
 ALLOCATION_WINDOW, ALLOCATION_TOKENS = 128, 512  # auto makes some thirty passes for each budget
@@ -130,7 +130,7 @@ def _run(folder: Path, output: Path, phase: _Phases) -> dict[str, Any]:
         models = {Variant(_dtype_of(plain)): plain, **own_models(model, calibration, budgets)}
     with phase("judge", f"judging {len(models)} models on {len(windows) * WINDOW:,} other tokens"):
         qualities = _judged(models, windows)
-    with phase("compile", "compiling one token's work (two minutes the first time)"):
+    with phase("compile", "compiling one token's work (some minutes the first time)"):
         for each in list(models.values())[1:]:
             prepare_decode_(each)
     with phase("decode", f"decoding {DECODE_TOKENS} tokens with each, in turns"):
@@ -176,7 +176,8 @@ def _in_faster_dtype(model: Any, prompt: Tensor) -> Any:
 def own_models(model: Any, calibration: Calibration, budgets: Sequence[Thresholds]) -> dict[Variant, Any]:
     """deadband's models; quantised ones have float32 activations, as nothing large is left to convert.
 
-    Those that skip nothing have rules of the same form with thresholds of zero, which share a graph with the others.
+    Those that skip nothing have the first budget's rules with thresholds of zero: the result is the dense one, and the
+    graph that of every budget whose rules have the same form.
     """
     thresholds = {each.sparsity: each for each in budgets}
     nothing = {name: dataclasses.replace(rule, threshold=0.0) for name, rule in budgets[0].rules.items()}
