@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from deadband.app import cli
 from deadband.layers.formats import DEFAULT_INT4
+from deadband.ops import products
+from deadband.running import forward
 
 TEXT = "the deadband is the range of input that a control system treats as zero. " * 60
 
@@ -41,6 +43,7 @@ def deadband(monkeypatch, capsys, folder):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["deadband", *map(str, arguments)])
+        monkeypatch.setattr(forward, "_progress", {"seen": float("-inf"), "said": 0.0})  # a process of its own has that
         capsys.readouterr()
         try:
             cli.main()
@@ -325,6 +328,25 @@ def test_info_without_kernels_says_so():
     command = [sys.executable, "-m", "deadband.app.cli", "info"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert "no C++ compiler was found at install, or DEADBAND_KERNELS=0 is set" in result.stdout
+
+
+def test_products_in_another_dtype_are_told_of(deadband, monkeypatch):
+    monkeypatch.setattr(products, "slow_by", lambda dtype: 4.0)
+    arguments = ("inspect", "dense", "--data", "text.txt", *SMALL)
+    assert deadband(*arguments)[2] == ""
+    told = "deadband: products of many tokens are made in float32: torch's own in bfloat16 take 4.0 times as long\n"
+    assert deadband(*arguments, "--dtype", "bfloat16")[2] == told
+    assert deadband("eval", "dense", "--data", "text.txt", "--dtype", "bfloat16", *SMALL)[2] == told
+    assert "bfloat16 4.0, float16 4.0" in deadband("info")[1]
+    assert json.loads(deadband("info", "--json")[1])["slow_by"] == {"bfloat16": 4.0, "float16": 4.0}
+
+
+def test_progress_without_a_terminal_is_lines(deadband, folder, monkeypatch):
+    monkeypatch.setattr(forward, "LINE_EVERY", 0.0)
+    code, out, err = deadband("calibrate", "dense", "--data", "text.txt", "-o", "lines", "--json", *SMALL)
+    assert code == 0
+    assert json.loads(out)["tokens"] == 256
+    assert "calibrate: 7 of 8, 0 s\n" in err
 
 
 @pytest.mark.parametrize("seconds", [1.5, 2.5])

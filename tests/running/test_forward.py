@@ -1,5 +1,7 @@
 import contextlib
+import io
 import logging
+import sys
 import warnings
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 import transformers
 from conftest import VOCABULARY, mlp, tiny_model
 
+from deadband.running import forward
 from deadband.running.forward import CACHE_NAMES, cache_argument, cache_of
 from deadband.running.greedy_decoding import GreedyDecoder
 
@@ -86,3 +89,57 @@ def test_wrapped_models_and_models_without_a_cache():
         cache_argument(mlp())
     assert cache_of((1, 2)) is None
     assert cache_of({"logits": 1}) is None
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only when a test says so."""
+    seconds = [1000.0]
+    monkeypatch.setattr(forward.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(forward, "_progress", {"seen": float("-inf"), "said": 0.0})
+    return seconds
+
+
+def slowly(clock, bar, seconds):
+    for item in bar:
+        yield item
+        clock[0] += seconds
+
+
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds(clock, capsys):
+    assert list(slowly(clock, forward.progress_bar(range(6), "calibrate", True), 4.0)) == [*range(6)]
+    assert capsys.readouterr() == ("", "calibrate: 3 of 6, 12 s\n")
+    list(slowly(clock, forward.progress_bar((each for each in "abcd"), "judge", True), 30.0))
+    assert capsys.readouterr().err == "judge: 0, 0 s\njudge: 1, 30 s\njudge: 2, 60 s\njudge: 3, 90 s\n"
+    list(slowly(clock, forward.progress_bar(iter("ab"), "total", True, total=2), 30.0))
+    assert "total: 1 of 2, 30 s\n" in capsys.readouterr().err
+
+
+def test_short_loops_say_a_line_together_and_a_quick_one_nothing(clock, capsys):
+    for _ in range(7):
+        list(slowly(clock, forward.progress_bar(range(2), "fit", True), 1.0))
+    assert capsys.readouterr().err == "fit: 0 of 2, 0 s\n"
+    clock[0] += 3600  # of something else
+    list(slowly(clock, forward.progress_bar(range(2), "fit", True), 1.0))
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_that_is_not_asked_for(clock, capsys, monkeypatch):
+    list(slowly(clock, forward.progress_bar(range(9), "fit", False), 60.0))
+    monkeypatch.setattr(sys, "stderr", None)  # as without a console
+    list(slowly(clock, forward.progress_bar(range(9), "fit", True), 60.0))
+    monkeypatch.undo()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_has_a_bar(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert list(forward.progress_bar(range(3), "fit", True)) == [0, 1, 2]
+    assert "\rfit: " in terminal.getvalue()
+    assert "\n" not in terminal.getvalue()

@@ -15,6 +15,7 @@ from deadband.calibration.watcher import first_tensor, thresholding
 from deadband.layers.rule import Rule, scale_of
 from deadband.layers.scope import for_here, scope
 from deadband.layers.sites import find_blocks, matrix_of
+from deadband.ops.products import fast_products
 from deadband.running.batches import Counted
 from deadband.running.forward import evaluating, progress_bar, run
 
@@ -42,7 +43,7 @@ def greedy_shares(
         members.setdefault(block, []).append(name)
     scales = {name: scale_of(calibration.criterion, matrix_of(model.get_submodule(name))) for name in calibration.sites}
     shares: list[dict[str, float]] = [{} for _ in budgets]
-    with evaluating(model):
+    with evaluating(model), fast_products(model):
         calls = _block_inputs(model, blocks, batches, tokens)
         for block in progress_bar(blocks, "greedy", progress):
             sites = {name: model.get_submodule(name) for name in members[block]}

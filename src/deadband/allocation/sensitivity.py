@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from deadband.calibration.row_sums import RowSums, sample_rows
 from deadband.calibration.watcher import InputWatcher, prediction_of, require_reached
 from deadband.layers.rule import Rule
+from deadband.ops.products import fast_products
 from deadband.ops.skipping import norm_of
 from deadband.running.batches import taken
 from deadband.running.forward import run
@@ -230,7 +231,8 @@ class _Gradients(InputWatcher):
         with torch.no_grad():
             gradient = self._draw(tensor, categorical)
         if tensor.requires_grad:
-            tensor.backward(gradient)
+            with fast_products(model):
+                tensor.backward(gradient)
 
     def _draw(self, output: Tensor, categorical: bool) -> Tensor:
         """The gradient of the loss for labels drawn from the model's own prediction, zero where padded."""

@@ -120,7 +120,7 @@ def sparsify(
     from deadband.sparsify.sparsify import sparsify_
 
     statistics = Calibration.load(calibration)
-    network, tokenizer = load(model, dtype, threads)
+    network, tokenizer = load(model, dtype, threads, for_text=text is not None)
     batches = windows_of(tokenizer, text, tokens, window) if text is not None else None
     passes: dict[str, Any] = {} if batches is None else {"model": network, "batches": batches}
     thresholds = statistics.allocate(sparsity, method, **limits, **passes)
@@ -251,7 +251,7 @@ def evaluate(
     check_prompt(protocol, prompt_tokens, window, continuations)
     if names:
         require_harness()
-    network, tokenizer = load(model, dtype, threads)
+    network, tokenizer = load(model, dtype, threads, for_text=True)
     from deadband.layers.sites import sparse_sites
 
     if (names or continuations) and not sparse_sites(network):
@@ -406,7 +406,7 @@ def sweep(
     text = read(data)
     calibration_text = read(calibration_data) if calibration_data is not None else None
     check_runs(names, fractions, protocol)
-    network, tokenizer = load(model, dtype, threads)
+    network, tokenizer = load(model, dtype, threads, for_text=True)
     from deadband.evaluation import sweep as program
     from deadband.running.text import python_documentation
 
@@ -489,14 +489,17 @@ def write_page(figures: dict[str, Any], output: Path, page: Path, as_json: bool)
 @app.command()
 def info(as_json: given.Json = False) -> None:
     """What runs here: versions, processor, kernels."""
-    from deadband.ops import kernels
+    from deadband.ops import kernels, products
     from deadband.running.timing import machine
 
-    figures = {**machine(), "available": kernels.available_isas()}
+    slow_by = {str(dtype).removeprefix("torch."): round(products.slow_by(dtype), 1) for dtype in products.NARROW}
+    figures = {**machine(), "available": kernels.available_isas(), "slow_by": slow_by}
     lines = [f"{name:13} {value}" for name, value in machine().items() if name != "kernels"]
     lines.append(f"{'kernels':13} {figures['kernels'] or kernels.MISSING}")
     if figures["available"]:
         lines.append(f"{'available':13} {', '.join(figures['available'])} (choose with DEADBAND_ISA)")
+    times = ", ".join(f"{name} {times}" for name, times in slow_by.items())
+    lines.append(f"{'products':13} of torch, of many rows: {times} times as long as in float32")
     show(figures, "\n".join(lines), as_json)
 
 
@@ -504,7 +507,7 @@ def info(as_json: given.Json = False) -> None:
 def demo(
     output: given.DemoOutput = Path("deadband-demo"), threads: given.Threads = None, as_json: given.Json = False
 ) -> None:
-    """The whole flow on SmolLM2-135M: calibrate, allocate 25 / 40 / 50 %, quality and speed in one table."""
+    """The whole flow on SmolLM2-135M: skipping, fewer bits, both; quality and speed in one table."""
     set_threads(threads)
     from deadband.app import demo as program
 
@@ -558,7 +561,7 @@ def load_with_text(
 ) -> tuple[Any, list[Any]]:
     """A model, and windows of the text of --data."""
     text = read(data)
-    network, tokenizer = load(name, dtype, threads)
+    network, tokenizer = load(name, dtype, threads, for_text=True)
     return network, windows_of(tokenizer, text, tokens, window)
 
 
@@ -569,12 +572,16 @@ def windows_of(tokenizer: Any, text: str, tokens: int, window: int) -> list[Any]
     return token_windows(tokenizer, text, tokens=tokens, window=window)
 
 
-def load(name: str, dtype: str, threads: int | None) -> tuple[Any, Any]:
-    """Model and tokenizer."""
+def load(name: str, dtype: str, threads: int | None, *, for_text: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer. What is to run many tokens tells where it does so in another dtype than the model's."""
     set_threads(threads)
     from deadband.app.models import load_model, load_tokenizer
+    from deadband.ops import products
 
-    return load_model(name, dtype=dtype), load_tokenizer(name)
+    network, tokenizer = load_model(name, dtype=dtype), load_tokenizer(name)
+    if for_text and (note := products.note(network)):
+        print(f"deadband: {note}", file=sys.stderr)
+    return network, tokenizer
 
 
 def set_threads(threads: int | None) -> None:

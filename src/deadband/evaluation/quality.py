@@ -172,7 +172,9 @@ def evaluate(
 ) -> Evaluation:
     """Compare a language model with its own dense form on windows of text.
 
-    Of logits, one window's of each form is held at a time.
+    Both are judged in the dtype that the model is stored in, as they will run; where that multiplies slowly, products
+    are made in float32 and rounded to it (`deadband.ops.products`). Of logits, one window's of each
+    form is held at a time.
 
     Args:
         model: a language model whose output has `logits`, sparse or dense (then it is compared with itself).

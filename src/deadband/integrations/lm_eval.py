@@ -20,6 +20,7 @@ import torch
 from deadband.evaluation.quality import PROTOCOL, columns, count_anew
 from deadband.layers.sites import sparse_sites
 from deadband.layers.sparse import BUFFERS
+from deadband.ops.products import fast_products
 from deadband.running.divergence import mean_and_error
 from deadband.running.forward import evaluating
 from deadband.sparsify.scopes import dense, sparse_prefill
@@ -80,7 +81,7 @@ def run_tasks(
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     _check(model, tokenizer, names, include_path)
     settings = {"tasks": names, "limit": limit, "num_fewshot": num_fewshot}
-    with _quiet(), evaluating(model):
+    with _quiet(), evaluating(model), fast_products(model):
         settings |= {"task_manager": _task_manager(names, include_path), **options, "log_samples": True}
         before, after, sparsity = _run_both(model, tokenizer, settings, batch_size, use_cache)
     return {

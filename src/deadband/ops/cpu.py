@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from deadband.ops import kernels
+from deadband.ops import kernels, products
 from deadband.ops.linear import COUNTS, NIBBLES, count_, current_offset, dequantize, operators
 from deadband.ops.skipping import fill, keep_mask
 
@@ -123,7 +122,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         or weight.dtype is not x.dtype
         or not (bias is None or is_vector(bias, x.dtype, out_features))
     ):
-        return F.linear(x, weight, bias).contiguous()  # where the operands do not fit, torch says why
+        return products.linear(x, weight, bias).contiguous()  # where the operands do not fit, torch says why
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
     error = _dense_kernel(
@@ -207,7 +206,7 @@ def quantized_linear(
                 count_(counts, x, keep)
             x = fill(x, keep, center)
         if dtype is None:
-            return F.linear(x, dequantize(codes, scales, minimum, group_size, x_dtype), bias).contiguous()
+            return products.linear(x, dequantize(codes, scales, minimum, group_size, x_dtype), bias).contiguous()
         threshold = center = offset = counts = None
         if bias is not None:
             if bias.numel() != out_features:

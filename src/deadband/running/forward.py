@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import operator
+import sys
 import threading
+import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from deadband.ops.products import fast_products
 from deadband.running.batches import forward_parameters, misfit
 
 
@@ -48,6 +52,7 @@ def run(model: nn.Module, batch: Any, **extra: Any) -> Any:
     """Call a model on a batch: a mapping by keyword, a tuple or list by position, anything else as the one argument.
 
     Tensors move to the model's device. `extra` is passed where the model's forward takes it, unless the batch has it.
+    A bfloat16 model multiplies in float32 where that is faster: see `deadband.ops.products`.
 
     Raises:
         ValueError: the model failed, as it has fewer positions or fewer tokens than the batch.
@@ -61,11 +66,12 @@ def run(model: nn.Module, batch: Any, **extra: Any) -> Any:
         extra.pop("logits_to_keep", None)  # the loss needs them all
     extra = taken_by(model, **extra)
     try:
-        if isinstance(batch, Mapping):
-            return model(**{**extra, **{name: moved(value) for name, value in batch.items()}})
-        if isinstance(batch, (tuple, list)):
-            return model(*map(moved, batch), **extra)
-        return model(moved(batch), **extra)
+        with fast_products(model):
+            if isinstance(batch, Mapping):
+                return model(**{**extra, **{name: moved(value) for name, value in batch.items()}})
+            if isinstance(batch, (tuple, list)):
+                return model(*map(moved, batch), **extra)
+            return model(moved(batch), **extra)
     except (IndexError, RuntimeError) as error:
         require_fit(model, batch, error)
         raise
@@ -131,8 +137,30 @@ def cached(model: nn.Module, cache: Any) -> dict[str, Any]:
 
 
 def progress_bar(items: Iterable[Any], what: str, show: bool, total: int | None = None) -> Iterable[Any]:
-    """`items` with a progress bar on a terminal; nothing where the output is a file or `show` is false."""
-    return tqdm(items, desc=what, total=total, disable=None if show else True, leave=False)
+    """`items` with a progress bar on a terminal, or a line every ten seconds elsewhere; nothing if `show` is false."""
+    if not show or sys.stderr is None:
+        return items
+    if sys.stderr.isatty():
+        return tqdm(items, desc=what, total=total, leave=False)
+    return _lines(items, what, total or operator.length_hint(items) or None)
+
+
+def _lines(items: Iterable[Any], what: str, total: int | None) -> Iterator[Any]:
+    start = time.monotonic()
+    if start - _progress["seen"] > LINE_EVERY:  # no other loop went on until now, so the wait begins here
+        _progress["said"] = start
+    for index, item in enumerate(items):
+        _progress["seen"] = now = time.monotonic()
+        if now - _progress["said"] >= LINE_EVERY:
+            of = f" of {total}" if total is not None else ""
+            print(f"{what}: {index}{of}, {now - start:.0f} s", file=sys.stderr, flush=True)
+            _progress["said"] = now
+        yield item
+    _progress["seen"] = time.monotonic()
+
+
+LINE_EVERY = 10.0  # seconds
+_progress = {"seen": float("-inf"), "said": 0.0}  # when a loop last went on, and when a line told of one
 
 
 @contextlib.contextmanager
