@@ -15,13 +15,13 @@ from deadband.ops import kernels
 pytestmark = pytest.mark.skipif(kernels.library is None, reason="the kernels are not built")
 
 
-def seen(data, kept, loop, count=1, **changed):
+def seen(tensor, kept, way, threads=1, **changed):
     """What a loop saw of the rows of a matrix, and the bytes per second."""
     bits = ctypes.c_uint8(255)
     arguments = {
-        "data": data.data_ptr(), "stride": data.stride(0), "bytes": data.shape[1],
-        "index": None if kept is None else kept.data_ptr(), "count": data.shape[0] if kept is None else len(kept),
-        "loop": loop, "threads": count, "seen": ctypes.addressof(bits),
+        "data": tensor.data_ptr(), "stride": tensor.stride(0), "bytes": tensor.shape[1],
+        "index": None if kept is None else kept.data_ptr(), "count": tensor.shape[0] if kept is None else len(kept),
+        "loop": way, "threads": threads, "seen": ctypes.addressof(bits),
     }  # fmt: skip
     speed = kernels.library.deadband_read_bandwidth(*{**arguments, **changed}.values())
     return bits.value, speed
@@ -66,7 +66,7 @@ def test_what_cannot_be_read_gives_zero():
     refused = [{"data": None}, {"bytes": 0}, {"bytes": -1}, {"count": 0}, {"stride": -100}, {"loop": -1},
                {"loop": len(kernels.READ_LOOPS)}]  # fmt: skip
     for change in refused:
-        assert seen(data, None, **{"loop": 0, **change})[1] == 0, change
+        assert seen(data, None, 0, **change)[1] == 0, change
 
 
 def test_the_fastest_loop_is_one_of_them():
