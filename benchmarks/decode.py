@@ -261,7 +261,7 @@ def measure(key: str, group: str, quality: Quality | None, options: Any) -> list
     if key in REAL:  # all of llama.cpp's beside each width: the frontier compares within a run
         kinds = [*kinds, *(kind for _, others in GROUPS.values() for kind in others if kind not in kinds)]
     for kind in kinds if llamacpp is not None else ():
-        path = llamacpp.quantize(_gguf(key, eager), llamacpp.gguf_path(_file_name(key), kind), kind)
+        path = gguf_of(key, eager, kind)
         llama = llamas[f"llama.cpp {kind}"] = llamacpp.LlamaCpp(path, max(options.threads), context=max(context, 640))
         size[f"llama.cpp {kind}"] = sum(llamacpp.tensor_types(path).values())
         logits[f"llama.cpp {kind}"] = lambda ids, llama=llama: torch.from_numpy(llama.logits(ids))
@@ -324,9 +324,12 @@ def _file_name(key: str) -> str:
     return {"smollm2": "SmolLM2-135M", "gemma3": "gemma-3-270m"}.get(key, f"{key}-random")
 
 
-def _gguf(key: str, model: Any) -> Path:
+def gguf_of(key: str, model: Any, kind: str) -> Path:
+    """A model's GGUF of one of llama.cpp's types, kept from run to run."""
     path = llamacpp.gguf_path(_file_name(key))
-    return path if path.is_file() else llamacpp.write_gguf(model, path)
+    if not path.is_file():
+        llamacpp.write_gguf(model, path)
+    return llamacpp.quantize(path, llamacpp.gguf_path(_file_name(key), kind), kind)
 
 
 def frontier(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -381,7 +384,8 @@ def main() -> None:
             about = {"settings": settings if quality is not None else {**settings, "judged_on": None}}
             if quality is not None:
                 about["frontier"] = frontier(rows)
-            save(f"decode-{key}", rows, **about)  # what there is, should the next be stopped
+            keys = ("group", "decoder", "threads") if quality is None else ()  # the frontier compares within a run
+            save(f"decode-{key}", rows, keys=keys, **about)  # what there is, should the next be stopped
         if quality is not None:
             print_frontier(rows)
 

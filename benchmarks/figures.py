@@ -93,7 +93,8 @@ def machine_line(about: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = (
     parts = [
         str(about["processor"]),
         f"{about['cores']} cores" if about.get("cores") else "",
-        f"kernels {about['kernels']}" if about.get("kernels") else "",
+        f"all kept to {about['kept_to']}" if about.get("kept_to") else "",
+        f"kernels {about['kernels']}" if about.get("kernels") and not about.get("kept_to") else "",
         *(f"{name} {found}" if found else "" for name, found in version.items()),
         threads_of(rows),
     ]
@@ -111,10 +112,10 @@ def kernels(result: Result) -> str:
             group[0]["format"], shape(group[0]), percent(group[0]["sparsity"]),
             joined((each["against_torch"] for each in group), times), joined(own, times),
             joined((each["of_bandwidth"] for each in group), percent),
+            joined((each.get("of_rows") for each in group), percent),
         ))  # fmt: skip
-    return table(
-        ["weights", "in × out", "sparsity", "against torch", "against our dense kernel", "of bandwidth"], lines
-    )
+    head = ["weights", "in × out", "sparsity", "against torch", "against our dense kernel", "of bandwidth", "of rows"]
+    return table(*without_dashes(head, lines))
 
 
 def decoders(result: Result) -> list[tuple[str, Rows]]:
@@ -192,7 +193,7 @@ def megabytes(value: float | None) -> float | None:
 
 def without_dashes(head: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
     """A table less the columns that have no number."""
-    used = [i for i in range(len(head)) if any(line[i] not in (DASH, "") for line in lines)]
+    used = [i for i in range(len(head)) if any(line[i].strip(f"{DASH} /") for line in lines)]
     return [head[i] for i in used], [[line[i] for i in used] for line in lines]
 
 
@@ -203,6 +204,22 @@ def prefill(result: Result) -> str:
         for group in by(result["rows"], "format", "shape")
     ]
     return table(["weights", "in × out", f"{tokens[0]} tokens", *tokens[1:]], lines)
+
+
+def first_token(result: Result) -> str:
+    lines = []
+    for group in by(result["rows"], "group", "tokens", "reader"):
+        ours = group[0]["reader"].startswith("deadband")
+        lines.append((
+            group[0]["group"].replace("bf16", "bfloat16"), str(group[0]["tokens"]), group[0]["reader"].split()[0],
+            joined((row["seconds"] * 1e3 for row in group), lambda value: number(value, ",.0f")),
+            joined((row["tokens_per_second"] for row in group), lambda value: number(value, ",.0f")),
+            joined((row["against_llama_cpp"] for row in group), times) if ours else "",
+            joined((row["against_transformers"] for row in group), times) if ours else "",
+        ))  # fmt: skip
+    head = ["weights", "prompt", result["rows"][0]["model"], "ms", "tokens/s", "against llama.cpp",
+            "against transformers"]  # fmt: skip
+    return table(*without_dashes(head, lines))
 
 
 def quality(result: Result) -> str:
@@ -342,7 +359,8 @@ SECTIONS: list[tuple[str, str, str, Callable[[Result], str]]] = [
         "One layer, one token",
         """
 `benchmarks/kernels.py`, weights from memory. Quantised weights stand beside torch's bfloat16 product. *Of
-bandwidth*: the bytes needed, per second, as a share of what the same run reads from memory at most.
+bandwidth*: the bytes needed, per second, as a share of what the same run reads from memory at most, by the fastest of a
+dozen loops; *of rows*: of what such a loop reads of just the rows of kept inputs, in the kernel's order.
 """,
         kernels,
     ),
@@ -383,6 +401,16 @@ multiple of the weights' bytes.
 torch's time on ordinary ones (of bfloat16 beside quantised ones); below 1 is faster.
 """,
         prefill,
+    ),
+    (
+        "first_token-*",
+        "Time to the first token",
+        """
+`benchmarks/first_token.py`: a prompt of so many tokens, read by whole models that take turns, with the logits of its
+last token alone. deadband skips nothing there; quantised models have float32 activations, transformers is in bfloat16
+in every group, llama.cpp's weights have the same width (BF16, Q8_0, Q4_0).
+""",
+        first_token,
     ),
     (
         "quality-*",
@@ -479,36 +507,47 @@ def said_of(value: Any) -> str:
 # README.md
 
 
-def six_rows(result: Result) -> str:
-    """deadband with nothing skipped and at 50 % beside llama.cpp, for each width."""
-    found = {(row["group"], row["decoder"]): rows for _, rows in decoders(result) for row in rows}
+def beside_llama_cpp(results: Mapping[str, Result]) -> str:
+    """deadband with nothing skipped and at 50 % beside llama.cpp, for each width; one column for each machine."""
     lines = []
     for width, (rival, *_) in RIVALS.items():
-        theirs = found[width, f"llama.cpp {rival}"]
         for level in ("0%", "50%"):
-            ours = found[width, f"deadband {width} at {level}"]
-            lines.append((
-                width.replace("bf16", "bfloat16"), "nothing" if level == "0%" else level,
-                joined((row["tokens_per_second"] for row in ours), tenths),
-                joined((row["tokens_per_second"] for row in theirs), tenths) + f" ({rival})",
-                joined((row["against_llama_cpp"] for row in ours), times),
-                joined((row["against_transformers"] for row in ours), times),
-            ))  # fmt: skip
-    head = ["weights", "skipped", "tokens/s", "llama.cpp, tokens/s", "against llama.cpp", "against transformers"]
-    text = " ".join([f"On {machine_line(result['machine'], result['rows'])}.", *result.get("remarks", ())])
-    return f"{table(head, lines)}\n\n{text}"
+            line = [f"{width.replace('bf16', 'bfloat16')} ({rival})", "nothing" if level == "0%" else level]
+            for result in results.values():
+                ours = [row for row in result["rows"] if row["decoder"] == f"deadband {width} at {level}"]
+                ratios = joined((row["against_llama_cpp"] for row in ours), times)
+                line.append(f"{ratios} ({joined((row['tokens_per_second'] for row in ours), tenths)})")
+            lines.append(line)
+    names = [short_name(result["machine"]) for result in results.values()]
+    text = "Times llama.cpp's speed with 1 / 2 threads, and in parentheses tokens/s."
+    return f"{table(['weights (llama.cpp)', 'skipped', *names], lines)}\n\n{text}"
 
 
-MARKED: dict[str, Callable[[Result], str]] = {"demo": demo, "decode-llama-1b": six_rows}
-_MARK = re.compile(r"(<!-- figures: (\S+) (\S+) -->).*?(<!-- /figures -->)", re.DOTALL)
+def short_name(about: Mapping[str, Any]) -> str:
+    """A processor, and what it was kept to."""
+    return f"{about['processor']}{', kept to ' + about['kept_to'] if about.get('kept_to') else ''}"
+
+
+def one(render: Callable[[Result], str]) -> Callable[[Mapping[str, Result]], str]:
+    """What renders the result of a machine renders the first of several."""
+    return lambda results: render(next(iter(results.values())))
+
+
+MARKED: dict[str, Callable[[Mapping[str, Result]], str]] = {"demo": one(demo), "decode-llama-1b": beside_llama_cpp}
+_MARK = re.compile(r"(<!-- figures: (\S+)(?: (\S+))? -->).*?(<!-- /figures -->)", re.DOTALL)
 
 
 def marked(text: str, results: Mapping[str, Mapping[str, Result]]) -> str:
-    """A text with what stands between `<!-- figures: SCRIPT MACHINE -->` and `<!-- /figures -->` written anew."""
+    """A text with what stands between `<!-- figures: SCRIPT [MACHINE] -->` and `<!-- /figures -->` written anew.
+
+    Without a machine it shows all that have the script's results.
+    """
 
     def written(found: re.Match[str]) -> str:
         script, machine = found[2], found[3]
-        return f"{found[1]}\n\n{MARKED[script](results[machine][script])}\n\n{found[4]}"
+        chosen = {slug: scripts[script] for slug, scripts in results.items()
+                  if script in scripts and machine in (None, slug)}  # fmt: skip
+        return f"{found[1]}\n\n{MARKED[script](chosen)}\n\n{found[4]}"
 
     return _MARK.sub(written, text)
 

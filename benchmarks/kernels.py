@@ -2,13 +2,16 @@
 
 Quantised weights stand beside torch's bfloat16 product.
 
-Weights come from memory: each call takes the next of a pool of more than 1 GB. All candidates take turns.
+Weights come from memory: each call takes the next of a pool of more than 1 GB. All candidates take turns, two among
+them that only read: a whole weight (*of bandwidth*), and just the rows that the sparse kernel reads, in its order (*of
+rows*). Each does so by the fastest of a dozen loops.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from common import POOL_BYTES, parser, pool, save
@@ -67,18 +70,24 @@ def measure(form: str, in_features: int, out_features: int, sparsity: float, rou
         (ours, run), others = plain(torchs, x), 0
     threshold = torch.quantile(x.float().abs(), sparsity)
     usual, read = itertools.cycle(torchs), itertools.cycle(torchs[1:] + torchs[:1])
-    candidates = {
+    candidates: dict[str, Callable[[], Any]] = {
         "torch": lambda: F.linear(x, next(usual)),
         "dense": lambda: run(None),
         "sparse": lambda: run(threshold),
-        "read": lambda: kernels.read(next(read)),
     }
+    stored = [each if form.startswith("int") else each.t() for each in ours]  # a row for each input
+    theirs = itertools.cycle(stored[1:] + stored[:1])
+    kept = (x[0].float().abs() > threshold).nonzero()[:, 0].int()
     for count in counts:
         with threads(count), torch.inference_mode():
+            whole, rows = kernels.fastest_read(torchs), kernels.fastest_read(stored, kept)
+            candidates["read"] = lambda loop=whole: kernels.read(next(read), loop=loop)
+            candidates["rows"] = lambda loop=rows: kernels.read(next(theirs), kept, loop)
             times = interleave(candidates, rounds=rounds, what=f"{form} {in_features}x{out_features}")
         seconds = {name: median(values) for name, values in times.items()}
         bandwidth = torchs[0].nbytes / seconds["read"]  # of reading one weight of torch's pool, in the same rounds
-        needed = ours[0].nbytes * (x.float().abs() > threshold).double().mean().item() + others
+        rows_bytes = stored[0][0].nbytes * len(kept)
+        needed = rows_bytes + others
         yield {
             "format": form,
             "shape": [in_features, out_features],
@@ -91,6 +100,7 @@ def measure(form: str, in_features: int, out_features: int, sparsity: float, rou
             "needed_bytes_per_second": needed / seconds["sparse"],
             "read_bandwidth": bandwidth,
             "of_bandwidth": needed / seconds["sparse"] / bandwidth,
+            "of_rows": needed / seconds["sparse"] / (rows_bytes / seconds["rows"]),
         }
 
 
@@ -101,7 +111,7 @@ def main() -> None:
     options = arguments.parse_args()
     print("matrix-vector products, weights from memory; shapes are in_features x out_features")
     print(f"{'format':9}{'shape':>13}{'sparsity':>9}{'threads':>8}{'torch us':>10}{'dense us':>10}{'sparse us':>10}"
-          f"{'/torch':>8}{'/dense':>8}{'GB/s':>7}{'of read bandwidth':>19}")  # fmt: skip
+          f"{'/torch':>8}{'/dense':>8}{'GB/s':>7}{'of bandwidth':>14}{'of rows':>9}")  # fmt: skip
     rows = []
     for form, shape in itertools.product(options.formats, SHAPES):
         for sparsity in options.sparsity:
@@ -110,9 +120,9 @@ def main() -> None:
                 us = row["microseconds"]
                 print(f"{row['format']:9}{shape[0]:>7}x{shape[1]:<5}{sparsity:9.2f}{row['threads']:8}{us['torch']:10.0f}"
                       f"{us['dense']:10.0f}{us['sparse']:10.0f}{row['against_torch']:7.2f}x{row['against_own_dense']:7.2f}x"
-                      f"{row['needed_bytes_per_second'] / 1e9:7.1f}{row['of_bandwidth']:19.0%}",
+                      f"{row['needed_bytes_per_second'] / 1e9:7.1f}{row['of_bandwidth']:14.0%}{row['of_rows']:9.0%}",
                       flush=True)  # fmt: skip
-    save("kernels", rows)
+    save("kernels", rows, keys=("format", "shape", "sparsity", "threads"))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,13 @@ import gguf
 import llama_cpp
 import numpy as np
 import torch
+from common import kept_to, llama_folder
 from torch import Tensor
 
 from deadband.files import cache_folder, replacing
 
+if (isa := kept_to()) is not None and llama_folder(isa) not in Path(llama_cpp.__file__).parents:
+    raise ImportError(f"there is no llama-cpp-python built for {isa} in {llama_folder(isa)}")
 KINDS = {
     "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
     "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 NAMES = (
-    "overheads", "kernels", "prefill", "decode", "allocation", "quality", "sparsifier", "compaction", "memory",
+    "overheads", "kernels", "prefill", "first_token", "decode", "allocation", "quality", "sparsifier", "compaction",
+    "memory",
 )  # fmt: skip
 
 

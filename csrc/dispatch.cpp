@@ -159,11 +159,14 @@ int deadband_observe(int dtype, const void* x, int64_t rows, int64_t x_stride, i
                             threads < 1 ? 1 : threads);
 }
 
-double deadband_read_bandwidth(const void* data, int64_t bytes, int threads) {
-  if (!data || bytes <= 0) return 0;
+double deadband_read_bandwidth(const void* data, int64_t stride, int64_t row_bytes, const int32_t* index, int64_t count,
+                               int loop, int threads, uint8_t* seen) {
+  if (!data || stride < 0 || row_bytes <= 0 || count <= 0 || loop < 0 || loop >= DEADBAND_READ_LOOPS) return 0;
   timespec start, end;
   clock_gettime(CLOCK_MONOTONIC, &start);
-  kernels()->read(data, bytes, threads < 1 ? 1 : threads);
+  uint8_t bits = kernels()->read({data, stride, row_bytes, index, count}, loop, threads < 1 ? 1 : threads);
   clock_gettime(CLOCK_MONOTONIC, &end);
-  return (double)bytes / ((double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec));
+  if (seen) *seen = bits;
+  double seconds = (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec);
+  return (double)(count * row_bytes) / seconds;
 }

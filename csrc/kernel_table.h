@@ -10,6 +10,14 @@
 
 namespace deadband {
 
+// Rows of so many bytes: those that `index` names, or where it is nullptr the first.
+struct Rows {
+  const void* data;
+  int64_t stride, bytes;
+  const int32_t* index;
+  int64_t count;
+};
+
 // One instruction set's kernels. dispatch.cpp has checked their arguments, and no size is zero except `in` and `cols`.
 struct KernelTable {
   const char* name;
@@ -27,7 +35,7 @@ struct KernelTable {
               int64_t weight_stride, int64_t out, const void* bias, void* y, int threads);
   int (*observe)(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t cols, const float* scale,
                  int64_t* histogram, double* sum, double* sum_of_squares, int threads);
-  uint64_t (*read)(const void* data, int64_t bytes, int threads);
+  uint8_t (*read)(const Rows& rows, int loop, int threads);
 };
 
 #if defined(__x86_64__)

@@ -113,8 +113,13 @@ DEADBAND_API int deadband_observe(int dtype, const void* x, int64_t rows, int64_
                                   const float* scale, int64_t* histogram, double* sum, double* sum_of_squares,
                                   int threads);
 
-// Bytes per second of reading the buffer once. Meaningful for buffers much larger than the caches.
-DEADBAND_API double deadband_read_bandwidth(const void* data, int64_t bytes, int threads);
+// Bytes per second of reading `count` rows of `row_bytes` once, `stride` bytes apart: those that `index` names, in its
+// order, or with NULL the first. There are DEADBAND_READ_LOOPS ways of it; what memory gives is what the best of them
+// reads. Meaningful for much more than the caches hold. 0 for a negative size, another loop, or nothing to read. seen:
+// NULL, or what these bytes give or'ed.
+#define DEADBAND_READ_LOOPS 12
+DEADBAND_API double deadband_read_bandwidth(const void* data, int64_t stride, int64_t row_bytes, const int32_t* index,
+                                            int64_t count, int loop, int threads, uint8_t* seen);
 
 // Asks for huge pages behind the whole pages inside the buffer, written to or not; what it holds stays. Returns 1 if
 // the system took the advice, 0 if it could not help.

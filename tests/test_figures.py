@@ -68,3 +68,18 @@ def test_the_script_loads_neither_torch_nor_matplotlib(figures):
     here = figures.RESULTS.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_table_beside_llama_cpp_has_a_column_for_each_machine(figures):
+    results = figures.load()
+    slug, scripts = next(each for each in results.items() if "decode-llama-1b" in each[1])
+    result = copy.deepcopy(scripts["decode-llama-1b"])
+    result["machine"] |= {"kernels": "x86-64-v3", "kept_to": "x86-64-v3"}
+    text = "<!-- figures: decode-llama-1b -->\n<!-- /figures -->"
+    more = {**results, "other": {"decode-llama-1b": result}}
+    before, after = figures.marked(text, results), figures.marked(text, more)
+    assert "kept to x86-64-v3" not in before
+    assert after.count("kept to x86-64-v3") == 1
+    assert after.count(" | ") > before.count(" | ")
+    page = figures.page({"other": {"decode-llama-1b": result}})
+    assert "all kept to x86-64-v3, torch" in page

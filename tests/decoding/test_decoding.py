@@ -671,6 +671,84 @@ def test_speculative_decoding_gives_the_same_tokens(weights):
         assert torch.equal(model.generate(ids, **settings, prompt_lookup_num_tokens=3), expected)
 
 
+@compiled
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_a_few_tokens_at_once(name):
+    """In strides of 1 to 9, past the first block of the cache, and Gemma's window of 32; 9 are too many."""
+    model = sparse_model(name)
+    prepared = prepare_decode_(copy.deepcopy(model), tokens=8)
+    tokens = torch.randint(3, 128, (1, 20 + 2 * 45), generator=torch.Generator().manual_seed(6))
+    outputs = []
+    with torch.no_grad():
+        for each in (model, prepared):
+            cache, at, logits = prefill(each, tokens[:, :20]), 20, []
+            while at < tokens.shape[1]:
+                count = 1 + len(logits) % 9
+                logits.append(step(each, tokens[:, at : at + count], cache).logits)
+                at += count
+            outputs.append(torch.cat(logits, 1))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-3)
+    report = decode_report(prepared)
+    assert report.graph == 2 * 36
+    assert not report.model
+
+
+@pytest.fixture(scope="module")
+def few():
+    """A sparse Llama and its copy that is prepared for 4 tokens."""
+    model = sparse_model("llama")
+    return model, prepare_decode_(copy.deepcopy(model), tokens=4)
+
+
+@compiled
+def test_drafts_are_verified_by_the_graph_and_cropped_in_place(few):
+    model, prepared = few
+    ids = torch.tensor([[5, 9, 13, 5, 9, 13, 5, 9]])
+    assistant = sparse_model("llama", sparsity=0.6)
+    assistant.generation_config.update(num_assistant_tokens=3, num_assistant_tokens_schedule="constant")
+    decode_report(prepared, reset=True)
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DecodeWarning)
+            found = decode(prepared, ids, 60, **options, return_dict_in_generate=True)
+        assert torch.equal(found.sequences, decode(model, ids, 60, **options))
+    report = decode_report(prepared, reset=True)
+    assert report.graph > 100
+    assert not report.model
+    with torch.no_grad():
+        cache = prefill(prepared, PROMPT)
+        before = step(prepared, PROMPT[:, :4], cache).logits
+        keys = cache.layers[0].keys.data_ptr()
+        cache.crop(-3)
+        assert cache.get_seq_length() == 21
+        assert cache.layers[0].keys.data_ptr() == keys
+        again = step(prepared, PROMPT[:, 1:4], cache).logits
+    torch.testing.assert_close(again, before[:, 1:], rtol=1e-4, atol=1e-4)
+
+
+@compiled
+def test_a_few_tokens_with_every_argument(few):
+    model, prepared = few
+    token = PROMPT[:, :3]
+    there = torch.arange(20, 23)
+    for options in (
+        {"logits_to_keep": 1}, {"logits_to_keep": 0}, {"logits_to_keep": 2, "attention_mask": torch.ones(1, 23)},
+        {"position_ids": there.view(1, -1)}, {"position_ids": there.view(1, -1) + 1},
+        {"attention_mask": torch.arange(23).view(1, -1).ge(4).long()}, {"logits_to_keep": torch.tensor([0, 2])},
+    ):  # fmt: skip
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DecodeWarning)
+            expected, found = (step(each, token, prefill(each, PROMPT), **options).logits for each in few)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert sum(decode_report(prepared, reset=True).model.values()) == 3
+
+
+def test_refuses_another_number_of_tokens():
+    for tokens in (0, 9):
+        with pytest.raises(ValueError, match="expected 1 to 8"):
+            prepare_decode_(tiny_model("llama"), tokens=tokens)
+
+
 def test_changes_undo_the_preparation():
     model = tiny_model("llama").eval()
     sparsify_(model, dict.fromkeys(find_sites(model), 0.02))

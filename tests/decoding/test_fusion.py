@@ -497,18 +497,37 @@ def test_packed_layers_give_the_same_bits(kind, dtype):
     assert fused.can_pack(x, parts, group_sizes, relative, counts[:2])
     packed = fused.pack(dtype, 65, parts, group_sizes, relative, counts[:2])
     expected = fused.linears(*arguments(x, layers[:2], expected_counts[:2]))
-    assert torch.equal(fused.packed_linears(x, packed, 65, 66), expected)
+    assert torch.equal(fused.packed_linears(x, packed, 65, 66, 1), expected)
     _, parts, group_sizes, relative, _, _ = arguments(x, layers, [])
     packed = fused.pack(dtype, 65, parts, group_sizes, relative, counts, mlp=True)
     for number, activation in enumerate(fused.ACTIVATIONS):
         expected = fused.gated_mlp(*arguments(x, layers, expected_counts), activation)
-        assert torch.equal(fused.packed_gated_mlp(x, packed, 65, 20, number), expected)
+        assert torch.equal(fused.packed_gated_mlp(x, packed, 65, 20, 1, number), expected)
     assert [each.tolist() for each in counts] == [each.tolist() for each in expected_counts]
-    with pytest.raises(RuntimeError, match="one row of 65"):
-        fused.packed_linears(x[:, :64], packed, 65, 66)
+    for refused in (x[:, :64], x.expand(9, 65)):
+        with pytest.raises(RuntimeError, match="1 to 8 rows of 65"):
+            fused.packed_linears(refused, packed, 65, 66, 4)
     assert not fused.can_pack(x.half(), parts, group_sizes, relative, counts, mlp=True)
     with pytest.raises(ValueError, match="do not take"):
         fused.pack(dtype, 64, parts, group_sizes, relative, counts, mlp=True)
+
+
+@pytest.mark.skipif(kernels.library is None, reason="no kernels are built")
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_layers_skip_up_to_as_many_rows_as_the_others(kind):
+    sizes = ((65, 33), (65, 33), (33, 20))
+    layers = [Layer(*size, torch.float32, kind, full=True, seed=seed) for seed, size in enumerate(sizes)]
+    counts, expected_counts = new_counts(layers), new_counts(layers)
+    _, parts, group_sizes, relative, _, _ = arguments(random_x(1, 65, torch.float32), layers, [])
+    two = fused.pack(torch.float32, 65, parts[: 2 * fused.PARTS], group_sizes[:2], relative[:2], counts[:2])
+    mlp = fused.pack(torch.float32, 65, parts, group_sizes, relative, counts, mlp=True)
+    for rows in (1, 3, 4, 5, 8):
+        x = random_x(rows, 65, torch.float32, rows)
+        expected = fused.linears(*arguments(x, layers[:2], expected_counts[:2], 4))
+        assert torch.equal(fused.packed_linears(x, two, 65, 66, 4), expected)
+        expected = fused.gated_mlp(*arguments(x, layers, expected_counts, 4), "silu")
+        torch.testing.assert_close(fused.packed_gated_mlp(x, mlp, 65, 20, 4, 0), expected, rtol=1e-4, atol=1e-4)
+    assert [each.tolist() for each in counts] == [each.tolist() for each in expected_counts]
 
 
 @pytest.mark.skipif(kernels.library is None, reason="no kernels are built")

@@ -80,6 +80,23 @@ def test_two_threads_give_the_bits_of_one(isa, dtype):
             assert torch.equal(attend(*given_, 0.125, 0.0), one)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_several_tokens_are_each_of_them(dtype):
+    _, keys, values, _ = operands(2, 3, 20, 24, 70, 10, dtype, 3)
+    generator = torch.Generator().manual_seed(9)
+    query = torch.randn(5, 6, 20, generator=generator).to(dtype)
+    mask = torch.full((5, 70), -math.inf).triu(66)
+    for softcap in (0.0, 5.0):
+        y = attend(query, keys, values, mask, 0.25, softcap)
+        for row in range(5):
+            alone = attend(query[row], keys, values, mask[row], 0.25, softcap)
+            torch.testing.assert_close(y[row], alone, rtol=1e-3, atol=1e-3)
+    reference = attend_reference(query, keys, values, mask, 0.25, 0.0)
+    expected = torch.stack([exact(query[row], keys, values, mask[row], 0.25, 0.0) for row in range(5)])
+    torch.testing.assert_close(reference.double(), expected, rtol=1e-2, atol=1e-2)
+    assert attend(query[:0], keys, values, mask[:0], 0.25, 0.0).shape == (0, 6, 24)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores_masks_and_nan(isa, dtype):
@@ -120,6 +137,8 @@ def test_operands_that_the_kernel_does_not_take(what):
 def test_the_operator_passes_torchs_own_check():
     arguments = (*operands(2, 2, 16, 24, 20, 12, torch.float32, 2), 0.25, 0.0)
     torch.library.opcheck(attend, arguments)
+    few = (torch.stack([arguments[0]] * 3), *arguments[1:3], torch.stack([arguments[3]] * 3), 0.25, 0.0)
+    torch.library.opcheck(attend, few)
     with pytest.raises(RuntimeError, match=r"keys and values of 3 dimensions.*\[16\]"):
         attend(torch.empty(16, device="meta"), *(each.to("meta") for each in arguments[1:4]), 0.25, 0.0)
 

@@ -29,6 +29,7 @@ class Store:
         self.capacity = 0
         self.owner: Any = None  # the decoder that reads and writes here
         self.intact = True  # whether every layer of the cache still has its keys and values here
+        self.sliding = False  # whether a layer of the cache forgets what is outside of its window
         self.keys, self.values = keys, values
         self.inputs: list[Tensor] = []
         self.reserve(length + BLOCK)
@@ -77,6 +78,15 @@ def _states(layer: Any) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in _STATES[: 3 if layer.is_sliding else 2]}
 
 
+def _crop(layer: Any, tokens_to_remove: int) -> None:
+    """Forget the last tokens in place: cropping goes from layer to layer, and the first one does it for all."""
+    store = layer.__dict__["store"]
+    if tokens_to_remove >= 0 or store.sliding or not store.intact:
+        type(layer).__base__.crop(layer, tokens_to_remove)  # type: ignore[union-attr]
+    elif layer.__dict__["index"] == 0:
+        store.length = max(store.length + tokens_to_remove, 0)
+
+
 def _reduce_layer(layer: Any, protocol: Any) -> Any:
     """Copies and pickles are plain layers with states of their own."""
     state = {name: value for name, value in layer.__dict__.items() if name not in ("store", "index")}
@@ -114,6 +124,7 @@ def layer_classes() -> dict[type, type]:
     body = {
         "keys": _stored("keys", _keys),
         "values": _stored("values", _values),
+        "crop": _crop,
         "__reduce_ex__": _reduce_layer,
     }
     sliding = {**body, "cumulative_length": _stored("cumulative_length", _length)}
@@ -136,6 +147,7 @@ def attach(cache: Any, owner: Any = None) -> Store:
         values.append(nn.functional.pad(value, (0, 0, missing, 0)))
     store = Store(keys, values, length)
     store.owner = owner
+    store.sliding = any(layer.is_sliding for layer in cache.layers)
     twins = layer_classes()
     for index, layer in enumerate(cache.layers):
         for name in _STATES:

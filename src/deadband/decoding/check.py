@@ -1,8 +1,8 @@
-"""Whether the decoding of one token that `deadband.decoding.graph` makes is what the model itself does.
+"""Whether the decoding that `deadband.decoding.graph` makes is what the model itself does.
 
-Both decode one token after the same keys and values, made up from those of a short prompt, at several lengths of the
-cache: among them those around every boundary that the model's configuration names (a window, a chunk, the length from
-which rotary embeddings are scaled) and the cache's own blocks.
+Both decode one token, or a few at once, after the same keys and values, made up from those of a short prompt, at
+several lengths of the cache: among them those around every boundary that the model's configuration names (a window, a
+chunk, the length from which rotary embeddings are scaled) and the cache's own blocks.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def boundaries(config: Any) -> set[int]:
     return found
 
 
-def lengths_of(config: Any) -> list[int]:
-    """Lengths of the cache at which to compare, the shortest first."""
+def lengths_of(config: Any, rows: int = 1) -> list[int]:
+    """Lengths of the cache at which to compare so many more tokens, the shortest first."""
     lengths = {BLOCK // 2, BLOCK, 2 * BLOCK - 1, 2 * BLOCK, 3 * BLOCK + 5}
     for boundary in boundaries(config):
         lengths |= {boundary - 1, boundary, boundary + 1}
-    longest = min(LONGEST, (getattr(config, "max_position_embeddings", None) or LONGEST) - 1)
+    longest = min(LONGEST, (getattr(config, "max_position_embeddings", None) or LONGEST) - rows)
     return sorted(length for length in lengths if 2 <= length <= longest)
 
 
@@ -69,18 +69,23 @@ def filled_cache(config: Any, template: Template, length: int, dtype: torch.dtyp
     return cache
 
 
-def check_step(model: Any, template: Template) -> None:
-    """A NotCapturedError where `Step` is not what the model does; in float32 where memory allows it."""
+def tokens_of(config: Any, rows: int) -> Tensor:
+    """So many tokens to decode at once."""
+    return (1 + torch.arange(rows)).view(1, -1) % config.vocab_size
+
+
+def check_step(model: Any, template: Template, rows: int = 1) -> None:
+    """A NotCapturedError where `Step` of `rows` tokens is not what the model does; in float32 if memory allows it."""
     config = model.config.get_text_config()
-    token = torch.ones(1, 1, dtype=torch.int64)
     step = Step(model)
     with _in_float32(model) as dtype:
 
         def by_step(store: Store) -> Tensor:
-            position, blocks = torch.tensor([store.length]), torch.empty(store.length // BLOCK + 1)
+            position = store.length + torch.arange(rows)
+            blocks = torch.empty((store.length + rows - 1) // BLOCK + 1)
             try:
                 with own_attention(model):
-                    return step(token, position, blocks, store.keys, store.values)
+                    return step(tokens_of(config, rows), position, blocks, store.keys, store.values)
             except NotCapturedError:
                 raise
             except Exception as error:  # the model alone can do it: `compare` ran it before
@@ -88,25 +93,28 @@ def check_step(model: Any, template: Template) -> None:
                     f"its code cannot decode after a cache with room to grow ({type(error).__name__}: {error})"
                 ) from error
 
-        compare(model, config, template, dtype, by_step)
+        compare(model, config, template, dtype, by_step, rows)
 
 
-def compare(model: Any, config: Any, template: Template, dtype: torch.dtype, decode: Callable[[Store], Tensor]) -> None:
-    """A NotCapturedError where the logits of `decode`, given a Store with room for one more token, are not the model's.
+def compare(
+    model: Any, config: Any, template: Template, dtype: torch.dtype, decode: Callable[[Store], Tensor], rows: int = 1
+) -> None:
+    """A NotCapturedError where the logits of `decode`, given a Store with room for `rows` more tokens, are not the
+    model's.
 
     Nothing is skipped meanwhile. At its thresholds a bfloat16 model amplifies rounding, as entries change sides: on
     random weights of 1 B parameters at 0.5, logits differ by 0.45 between two of transformers' own caches.
     """
-    token = torch.ones(1, 1, dtype=torch.int64)
+    token = tokens_of(config, rows)
     name = cache_argument(model)
     limit = LIMITS.get(dtype, 0.1)
     if any(isinstance(module, QuantizedMatrix) for module in model.modules()):
         limit = max(limit, QUANTIZED_LIMIT)
     with _nothing_skipped(model):
-        for length in lengths_of(config):
+        for length in lengths_of(config, rows):
             expected = model(token, use_cache=True, **{name: filled_cache(config, template, length, dtype)}).logits
             store = attach(filled_cache(config, template, length, dtype))
-            store.reserve(length + 1)
+            store.reserve(length + rows)
             found = decode(store)
             error = float((found.float() - expected.float()).norm() / expected.float().norm())
             if not error <= limit:

@@ -3,7 +3,8 @@
 What a token costs beside its linear layers (norms, rotary embedding, attention, cache, and above all Python and the
 dispatcher, once for each of some 700 operators) is captured once as one graph (`torch.export`), with the weights, the
 cache and the position as inputs, and compiled (torch's inductor). The model's forward takes that graph when it is
-called on one new token of one sequence, and itself for everything else: prefill, batches, padding, training.
+called on one new token of one sequence, and itself for everything else: prefill, batches, padding, training. A second
+graph, made on request, takes a few new tokens of one sequence at once, as speculative decoding has them verified.
 
 The cache stays transformers' own `DynamicCache` (`deadband.decoding.cache`). So `generate`, `crop`, a chat that
 continues and a second forward by hand all work, and nothing has a maximal length. The graph is made in
@@ -30,11 +31,12 @@ from torch.utils.hooks import RemovableHandle
 
 from deadband.decoding.breakeven import tune_
 from deadband.decoding.cache import BLOCK, Store, attach, layer_classes
-from deadband.decoding.check import Template, check_step, compare
+from deadband.decoding.check import Template, check_step, compare, tokens_of
 from deadband.decoding.graph import PASSES, GraphPass, NotCapturedError, capture, compile_graph
 from deadband.decoding.state import KeptState, changed, hooked, state_of
 from deadband.layers.scope import in_scope
 from deadband.layers.sites import sparse_sites
+from deadband.ops.cpu import SPARSE_ROWS
 from deadband.running.forward import cache_argument, cache_of, evaluating
 
 
@@ -66,7 +68,9 @@ class DecodeReport:
         return "\n".join(lines)
 
 
-def prepare_decode_(model: Any, *, tune: bool = False, passes: Sequence[GraphPass] | None = None) -> Any:
+def prepare_decode_(
+    model: Any, *, tokens: int = 1, tune: bool = False, passes: Sequence[GraphPass] | None = None
+) -> Any:
     """Compile what `model` does to decode one token, in place; about a minute the first time, less from torch's cache.
 
     From then on `model.generate(...)` and `model(token, past_key_values=cache)` take the compiled graph for one token
@@ -85,6 +89,9 @@ def prepare_decode_(model: Any, *, tune: bool = False, passes: Sequence[GraphPas
     Args:
         model: a causal language model of transformers, on the CPU, or a module around one (a PeftModel, what
             `torch.compile` returned): then the one inside is prepared.
+        tokens: with more than 1 a second graph is made, for 2 to so many tokens at once (8 at most) that continue one
+            sequence: what `generate` has a model verify with `assistant_model` or `prompt_lookup_num_tokens`. All of
+            them skip as they do without a graph, up to each layer's `sparse_rows`.
         tune: first let layers skip only where that is faster (`deadband.breakeven.tune_`): measured the first time,
             some seconds for each kind of layer, and remembered. What is computed then depends on the machine.
         passes: what to do to the graph of ATen operators before it is compiled; the default is `PASSES`.
@@ -93,7 +100,8 @@ def prepare_decode_(model: Any, *, tune: bool = False, passes: Sequence[GraphPas
         The model, for chaining.
 
     Raises:
-        ValueError: not a causal language model of transformers, or inside of a block of `dense` or `sparse_prefill`.
+        ValueError: not a causal language model of transformers, inside of a block of `dense` or `sparse_prefill`, or
+            another number of `tokens`.
 
     Example:
         >>> prepare_decode_(nn.Linear(2, 2))
@@ -103,13 +111,15 @@ def prepare_decode_(model: Any, *, tune: bool = False, passes: Sequence[GraphPas
     inner = _causal_model(model)
     if in_scope(sparse_sites(inner).values()):
         raise ValueError("prepare_decode_ inside of deadband.dense or sparse_prefill: prepare the model outside of it")
+    if not 1 <= tokens <= SPARSE_ROWS:
+        raise ValueError(f"tokens is {tokens}, expected 1 to {SPARSE_ROWS}")
     if tune:
         tune_(inner)
     existing = inner.__dict__.get("_deadband_decoder")
-    if existing is not None and existing.fits(inner) and existing.rows == existing.current_rows():
+    if existing is not None and existing.fits(inner) and existing.made_for(tokens):
         return model
     unprepare_decode_(inner)
-    decoder = Decoder(inner, PASSES if passes is None else passes)
+    decoder = Decoder(inner, PASSES if passes is None else passes, tokens)
     inner.__dict__["_deadband_decoder"] = decoder
     inner.__class__ = _prepared_class(_original_class(type(inner)))
     return model
@@ -214,15 +224,18 @@ class Decoder:
     """The compiled graph of a model's decoding, and when it may be taken.
 
     Attributes:
-        run: the compiled function, or None where there is none, because of `problem`.
-        steps: tokens that it decoded; `reasons` counts those that it did not.
+        run: the compiled function of one token, or None where there is none, because of `problem`; `run_few` is that
+            of 2 to `tokens` of them.
+        steps: tokens that they decoded; `reasons` counts those that they did not.
         seconds: what capturing and compiling took.
     """
 
-    def __init__(self, model: Any, passes: Sequence[GraphPass]) -> None:
+    def __init__(self, model: Any, passes: Sequence[GraphPass], tokens: int = 1) -> None:
         from transformers import Cache
 
+        self.tokens = tokens
         self.run: Callable[..., Any] | None = None
+        self.run_few: Callable[..., Any] | None = None
         self.problem: str | None = None
         self.steps = 0
         self.reasons: Counter[str] = Counter()
@@ -231,8 +244,9 @@ class Decoder:
         self.cache_class = Cache
         start = time.perf_counter()
         try:
-            self.run = self._compile(model, passes)
+            self._compile(model, passes)
         except Exception as error:  # the compiler, torch.export and any model's code may raise anything
+            self.run = None
             self.problem = _in_words(error)
             self._tell(self.problem, "this model decodes without a compiled graph")
         self.seconds = time.perf_counter() - start
@@ -242,7 +256,7 @@ class Decoder:
             self.told.add(reason)
             warnings.warn(f"{what}: {reason}", DecodeWarning, stacklevel=4)
 
-    def _compile(self, model: Any, passes: Sequence[GraphPass]) -> Callable[..., Any]:
+    def _compile(self, model: Any, passes: Sequence[GraphPass]) -> None:
         from transformers import DynamicCache, GenerationConfig
 
         devices = {parameter.device.type for parameter in model.parameters()}
@@ -276,43 +290,61 @@ class Decoder:
             self.layers = [type(layer) for layer in layers]
             self.states = [_state_of(layer) for layer in layers]
             template: Template = [(layer.keys, layer.values) for layer in layers]
-            check_step(model, template)
-            program = capture(model, attach(copy.deepcopy(cache)))
-            tensors = {f"model.{name}": each for name, each in _tensors(model).items()}
-            weights = []
-            for spec in program.graph_signature.input_specs:
-                if spec.kind != torch.export.graph_signature.InputKind.USER_INPUT:
-                    known = tensors.get(str(spec.target))
-                    weights.append(program.constants[str(spec.target)] if known is None else known)
-            self.weights = weights
             self.state = state_of(model)
             self.sites = list(sparse_sites(model).values())
             self.rows = self.current_rows()
-            run = compile_graph(program, passes)
-            dtype, token = model.dtype, torch.ones(1, 1, dtype=torch.int64)
-            compare(model, config, template, dtype, lambda store: self._logits(run, store, token))
+            self.run = self._compile_for(1, model, cache, template, passes)
+            if self.tokens > 1:
+                self.run_few = self._compile_for(self.tokens, model, cache, template, passes)
         self.hooks = RemovableHandle.next_id
+
+    def _compile_for(
+        self, rows: int, model: Any, cache: Any, template: Template, passes: Sequence[GraphPass]
+    ) -> Callable[..., Any]:
+        """The compiled function of one token, or of 2 to `rows`."""
+        check_step(model, template, rows)
+        program = capture(model, attach(copy.deepcopy(cache)), rows)
+        tensors = {f"model.{name}": each for name, each in _tensors(model).items()}
+        weights = []
+        for spec in program.graph_signature.input_specs:
+            if spec.kind != torch.export.graph_signature.InputKind.USER_INPUT:
+                known = tensors.get(str(spec.target))
+                weights.append(program.constants[str(spec.target)] if known is None else known)
+        compiled = compile_graph(program, passes)
+
+        def run(*inputs: Any) -> Any:
+            return compiled(*weights, *inputs)
+
+        config = model.config.get_text_config()
+        for count in {min(rows, 2), rows}:
+            token = tokens_of(config, count)
+            compare(model, config, template, model.dtype, lambda store: self._logits(run, store, token), count)  # noqa: B023
         return run
 
     def _logits(self, run: Any, store: Store, token: Tensor) -> Tensor:
         length = store.length
-        store.reserve(length + 1)
-        if length >= len(_positions):
-            _extend_positions(length)
-        blocks = max(length // BLOCK + 1, 2)
-        (logits,) = run(*self.weights, token, _positions[length : length + 1], _blocks[:blocks], *store.inputs)
+        end = length + token.shape[1]
+        store.reserve(end)
+        if end > len(_positions):
+            _extend_positions(end)
+        blocks = max((end - 1) // BLOCK + 1, 2)
+        (logits,) = run(token, _positions[length:end], _blocks[:blocks], *store.inputs)
         return logits
 
     def current_rows(self) -> list[int]:
         """Up to how many rows each sparse layer skips now."""
         return [site.__dict__.get("sparse_rows", -1) for site in self.sites]
 
+    def made_for(self, tokens: int) -> bool:
+        """Whether it takes up to so many tokens at once, and its layers skip for as many rows as then."""
+        return self.tokens == tokens and self.rows == self.current_rows()
+
     def fits(self, model: Any) -> bool:
         """Whether the model is still what was compiled."""
         return self.run is not None and state_of(model) == self.state
 
     def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The model's output for one token, or None where the graph is not for such a call."""
+        """The model's output for one token or a few, or None where the graphs are not for such a call."""
         found = self._step(model, args, kwargs)
         if found is None:
             return None
@@ -322,9 +354,13 @@ class Decoder:
             self._count(reason)
             return None
         store = cache.layers[0].__dict__["store"]
-        logits = self._logits(self.run, store, token)
-        store.length += 1
-        self.steps += 1
+        count = token.shape[1]
+        if count == 1:
+            logits = self._logits(self.run, store, token)
+        else:
+            logits = self._logits(self.run_few, store, token)[:, -(kwargs.get("logits_to_keep") or 0) :]
+        store.length += count
+        self.steps += count
         return self.output_class(logits=logits, **{self.output_field: cache})
 
     def bypassed(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -348,7 +384,7 @@ class Decoder:
             return None
         token = args[0] if args else kwargs.get("input_ids")
         given = kwargs.get("inputs_embeds") if token is None else token
-        if not isinstance(given, Tensor) or given.dim() < 2 or given.shape[1] != 1:
+        if not isinstance(given, Tensor) or given.dim() < 2 or not 1 <= given.shape[1] <= self.tokens:
             return None
         store = cache.layers[0].__dict__.get("store") if getattr(cache, "layers", None) else None
         if not (store.length if store is not None and store.intact else cache.get_seq_length()):
@@ -441,23 +477,27 @@ def _why_not_this_token(token: Any, args: tuple) -> str | None:
         return "it is given inputs_embeds instead of token ids"
     if len(args) > 1:
         return "it is given more than the token ids by position"
-    if token.shape != (1, 1) or token.dtype is not torch.int64:
+    if token.shape[0] != 1 or token.dtype is not torch.int64:
         return "there is more than one sequence" if token.shape[0] > 1 else f"token ids are {token.dtype}"
     return None
 
 
 def _why_not_these_arguments(kwargs: dict[str, Any], token: Any, cache: Any) -> str | None:
     """Looks at all but the token and the cache, which has a Store."""
-    length = cache.layers[0].__dict__["store"].length
+    length, count = cache.layers[0].__dict__["store"].length, token.shape[1]
     for name, value in kwargs.items():
-        if value is None or value is token or value is cache or name in _PLAIN:
+        if value is None or value is token or value is cache:
             continue
         if name == "attention_mask":
-            if not isinstance(value, Tensor) or value.shape != (1, length + 1) or not value.all():
+            if not isinstance(value, Tensor) or value.shape != (1, length + count) or not value.all():
                 return "attention_mask has padding, or is not of the cache's length"
         elif name in _POSITIONS:
-            if not isinstance(value, Tensor) or not bool((value == length).all()):
+            expected = length if count == 1 else torch.arange(length, length + count)
+            if not isinstance(value, Tensor) or not bool((value == expected).all()):
                 return f"{name} are not the cache's length"
+        elif name == "logits_to_keep":
+            if count > 1 and type(value) is not int:
+                return "logits_to_keep is not a number"
         elif name in _TRUE:
             if value is not True:
                 return f"{name}={value!r}"
@@ -479,7 +519,6 @@ def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
-_PLAIN = ("logits_to_keep",)  # nothing that changes one token's output
 _POSITIONS = ("position_ids", "cache_position")
 _TRUE = ("use_cache", "return_dict")
 _positions = torch.arange(1024)

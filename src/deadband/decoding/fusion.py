@@ -6,13 +6,16 @@ They look at dataflow alone, so they work on any model, and leave alone what doe
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from deadband.ops import fused
+from deadband.ops.cpu import SPARSE_ROWS
 from deadband.ops.linear import quantized_linear, sparse_linear
 
 aten = torch.ops.aten
@@ -32,7 +35,7 @@ class _Layer:
 
 
 def _layer(node: Any) -> _Layer | None:
-    """The layer that a node is, if it skips entries of one token."""
+    """The layer that a node is, if it skips entries of one token, or of a few."""
     if not isinstance(node, fx.Node) or node.op != "call_function" or node.kwargs:
         return None
     arguments: Any = node.args
@@ -45,8 +48,8 @@ def _layer(node: Any) -> _Layer | None:
     else:
         return None
     value = x.meta.get("val")
-    one_row = isinstance(value, Tensor) and all(size == 1 for size in value.shape[:-1])
-    if not one_row or sparse_rows < 1 or rule[0] is None:
+    few = isinstance(value, Tensor) and statically_known_true(math.prod(value.shape[:-1]) <= SPARSE_ROWS)
+    if not few or sparse_rows < 1 or rule[0] is None:
         return None
     return _Layer(node, x, parts, group_size, relative, sparse_rows, counts)
 
@@ -236,7 +239,7 @@ def pack_layers(graph: fx.GraphModule) -> None:
             *arguments, activation = node.args
         else:
             continue
-        x, parts, group_sizes, relative, _, counts = arguments
+        x, parts, group_sizes, relative, sparse_rows, counts = arguments
         if any(each.target is aten.zeros.default for each in counts):
             counts = []  # decode_graph.give_counts: nobody reads them
         nodes = [each for each in (*parts, *counts) if each is not None]
@@ -247,17 +250,19 @@ def pack_layers(graph: fx.GraphModule) -> None:
         if not known or not fused.can_pack(value, fakes, group_sizes, relative, fake_counts, activation is not None):
             continue
         recipe = _Recipe(value.dtype, value.shape[-1], parts, group_sizes, relative, counts, activation is not None)
-        _replace(graph.graph, node, x, recipe, activation)
+        _replace(graph.graph, node, x, recipe, activation, sparse_rows)
 
 
-def _replace(graph: fx.Graph, node: fx.Node, x: fx.Node, recipe: _Recipe, activation: str | None) -> None:
+def _replace(
+    graph: fx.Graph, node: fx.Node, x: fx.Node, recipe: _Recipe, activation: str | None, sparse_rows: int
+) -> None:
     value = node.meta["val"]
     with graph.inserting_before(next(iter(graph.nodes))):
         layers = graph.placeholder(f"layers_of_{node.name}")
     with value.fake_mode:
-        layers.meta["val"] = torch.empty(len(recipe.group_sizes), fused.LAYER, dtype=torch.int64)
+        layers.meta["val"] = torch.empty(2, len(recipe.group_sizes), fused.LAYER, dtype=torch.int64)
     layers.meta[RECIPE] = recipe
-    sizes = (recipe.in_features, value.shape[-1])
+    sizes = (recipe.in_features, value.shape[-1], sparse_rows)
     with graph.inserting_before(node):
         if activation is None:
             result = graph.call_function(fused.packed_linears, (x, layers, *sizes))

@@ -1,4 +1,4 @@
-"""The graph of one decoded token: captured by torch.export, changed by passes, compiled by inductor."""
+"""The graph of one decoded token, or a few: captured by torch.export, changed by passes, compiled by inductor."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class NotCapturedError(RuntimeError):
 
 
 class _Trace:
-    """One token at `position` through a model, of which `tokens` places of the cache are looked at.
+    """Tokens at `position`, one or more, through a model; `tokens` places of the cache are looked at.
 
     It notes which layers write to the cache and which attend, for `check`.
     """
@@ -85,7 +85,7 @@ def _attend(
     is_causal: Any = None,  # so has it this
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one token on deadband's kernel, which reads the cache as it lies."""
+    """Attention of a token or a few on deadband's kernel, which reads the cache as it lies."""
     assert _trace is not None
     name = type(module).__name__
     unknown = [name for name, each in others.items() if each is not None and not _harmless(name, each)]
@@ -93,23 +93,26 @@ def _attend(
         raise NotCapturedError(f"{name} passes {unknown[0]!r} to its attention, which the kernel does not know")
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4 or attention_mask.shape[1] != 1:
         got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else attention_mask
-        raise NotCapturedError(f"{name} attends with a mask of {got}, expected one of [1, 1, 1, tokens] for all heads")
+        raise NotCapturedError(
+            f"{name} attends with a mask of {got}, expected one of [1, 1, rows, tokens] for all heads"
+        )
     if attention_mask.dtype is torch.bool:
         raise NotCapturedError(f"{name} makes a mask of its own")
     if getattr(module, "layer_idx", None) is None:
         raise NotCapturedError(f"{name} does not say which layer of the cache it reads (it has no layer_idx)")
     _trace.attended[module.layer_idx] += 1
-    batch, heads, _, size = query.shape
+    batch, heads, rows, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
+    few = () if rows == 1 else (rows,)
     mixed = attend(
-        query.reshape(heads, size).to(value.dtype),
+        query.transpose(1, 2).reshape(*few, heads, size).to(value.dtype),
         key[0].transpose(1, 2),
         value[0],
-        attention_mask.float().reshape(-1),
+        attention_mask.float().reshape(*few, -1),
         scaling,
         softcap or 0.0,
     )
-    return mixed.reshape(batch, 1, heads, -1).to(query.dtype), None
+    return mixed.reshape(batch, rows, heads, -1).to(query.dtype), None
 
 
 def _harmless(name: str, value: Any) -> bool:
@@ -124,13 +127,14 @@ _ATTENTION = "deadband_decode"
 
 def _mask(batch_size: int, *, mask_function: Callable[..., Any], **_: Any) -> Tensor:
     """What transformers calls for each pattern of a model (causal, within a window, a chunk, ...): its function says
-    which of the places that are looked at the token may see. [1, 1, 1, tokens], to be added to scores."""
+    which of the places that are looked at each token may see. [1, 1, rows, tokens], to be added to scores."""
     assert _trace is not None
     zero = _trace.position.new_zeros(1, 1, 1, 1)
     # kept as a tensor: inductor's code for a floor division of an index is wrong (a chunk; torch 2.13, AVX-512)
     seen = _realize(torch.arange(_trace.tokens, device=zero.device)).view(1, 1, 1, -1)
-    kept = mask_function(zero, zero, _trace.position.view(1, 1, 1, 1), seen)
-    kept = kept & (seen <= _trace.position)  # beyond, the cache has nothing yet
+    position = _trace.position.view(1, 1, -1, 1)
+    kept = mask_function(zero, zero, position, seen)
+    kept = kept & (seen <= position)  # beyond, the cache has nothing yet
     return _realize(torch.where(kept, 0.0, -torch.inf))
 
 
@@ -164,7 +168,7 @@ def _traced_cache(keys: list[Tensor], values: list[Tensor], trace: _Trace) -> An
 
 
 class Step(nn.Module):
-    """One token through the model, as a function of tensors alone; inside of `own_attention`."""
+    """A token or a few through the model, as a function of tensors alone; inside of `own_attention`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -173,7 +177,7 @@ class Step(nn.Module):
     def forward(
         self, token: Tensor, position: Tensor, blocks: Tensor, keys: list[Tensor], values: list[Tensor]
     ) -> Tensor:
-        """The logits, [1, 1, vocabulary]; `blocks` only says by its size how many blocks of tokens to look at."""
+        """The logits, [1, rows, vocabulary]; `blocks` only says by its size how many blocks of tokens to look at."""
         global _trace
         _trace = trace = _Trace(position, blocks.shape[0] * BLOCK)
         try:
@@ -192,7 +196,7 @@ def realize_shared(graph: torch.fx.GraphModule) -> None:
         if node.op == "call_function" and len(node.users) > 8 and isinstance(value, Tensor) and value.is_contiguous():
             with graph.graph.inserting_after(node):
                 kept = graph.graph.call_function(
-                    torch.ops.prims.inductor_force_stride_order.default, (node, list(value.stride()))
+                    torch.ops.prims.inductor_force_stride_order.default, (node, list(range(value.dim(), 0, -1)))
                 )
             kept.meta = dict(node.meta)
             node.replace_all_uses_with(kept, delete_user_cb=lambda user, kept=kept: user is not kept)
@@ -241,10 +245,12 @@ def own_attention(model: nn.Module) -> Iterator[None]:
             configs[key]._attn_implementation = name
 
 
-def capture(model: Any, store: Store) -> torch.export.ExportedProgram:
-    """The graph of one decoded token: inputs are the weights, the token, its position and the tensors of `store`."""
+def capture(model: Any, store: Store, rows: int = 1) -> torch.export.ExportedProgram:
+    """The graph of one token, or of 2 to `rows`: inputs are weights, tokens, positions and the tensors of `store`."""
     dynamic = torch.export.Dim.DYNAMIC
-    arguments = (torch.zeros(1, 1, dtype=torch.int64), torch.tensor([BLOCK + 7]), torch.empty(3))
+    few = None if rows == 1 else torch.export.Dim("rows", min=2, max=rows)
+    arguments = (torch.zeros(1, rows, dtype=torch.int64), BLOCK + 7 + torch.arange(rows), torch.empty(3))
+    sizes = (None, None) if few is None else ({1: few}, {0: few})
     keys, values = ([grown(each, dim, 5 * BLOCK) for each in tensors]
                     for tensors, dim in ((store.keys, 3), (store.values, 2)))  # fmt: skip
     with torch.no_grad(), own_attention(model), warnings.catch_warnings():
@@ -253,7 +259,7 @@ def capture(model: Any, store: Store) -> torch.export.ExportedProgram:
             return torch.export.export(
                 Step(model),
                 (*arguments, keys, values),
-                dynamic_shapes=(None, None, {0: dynamic}, [{3: dynamic} for _ in keys], [{2: dynamic} for _ in values]),
+                dynamic_shapes=(*sizes, {0: dynamic}, [{3: dynamic} for _ in keys], [{2: dynamic} for _ in values]),
                 strict=False,
             )
         except GuardOnDataDependentSymNode as error:

@@ -18,13 +18,13 @@ deadband::gated_mlp(x, parts, group_sizes, relative, sparse_rows, counts, activa
 
     activation  "silu", or "gelu_tanh": GELU by its approximation with tanh
 
-deadband::packed_linears(x, layers, in_features, out_features) -> y
-deadband::packed_gated_mlp(x, layers, in_features, out_features, activation) -> y
+deadband::packed_linears(x, layers, in_features, out_features, sparse_rows) -> y
+deadband::packed_gated_mlp(x, layers, in_features, out_features, sparse_rows, activation) -> y
 
-    the same for one row of x, with all that is known of the layers in one tensor, which `pack` makes: the addresses of
-    their weights, thresholds and counts, as csrc/kernels.h has them. None of that is checked again: whoever packs keeps
-    the tensors alive and in place. While a model decodes, its weights push everything else out of the caches, and a
-    call costs as much as it has Python objects to look at: some 20 us with the parts of three layers.
+    the same for 1 to 8 rows of x, with all that is known of the layers in one tensor, which `pack` makes: the addresses
+    of their weights, thresholds and counts, as csrc/kernels.h has them. None of that is checked again: whoever packs
+    keeps the tensors alive and in place. While a model decodes, its weights push everything else out of the caches, and
+    a call costs as much as it has Python objects to look at: some 20 us with the parts of three layers.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ PARTS = 8
 ACTIVATIONS = ("silu", "gelu_tanh")
 """As csrc/kernels.h numbers them."""
 LAYER = 14  # fields of csrc/kernels.h's deadband_layer, 8 bytes each
+_THRESHOLD = 8  # the place of one of them
 operators.define(
     "linears(Tensor x, Tensor?[] parts, int[] group_sizes, bool[] relative, int sparse_rows, Tensor(a!)[] counts) "
     "-> Tensor",
@@ -55,9 +56,12 @@ operators.define(
     "str activation) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-operators.define("packed_linears(Tensor x, Tensor layers, int in_features, int out_features) -> Tensor")
 operators.define(
-    "packed_gated_mlp(Tensor x, Tensor layers, int in_features, int out_features, int activation) -> Tensor"
+    "packed_linears(Tensor x, Tensor layers, int in_features, int out_features, int sparse_rows) -> Tensor"
+)
+operators.define(
+    "packed_gated_mlp(Tensor x, Tensor layers, int in_features, int out_features, int sparse_rows, int activation) "
+    "-> Tensor"
 )
 linears = torch.ops.deadband.linears.default
 gated_mlp = torch.ops.deadband.gated_mlp.default
@@ -147,12 +151,12 @@ def _gated_mlp_fake(x, parts, group_sizes, relative, sparse_rows, counts, activa
 
 
 @torch.library.register_fake("deadband::packed_linears", lib=operators)
-def _packed_linears_fake(x, layers, in_features, out_features):
+def _packed_linears_fake(x, layers, in_features, out_features, sparse_rows):
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 @torch.library.register_fake("deadband::packed_gated_mlp", lib=operators)
-def _packed_gated_mlp_fake(x, layers, in_features, out_features, activation):
+def _packed_gated_mlp_fake(x, layers, in_features, out_features, sparse_rows, activation):
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -343,7 +347,7 @@ def can_pack(
     counts: Sequence[Tensor],
     mlp: bool = False,
 ) -> bool:
-    """Whether the kernels take these layers for one row of x. Looks at no values, so the tensors may be fake ones."""
+    """Whether the kernels take these layers for a few rows of x. Looks at no values: the tensors may be fake ones."""
     if kernels.library is None or x.device.type != "cpu" or x.dtype not in KERNEL_DTYPES:
         return False
     inputs = _inputs(x.shape[-1], parts, mlp)
@@ -359,7 +363,8 @@ def pack(
     counts: Sequence[Tensor],
     mlp: bool = False,
 ) -> Tensor:
-    """The `layers` of `packed_linears`, or with `mlp` of `packed_gated_mlp`, for an x of that dtype and width.
+    """The `layers` of `packed_linears`, or with `mlp` of `packed_gated_mlp`, for an x of that dtype and width: as they
+    are, and then without thresholds, for more rows than they skip entries of.
 
     Raises:
         ValueError: the kernels do not take such layers, see `can_pack`.
@@ -367,33 +372,43 @@ def pack(
     fields: list[int] = []
     if not _add_layers(fields, dtype, _inputs(in_features, parts, mlp), parts, group_sizes, relative, counts):
         raise ValueError("the kernels do not take such layers")
-    return torch.tensor(fields, dtype=torch.int64).view(-1, LAYER)
+    skipping = torch.tensor(fields, dtype=torch.int64).view(-1, LAYER)
+    dense = skipping.clone()
+    dense[:, _THRESHOLD] = 0
+    return torch.stack([skipping, dense])
 
 
 def _inputs(in_features: int, parts: Sequence[Tensor | None], mlp: bool) -> list[int]:
     return [in_features, in_features, _out_features(parts, 0)] if mlp else [in_features] * (len(parts) // PARTS)
 
 
-def _packed_linears_on_cpu(x: Tensor, layers: Tensor, in_features: int, out_features: int) -> Tensor:
-    if x.numel() != in_features:
-        raise RuntimeError(f"x is {list(x.shape)}, expected one row of {in_features}")
+def _packed_linears_on_cpu(x: Tensor, layers: Tensor, in_features: int, out_features: int, sparse_rows: int) -> Tensor:
+    rows = x.numel() // in_features
+    if not 0 < rows <= SPARSE_ROWS or x.shape[-1] != in_features:
+        raise RuntimeError(f"x is {list(x.shape)}, expected 1 to {SPARSE_ROWS} rows of {in_features}")
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
+    count = layers.shape[1]
+    at = layers.data_ptr() if rows <= sparse_rows else layers.data_ptr() + count * LAYER * 8
     error = _linears_kernel(
-        KERNEL_DTYPES[x.dtype], x.data_ptr(), 1, in_features, in_features, layers.data_ptr(), layers.shape[0],
-        y.data_ptr(), _get_num_threads(),
+        KERNEL_DTYPES[x.dtype], x.data_ptr(), rows, in_features, in_features, at, count, y.data_ptr(),
+        _get_num_threads(),
     )  # fmt: skip
     return y if not error else failed(error, x, y)
 
 
-def _packed_gated_mlp_on_cpu(x: Tensor, layers: Tensor, in_features: int, out_features: int, activation: int) -> Tensor:
-    if x.numel() != in_features:
-        raise RuntimeError(f"x is {list(x.shape)}, expected one row of {in_features}")
+def _packed_gated_mlp_on_cpu(
+    x: Tensor, layers: Tensor, in_features: int, out_features: int, sparse_rows: int, activation: int
+) -> Tensor:
+    rows = x.numel() // in_features
+    if not 0 < rows <= SPARSE_ROWS or x.shape[-1] != in_features:
+        raise RuntimeError(f"x is {list(x.shape)}, expected 1 to {SPARSE_ROWS} rows of {in_features}")
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
+    at = layers.data_ptr() if rows <= sparse_rows else layers.data_ptr() + 3 * LAYER * 8
     error = _mlp_kernel(
-        KERNEL_DTYPES[x.dtype], x.data_ptr(), 1, in_features, in_features, layers.data_ptr(), activation,
-        y.data_ptr(), _get_num_threads(),
+        KERNEL_DTYPES[x.dtype], x.data_ptr(), rows, in_features, in_features, at, activation, y.data_ptr(),
+        _get_num_threads(),
     )  # fmt: skip
     return y if not error else failed(error, x, y)
 
