@@ -32,10 +32,9 @@ constexpr int32_t kZero = Bits == 8 ? kCodeZero : 8;
 // So that `interleave` leaves columns in order: of each 16 bytes, 4 for every column.
 DEADBAND_INLINE Vb spread(Vb v) {
 #if defined(__AVX512F__)
-  __m512i from = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return (Vb)_mm512_permutexvar_epi32(from, (__m512i)v);
+  return (Vb)__builtin_shufflevector((Vu)v, (Vu)v, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
 #elif defined(__AVX2__)
-  return (Vb)_mm256_permutevar8x32_epi32((__m256i)v, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+  return (Vb)__builtin_shufflevector((Vu)v, (Vu)v, 0, 2, 4, 6, 1, 3, 5, 7);
 #else
   return v;
 #endif
@@ -65,8 +64,10 @@ struct PanelDot {
   // The codes of a vector of columns.
   static DEADBAND_INLINE void split(const Vb* rows, Vb* to) {
     Vb spreads[4], columns[4];
+#pragma GCC unroll 16
     for (int k = 0; k < 4; ++k) spreads[k] = spread(rows[k]);
     interleave(spreads, columns);
+#pragma GCC unroll 16
     for (int c = 0; c < 4; ++c)
       if constexpr (Bits == 8)
         to[c] = from_signed(columns[c]);
@@ -83,6 +84,7 @@ struct PanelDot {
   static DEADBAND_INLINE void words(const int32_t* x, int32_t* to) {
 #if defined(DEADBAND_BYTE_DOT)
     uint32_t high = 0, low = 0;
+#pragma GCC unroll 16
     for (int k = 0; k < 4; ++k) {
       int8_t byte = (int8_t)x[k];
       low |= (uint32_t)(uint8_t)byte << 8 * k;
@@ -96,23 +98,27 @@ struct PanelDot {
 #endif
   }
   static DEADBAND_INLINE void start(Vi* sums, int32_t sum) {
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
       sums[v] = splat_int(-kZero<Bits> * sum);
       if constexpr (kRowParts == 2) sums[kVectors + v] = Vi{};
     }
   }
   static DEADBAND_INLINE void multiply(Vi* sums, const Vb* codes, const int32_t* words) {
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
 #if defined(DEADBAND_BYTE_DOT)
       sums[v] = dot_bytes(sums[v], codes[v], words[0]);
       if constexpr (kRowParts == 2) sums[kVectors + v] = dot_bytes(sums[kVectors + v], codes[v], words[1]);
 #else
-      Vi even = (Vi)codes[v] & 0x00ff00ff, odd = (Vi)((Vu)codes[v] >> 8) & 0x00ff00ff;
+      typedef uint16_t Words __attribute__((vector_size(kVectorBytes)));
+      Vi even = (Vi)codes[v] & 0x00ff00ff, odd = (Vi)((Words)codes[v] >> 8);
       sums[v] += multiply_words(even, words[0]) + multiply_words(odd, words[1]);
 #endif
     }
   }
   static DEADBAND_INLINE void totals(const Vi* sums, Vi* to) {
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) to[v] = kRowParts == 2 ? (sums[kVectors + v] << 8) + sums[v] : sums[v];
   }
 };
@@ -127,6 +133,7 @@ struct PanelDot<4> {
 
   static DEADBAND_INLINE void split(const Vb* rows, Vb* to) {
     Vb columns[2] = {zip_bytes_low(rows[0], rows[1]), zip_bytes_high(rows[0], rows[1])};
+#pragma GCC unroll 16
     for (int c = 0; c < 2; ++c) {
       to[2 * c] = lower_nibbles(columns[c]);
       to[2 * c + 1] = upper_nibbles_of(columns[c]);
@@ -138,14 +145,17 @@ struct PanelDot<4> {
     to[0] = (int32_t)(((uint32_t)(uint8_t)x[0] | (uint32_t)(uint8_t)x[1] << 8) * 0x10001u);
   }
   static DEADBAND_INLINE void start(Vi* sums, int32_t sum) {
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) sums[v] = (Vi)_mm256_set1_epi16((int16_t)(-8 * sum));
   }
   static DEADBAND_INLINE void multiply(Vi* sums, const Vb* codes, const int32_t* words) {
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v)
       sums[v] =
           (Vi)_mm256_add_epi16((__m256i)sums[v], _mm256_maddubs_epi16((__m256i)codes[v], _mm256_set1_epi32(words[0])));
   }
   static DEADBAND_INLINE void totals(const Vi* sums, Vi* to) {
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
       to[2 * v] = (Vi)_mm256_cvtepi16_epi32(_mm256_castsi256_si128((__m256i)sums[v]));
       to[2 * v + 1] = (Vi)_mm256_cvtepi16_epi32(_mm256_extracti128_si256((__m256i)sums[v], 1));

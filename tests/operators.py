@@ -51,9 +51,13 @@ def allowed_error(x, weight, bias):
     return 2 * max(torchs, sums + result)
 
 
-CHUNK = 128  # inputs that are rounded together, at most
+def rounding_of(rows, bits):
+    """How many inputs of a row of x are rounded together, at most, and the integer that stands for the largest of them.
 
-LARGEST_ENTRY = 127 * 256  # the integer that stands for the largest of them
+    rows: of x. bits: of the weight.
+    """
+    return (128, 127 * 256) if rows == 1 or bits == 8 else (32, 127)
+
 
 compiled = pytest.mark.skipif(kernels.library is None, reason="no kernels are built")
 
@@ -103,15 +107,17 @@ def check_product(y, multiplied, weight, kept, constants):
     size = product.abs() + low.abs()
     exact = multiplied @ (product + low) + sum(constants)
     error, chunks = torch.zeros_like(exact), 0
+    together, entry = rounding_of(len(multiplied), weight.format.bits)
     for group in torch.arange(weight.in_features).split(weight.format.group_size or max(weight.in_features, 1)):
-        for chunk in group[kept[group]].split(CHUNK):
-            if len(chunk):
-                largest = multiplied[:, chunk].abs().amax(1, keepdim=True)
-                # half a step, and a little as it is found in float32; entries so small that one over their step is
-                # infinite count as zero
-                each = 0.505 / LARGEST_ENTRY * largest + largest.clamp_max(LARGEST_ENTRY / 3.4e38)
-                error += each * size[chunk].sum(0)
-                chunks += -(-len(chunk) // 16)
+        inputs = group[kept[group]]
+        if len(inputs) and len(multiplied):
+            # wherever the kernel cuts, none further away shares an input's step
+            near = F.max_pool1d(multiplied[:, inputs].abs(), 2 * together - 1, 1, together - 1)
+            # half a step, and a little as it is found in float32; entries so small that one over their step is infinite
+            # count as zero
+            each = 0.505 / entry * near + near.clamp_max(entry / 3.4e38)
+            error += each @ size[inputs]
+            chunks += -(-len(inputs) // 16)
     magnitude = multiplied.abs() @ size + sum(constant.abs() for constant in constants)
     float32, result = torch.finfo(torch.float32), torch.finfo(y.dtype)
     error += (chunks + 10) * (float32.eps / 2 * magnitude + float32.smallest_normal * float32.eps)

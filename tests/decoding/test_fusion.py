@@ -16,13 +16,13 @@ from operators import (
     ALL,
     DTYPES,
     ISAS,
-    LARGEST_ENTRY,
     allowed_error,
     check_product,
     error_against_float64,
     instruction_set,
     parts_of,
     random_weight,
+    rounding_of,
 )
 from torch.nn import functional as F
 
@@ -213,7 +213,8 @@ def test_gated_mlp_matches_the_layers(
             product += layers[2].center.double().abs()
         error = 3 * torch.finfo(dtype).eps * (product @ layers[2].size.t())
         if layers[2].quantized is not None:  # entries are integers there, and may be one apart
-            error += 2 / LARGEST_ENTRY * product.amax(1, keepdim=True) * layers[2].size.sum(1)
+            entry = rounding_of(rows, layers[2].quantized.format.bits)[1]
+            error += 2 / entry * product.amax(1, keepdim=True) * layers[2].size.sum(1)
         assert bool(((y.double() - expected.double()).abs() <= error + torch.finfo(dtype).eps * expected.abs()).all())
 
 
