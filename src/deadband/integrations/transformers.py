@@ -217,7 +217,9 @@ class DeadbandQuantizer(HfQuantizer):
                     _check_loaded(name, module, tensor)
                 for tensor in ("scales", "minimum"):
                     _check_finite(name, module, tensor)
-                module.codes = on_huge_pages(module.codes, files)
+                for tensor in ("codes", "scales", "minimum"):
+                    if getattr(module, tensor) is not None:
+                        setattr(module, tensor, on_huge_pages(getattr(module, tensor), files))
         self._give_back(model)
         model.is_quantized = bool(self.quantization_config.sparsity_config.weights)  # sparse layers may be cast
         # what is saved comes from the layers: a configuration that says it too would make other models sparse

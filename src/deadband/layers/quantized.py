@@ -338,13 +338,13 @@ SPARSE_CLASSES[QuantizedLinear] = QuantizedSparseLinear
 
 def make_quantized_(module: nn.Module, weight: QuantizedWeight) -> nn.Parameter:
     """Put a quantised weight in the place of a layer's, in place; returns the parameter that was there."""
-    codes = weight.codes if weight.codes.is_meta else on_huge_pages(weight.codes)
     parameter = module._parameters.pop("weight")
     assert parameter is not None
     module.weight_dtype = parameter.dtype  # type: ignore[assignment]
     module.group_size = weight.format.group_size or 0  # type: ignore[assignment]
     for name in _BUFFERS:
-        module.register_buffer(name, codes if name == "codes" else getattr(weight, name))
+        tensor = getattr(weight, name)
+        module.register_buffer(name, tensor if tensor is None or tensor.is_meta else on_huge_pages(tensor))
     change_class_(module, QUANTIZED_CLASSES[type(module)])
     if isinstance(module, SparseSite):
         module.refresh_offset_()

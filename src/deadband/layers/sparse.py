@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, parametrize, prune
 
 from deadband.layers import scope
+from deadband.layers.memory import empty_on_huge_pages
 from deadband.layers.rule import Rule
 from deadband.ops.kernels import advise_huge_pages
 from deadband.ops.linear import COUNTS, count_, current_offset, dense_linear, make_offset, sparse_linear, transformed
@@ -435,8 +436,7 @@ def lay_out_(module: SparseSite) -> None:
     matrix = module.matrix_view(weight.data)
     if matrix.is_meta or matrix.t().is_contiguous():
         return
-    stored = torch.empty_strided(matrix.shape, (1, matrix.shape[0]), dtype=matrix.dtype, device=matrix.device)
-    advise_huge_pages(stored)
+    stored = empty_on_huge_pages(matrix.shape, (1, matrix.shape[0]), matrix.dtype, matrix.device)
     stored.copy_(matrix)
     weight.data = module.matrix_view(stored)
 
