@@ -52,11 +52,13 @@ def allowed_error(x, weight, bias):
 
 
 def rounding_of(rows, bits):
-    """How many inputs of a row of x are rounded together, at most, and the integer that stands for the largest of them.
+    """How many kept inputs of a row of x are rounded together, at most, and how many steps the largest has, at least.
 
     rows: of x. bits: of the weight.
     """
-    return (128, 127 * 256) if rows == 1 or bits == 8 else (32, 127)
+    if bits == 8:
+        return 128, 127 * 256
+    return (64, 508 / 9) if rows == 1 else (32, 127)
 
 
 compiled = pytest.mark.skipif(kernels.library is None, reason="no kernels are built")

@@ -1,8 +1,7 @@
 """Products with weights of 8 and 4 bits against a float64 reference, on every instruction set that this machine runs.
 
-The bound on errors follows from what the kernels promise: of up to 128 inputs that are kept, the entries of x are
-rounded to multiples of 1/32512 of the largest one, or, in products of several rows with weights of 4 bits, of up to 32
-to multiples of 1/127; everything else is float32.
+The bound on errors follows from what the kernels promise: entries of x are rounded, those of a few inputs that are kept
+to multiples of one step (`operators.rounding_of`); everything else is float32.
 """
 
 from __future__ import annotations
@@ -272,7 +271,8 @@ def test_every_row_of_a_batch_is_its_own_product(dtype, name):
     x, bias, _, _ = random_operands(7, 300, 70, dtype)
     batch = multiply(x, weight, bias, 0.4).double()
     single = torch.cat([check(row[None], weight, bias, 0.4) for row in x]).double()
-    step = x.double().abs().amax(1, keepdim=True) / rounding_of(7, weight.format.bits)[1]
+    steps = sum(0.5 / rounding_of(rows, weight.format.bits)[1] for rows in (1, 7))
+    step = x.double().abs().amax(1, keepdim=True) * steps
     product, low = parts_of(weight)
     bound = step * (product.abs() + low.abs()).sum(0) + 2 * torch.finfo(dtype).eps * single.abs() + 1e-4
     assert bool(((batch - single).abs() <= bound).all())
