@@ -175,6 +175,9 @@ DEADBAND_INLINE void place_codes(const int32_t* index, const Chunk& chunk, const
   for (int64_t k = chunk.count; k < 4 * chunk.quads; ++k) codes[k] = codes[k - 1];
 }
 
+// A chunk's fetches look at as many codes of a later chunk as it has itself: past those of the last, at these.
+constexpr int64_t kFetchedBeyond = 2 * kChunkMost;
+
 // Memory for a row of x that is encoded for a weight.
 struct EncodedSizes {
   int64_t chunks, quads;
@@ -184,7 +187,7 @@ struct EncodedSizes {
     quads = w.in * 3 / 10 + 2 * chunks;
   }
   size_t chunk() const { return round_up(chunks * sizeof(Chunk), 64); }
-  size_t codes() const { return round_up(quads * 4 * sizeof(char*), 64); }
+  size_t codes() const { return round_up((quads * 4 + kFetchedBeyond) * sizeof(char*), 64); }
   size_t words() const { return round_up(quads * 2 * sizeof(int32_t), 64); }
   size_t step() const { return round_up(chunks * sizeof(float), 64); }
   size_t total() const { return chunk() + codes() + words() + 2 * step(); }
@@ -226,6 +229,10 @@ Encoded encode(const Input<T>& input, const Kept& kept, const Quantized& w, int 
                      (float*)(memory += sizes.words()),
                      (int32_t*)(memory += sizes.step())};
   cut_chunks(kept.index, kept.count, w, kChunkMost, w.bits == 4, &encoded);
+  if (encoded.chunks) {
+    const Chunk& last = encoded.chunk[encoded.chunks - 1];
+    for (int64_t k = 0; k < kFetchedBeyond; ++k) encoded.codes[4 * (last.first + last.quads) + k] = w.codes;
+  }
   parallel(threads_for(kept.count, kEncodedPerThread, threads), [&](int part, int parts) {
     Range mine = share(encoded.chunks, 1, part, parts);
     for (int64_t c = mine.begin; c < mine.end; ++c) encode_chunk(input, kept, w, c, &encoded);

@@ -119,10 +119,11 @@ template <bool Minimum>
 DEADBAND_INLINE void flush_line(const LineSums line, float step, int32_t sum, const uint16_t* scales,
                                 const uint16_t* minimum, float* sums) {
   const Vscaled zero = {};
-  Vscaled steps = zero + step, lowest = zero + step * (float)sum, centre = zero + 8 * step * (float)sum;
+  // whole numbers below 2^24: what a zero weight gives is zero
+  Vscaled steps = zero + step, lowest = zero + step * (float)sum, centre = zero + (float)(8 * sum);
   for (int n = 0; n < 2 * kLine / kScaled; ++n) {
     int64_t o = n * kScaled;
-    Vscaled value = Minimum ? sums_of(line, n) * steps + centre : sums_of(line, n) * steps;
+    Vscaled value = (Minimum ? sums_of(line, n) + centre : sums_of(line, n)) * steps;
     Vscaled before = load_scaled(sums + o);
     value = scales ? value * load_scaled(scales + o) + before : value + before;
     if (Minimum) value += load_scaled(minimum + o) * lowest;

@@ -62,9 +62,8 @@ void stream_lines(const Quantized& w, const Encoded& x, Range chunks, Range outp
     int64_t scale = x.chunk[c].group * w.out, next_scale = x.chunk[next].group * w.out;
     for (int64_t line = 0; line < width; line += kLine) {
       int64_t o = outputs.begin + line * 8 / Row::kBits, byte = o * Row::kBits / 8;
-      const uint8_t* const* next_codes = x.codes + 4 * x.chunk[next].first;
-      Ahead ahead = {x.codes + 4 * x.chunk[c].first, byte + kLead, next_codes};
-      if (line + kLead >= width) ahead = {next_codes, width < kLead ? byte : byte + kLead - width, next_codes};
+      int64_t lead = line + kLead, later = min_of(c + lead / width, chunks.end - 1);
+      Ahead ahead = {x.codes + 4 * x.chunk[later].first, byte - line + lead % width, x.codes + 4 * x.chunk[next].first};
       const uint16_t* scales = w.scales ? w.scales + scale + o : nullptr;
       const uint16_t* minimum = w.minimum ? w.minimum + scale + o : nullptr;
       if (scale != next_scale) {
