@@ -35,7 +35,7 @@ class _Blocks:
     def take(self, size: int) -> Tensor:
         """So many bytes, 1 to `_BLOCK`, which begin at a multiple of 64."""
         with self.lock:
-            block = self.block and self.block()
+            block = None if self.block is None else self.block()
             if block is None or self.used + size > len(block):
                 block = mmap.mmap(-1, _BLOCK + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 whole = torch.frombuffer(block, dtype=torch.uint8)
