@@ -103,7 +103,7 @@ def run_lengths(masks: Tensor) -> dict[str, float]:
     }
 
 
-def collect(key: str, method: str, data: str | None) -> Iterator[dict[str, Any]]:
+def collect(key: str, levels: list[float], method: str, data: str | None) -> Iterator[dict[str, Any]]:
     """A row for each layer and level; some tokens' masks are written to `KEPT` for `replay`."""
     folder = MODELS[key]()
     tokenizer = load_tokenizer(folder)
@@ -112,7 +112,7 @@ def collect(key: str, method: str, data: str | None) -> Iterator[dict[str, Any]]
     batches, other = (token_windows(tokenizer, text, tokens=TOKENS, window=512) for text in texts)
     calibration = deadband.calibrate(load_model(folder, dtype="float32"), batches)
     masks_to_keep: dict[str, Tensor] = {}
-    for level in LEVELS:
+    for level in levels:
         model = load_model(folder, dtype="float32")
         deadband.sparsify_(model, calibration.allocate(level, method, model=model, batches=batches[:1]))
         sites = [name for name in calibration.sites if name.endswith(("down_proj", "o_proj"))]
@@ -284,8 +284,8 @@ def main() -> None:
     print("kernels", kernels.isa())
     if "rows" in options.parts:
         for key in options.models:
-            rows = list(collect(key, options.method, options.data))
-            for level in LEVELS:
+            rows = list(collect(key, options.levels, options.method, options.data))
+            for level in options.levels:
                 print(f"\n{key} at {level:.0%}")
                 print_rows([row for row in rows if row["level"] == level])
     if "replay" in options.parts:

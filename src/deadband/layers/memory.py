@@ -35,7 +35,7 @@ class _Blocks:
     def take(self, size: int) -> Tensor:
         """So many bytes, 1 to `_BLOCK`, which begin at a multiple of 64."""
         with self.lock:
-            block = self.block and self.block()
+            block = None if self.block is None else self.block()
             if block is None or self.used + size > len(block):
                 block = mmap.mmap(-1, _BLOCK + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 whole = torch.frombuffer(block, dtype=torch.uint8)
@@ -53,8 +53,8 @@ def empty_on_huge_pages(
 ) -> Tensor:
     """A tensor that nothing was written to yet, on huge pages as far as the system has them.
 
-    Measured with benchmarks/runs.py on Zen 4: of layers with the shapes of a 1B Llama, those whose weights have memory of
-    their own, with small pages at either end, take 3 to 12 % longer in bfloat16 and 0 to 7 % in 8 and 4 bits.
+    Layers of a 1B Llama whose weights have memory of their own, with small pages at either end, take up to 12 % longer
+    in bfloat16 and up to 7 % in 8 and 4 bits (benchmarks/runs.py, Zen 4).
 
     Args:
         shape, stride: without gaps.
