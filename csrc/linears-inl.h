@@ -157,10 +157,13 @@ int linears_typed(const T* x, int64_t rows, int64_t x_stride, int64_t in, const 
                   int threads) {
   int64_t y_stride = 0;
   for (int l = 0; l < count; ++l) y_stride += layers[l].out;
-  for (int64_t r = 0; r < rows; r += kQuantizedRows)  // only a quantised layer alone has more than 8
-    if (int error = linears_of(x + r * x_stride, min_of(kQuantizedRows, rows - r), x_stride, in, layers, count,
-                               y + r * y_stride, y_stride, threads))
+  int pieces = (int)((rows + kQuantizedRows - 1) / kQuantizedRows);  // one, unless for a quantised layer alone
+  for (int piece = 0; piece < pieces; ++piece) {
+    Range own = share(rows, 1, piece, pieces);
+    if (int error = linears_of(x + own.begin * x_stride, own.end - own.begin, x_stride, in, layers, count,
+                               y + own.begin * y_stride, y_stride, threads))
       return error;
+  }
   return 0;
 }
 
