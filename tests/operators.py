@@ -120,6 +120,8 @@ def check_product(y, multiplied, weight, kept, constants):
             each = 0.505 / entry * near + near.clamp_max(entry / 3.4e38)
             error += each @ size[inputs]
             chunks += -(-len(inputs) // 16)
+    if weight.minimum is not None:  # kernels take 8 off the codes, and add as much to the minimum
+        size = size + 8 * weight.scales.double().abs().repeat_interleave(weight.format.group_size, 0)[: len(size)]
     magnitude = multiplied.abs() @ size + sum(constant.abs() for constant in constants)
     float32, result = torch.finfo(torch.float32), torch.finfo(y.dtype)
     error += (chunks + 10) * (float32.eps / 2 * magnitude + float32.smallest_normal * float32.eps)

@@ -53,8 +53,12 @@ def logits(model, batch=None):
         return model(**(batch or tiny_batches(1)[0])).logits
 
 
+def tolerance_of(form):
+    """How close kernels come that round what they multiply to 16 bits or, for weights of 4, mostly to 8."""
+    return 2e-2 if form.startswith("int4") else 2e-3
+
+
 def close(actual, expected, tolerance=2e-3):
-    """As close as kernels come that round what they multiply to 16 bits."""
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     assert (actual.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max()
@@ -87,7 +91,7 @@ def test_a_layer_computes_the_product_with_the_dequantised_weight(form, dtype):
     minimum = {"minimum"} if form.endswith("-zp") else set()
     assert set(layer.state_dict()) == {"bias", "threshold", "codes", "scales"} | minimum
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
-    tolerance = 2e-3 if dtype == torch.float32 else 1e-2
+    tolerance = max(tolerance_of(form), 2e-3 if dtype == torch.float32 else 1e-2)
     x = torch.randn(2, 3, 100).to(dtype)
     with torch.no_grad():
         for rows in (x[0, :1], x[0], x):  # decoding twice; six rows run dense
@@ -108,7 +112,7 @@ def test_models_compute_what_the_dequantised_model_does(name, form):
     assert model.lm_head.weight_format == "int8-g32"
     expected = dense_copy(model)
     with dense(model):
-        close(logits(model), logits(expected), 1e-2)
+        close(logits(model), logits(expected), max(1e-2, 2 * tolerance_of(form)))
     thresholds = {name: module.threshold.item() for name, module in sparse_sites(model).items()}
     layer_inputs = {}
     for name, module in sparse_sites(model).items():
@@ -117,7 +121,7 @@ def test_models_compute_what_the_dequantised_model_does(name, form):
         with torch.no_grad():
             weight = matrix_of(expected.get_submodule(name))
             masked = torch.where(x.abs() > thresholds[name], x, 0)
-            close(module(x), F.linear(masked, weight, module.bias))
+            close(module(x), F.linear(masked, weight, module.bias), tolerance_of(form))
     # and the model skips what it should
     deadband.sparsity(model, reset=True)
     with sparse_prefill(model):
@@ -267,7 +271,7 @@ def test_new_thresholds_keep_the_quantised_weights():
     assert model.model.layers[0].mlp.up_proj.threshold == torch.tensor(0.2)
     with torch.no_grad():
         x, layer = torch.randn(1, 64), model.model.layers[0].self_attn.q_proj
-        close(layer(x), F.linear(x, layer.weight))
+        close(layer(x), F.linear(x, layer.weight), tolerance_of("int4"))
     sparsify_(model, dict.fromkeys(find_sites(model), 0.1))  # and sparse again
     assert len(sparse_sites(model)) == 14
 
@@ -678,7 +682,7 @@ def test_densify_gives_the_dequantised_model(name, form, tmp_path):
     assert model.config.tie_word_embeddings == reference.config.tie_word_embeddings
     assert getattr(model.config, "quantization_config", None) is None
     assert all(parameter.requires_grad and parameter.is_contiguous() for parameter in model.parameters())
-    close(logits(model), expected, 1e-2)
+    close(logits(model), expected, max(1e-2, 2 * tolerance_of(form)))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert same_state(loaded, model)
