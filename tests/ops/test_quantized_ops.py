@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from deadband.layers.formats import FORMATS, QuantizedWeight
 from deadband.layers.rounding import quantize
-from deadband.ops import kernels, linear
+from deadband.ops import kernels, linear, products
 from deadband.ops.cpu import SPARSE_ROWS
 from deadband.ops.skipping import fill, keep_mask, score
 from deadband.running.forward import threads
@@ -344,7 +344,7 @@ def test_other_dtypes_take_torch(dtype, name, rows):
     counts = torch.zeros(3, dtype=torch.int64)
     y = multiply(x, weight, bias, 0.9, scale, center, counts=counts)
     keep = keep_mask(x, 0.9, scale, center)
-    assert torch.equal(y, F.linear(fill(x, keep, center), weight.dequantize(dtype), bias))
+    assert torch.equal(y, products.linear(fill(x, keep, center), weight.dequantize(dtype), bias))
     assert counts.tolist() == [int((~keep).sum()), keep.numel(), 0]
 
 
