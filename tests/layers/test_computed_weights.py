@@ -38,9 +38,10 @@ def expected_of(model, x=X):
 
 
 def tolerance(weights):
+    """Of rows of X times weights of the size of these; beside weights of 4 bits x has 8."""
     if not weights:
         return {}
-    return {"atol": 0.05 if weights.startswith("int4") else 0.02, "rtol": 0.01}
+    return {"atol": 0.1 if weights.startswith("int4") else 0.02, "rtol": 0.01}
 
 
 # Quantised weights
@@ -356,7 +357,8 @@ def test_every_kind_of_derivative(kind, grad):
             lambda f: jacfwd(f)(X[0]),
             lambda f: hessian(lambda x: f(x).square().sum())(X[0]),
         ):
-            torch.testing.assert_close(derive(model), derive(reference), **tolerance("int8" in kind))
+            near = tolerance("int8" if "int8" in kind else None)
+            torch.testing.assert_close(derive(model), derive(reference), **near)
 
 
 def test_derivatives_by_parameters_and_ensembles():

@@ -27,8 +27,8 @@ deadband::quantized_linear(x, codes, scales, minimum, bias, group_size, threshol
 
     sparse_linear with a weight of 8 or 4 bits, for x of any floating-point dtype. `deadband.layers.formats` explains
     codes, scales and minimum; group_size inputs share their scales, or with 0 all of them. Without a threshold (None)
-    nothing is skipped. The kernels round x to 16 bits, up to 128 inputs at a time by the largest of them that is kept;
-    a row of which such an entry is NaN or infinite gives NaN.
+    nothing is skipped. The kernels round x, some inputs that are kept at a time, to 16 bits, or beside weights of 4 to
+    8 (csrc/kernels.h says how); a row of which such an entry is NaN or infinite gives NaN.
 """
 
 from __future__ import annotations
