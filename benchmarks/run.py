@@ -9,8 +9,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 NAMES = (
-    "overheads", "kernels", "prefill", "first_token", "decode", "allocation", "quality", "sparsifier", "compaction",
-    "memory",
+    "overheads", "kernels", "prefill", "first_token", "decode", "rounding", "allocation", "quality", "sparsifier",
+    "compaction", "memory",
 )  # fmt: skip
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     failed = []
     for name in NAMES:
         print(f"== {name}", flush=True)
-        extra = ["--data", options.data] if name == "quality" and options.data else []
+        extra = ["--data", options.data] if name in ("quality", "rounding") and options.data else []
         if subprocess.run([sys.executable, HERE / f"{name}.py", *extra], check=False).returncode:
             failed.append(name)
     if failed:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -165,7 +168,7 @@ def quantized_linear(
     rows = x.numel() // in_features if in_features else shape[:-1].numel()
     if threshold is None or rows > sparse_rows:
         threshold = center = offset = counts = None
-    dtype = KERNEL_DTYPES.get(x_dtype)
+    dtype = None if _exact else KERNEL_DTYPES.get(x_dtype)
     bits = 8 if codes.dtype is torch.int8 else 4
     groups = -(-in_features // group_size) if group_size else 1
     if (
@@ -237,6 +240,24 @@ def quantized_linear(
         None if counts is None else counts.data_ptr(),
     )
     return y if not error else failed(error, x, codes)
+
+
+_exact = False  # whether quantised products leave x as it is
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside the block, torch multiplies x as it is by dequantised weights, which takes several times as long.
+
+    Beside 4 bits the kernels round x to 8. There the last bit of an entry may tip its rounding, and what a layer makes
+    of that tips others: of two right ways to compute a model, the logits differ by percents.
+    """
+    global _exact
+    before, _exact = _exact, True
+    try:
+        yield
+    finally:
+        _exact = before
 
 
 def is_vector(vector: Tensor, dtype: torch.dtype, length: int) -> bool:
