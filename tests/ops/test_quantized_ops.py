@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from deadband.layers.formats import FORMATS, QuantizedWeight
 from deadband.layers.rounding import quantize
-from deadband.ops import kernels, linear, products
+from deadband.ops import cpu, kernels, linear, products
 from deadband.ops.cpu import SPARSE_ROWS
 from deadband.ops.skipping import fill, keep_mask, score
 from deadband.running.forward import threads
@@ -574,3 +574,17 @@ def test_no_memory_beyond_the_operands_is_touched(isa):
         assert torch.equal(call.arguments["y"], other.arguments["y"])
         assert torch.equal(call.dense, other.dense)
         assert torch.equal(call.arguments["counts"], other.arguments["counts"])
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-g32-zp"])
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_exact_products_leave_x_as_it_is(name, threshold):
+    weight = random_weight(300, 70, name)
+    x, bias, _, _ = random_operands(2, 300, 70, torch.float32)
+    kept = x if threshold is None else torch.where(x.abs() <= threshold, 0, x)
+    expected = F.linear(kept, weight.dequantize(), bias)
+    with pytest.raises(KeyError), cpu.exact_products():
+        assert torch.equal(multiply(x, weight, bias, threshold), expected)
+        raise KeyError
+    if kernels.library is not None:
+        assert not torch.equal(multiply(x, weight, bias, threshold), expected)  # as before
