@@ -244,6 +244,16 @@ def allocation(result: Result) -> str:
     return table(*without_dashes(head, lines))
 
 
+def rounding(result: Result) -> str:
+    return table(
+        ["weights", "KL, x as it is", "many tokens at once", "one by one"],
+        (
+            (row["format"], f"{row['exact']:.5f}", f"{row['many']:.5f} ({row['many_more']:+.1%})",
+             f"{row['one']:.5f} ({row['one_more']:+.1%})") for row in result["rows"]
+        ),
+    )  # fmt: skip
+
+
 def overheads(result: Result) -> str:
     lines = []
     for row in result["rows"]:
@@ -383,6 +393,15 @@ fastest of deadband's configurations is that is as close to the float32 model or
 KL in parentheses.
 """,
         decode,
+    ),
+    (
+        "rounding",
+        "What rounding x costs",
+        """
+`benchmarks/rounding.py --data FILE`: SmolLM2-135M, KL to the float32 model, nothing skipped. With *x as it is* torch
+multiplies by the dequantised weights; the kernels have one way for many tokens and one for a single one.
+""",
+        rounding,
     ),
     (
         "memory",
