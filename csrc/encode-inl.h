@@ -178,19 +178,30 @@ DEADBAND_INLINE void place_codes(const int32_t* index, const Chunk& chunk, const
 // A chunk's fetches look at as many codes of a later chunk as it has itself: past those of the last, at these.
 constexpr int64_t kFetchedBeyond = 2 * kChunkMost;
 
-// Memory for a row of x that is encoded for a weight.
+// Memory for rows of x that are encoded for a weight, `most` inputs in a chunk; of a single one, with what
+// encode_nibbles adds.
 struct EncodedSizes {
-  int64_t chunks, quads;
+  int64_t rows, chunks, quads;
 
-  explicit EncodedSizes(const Quantized& w) {
-    chunks = w.in / kChunkMost + w.in / w.group_size + 2;
+  EncodedSizes(const Quantized& w, int64_t rows, int64_t most) : rows(rows) {
+    chunks = w.in / most + w.in / w.group_size + 2;
     quads = w.in * 3 / 10 + 2 * chunks;
   }
   size_t chunk() const { return round_up(chunks * sizeof(Chunk), 64); }
   size_t codes() const { return round_up((quads * 4 + kFetchedBeyond) * sizeof(char*), 64); }
-  size_t words() const { return round_up(quads * 2 * sizeof(int32_t), 64); }
-  size_t step() const { return round_up(chunks * sizeof(float), 64); }
+  size_t words() const { return round_up(quads * rows * 2 * sizeof(int32_t), 64); }
+  size_t step() const { return round_up(chunks * rows * sizeof(float), 64); }
   size_t total() const { return chunk() + codes() + words() + 2 * step(); }
+
+  // An x that is to be filled in.
+  Encoded in(char* memory) const {
+    Encoded x = {rows, 0, (Chunk*)memory, nullptr, nullptr, nullptr, nullptr};
+    x.codes = (const uint8_t**)(memory += chunk());
+    x.words = (int32_t*)(memory += codes());
+    x.step = (float*)(memory += words());
+    x.sum = (int32_t*)(memory + step());
+    return x;
+  }
 };
 
 // Chunk `c` of a row.
@@ -220,14 +231,7 @@ void encode_chunk(const Input<T>& input, const Kept& kept, const Quantized& w, i
 // `kept.index` is NULL where nothing is selected: then kept.count is the number of inputs.
 template <class T>
 Encoded encode(const Input<T>& input, const Kept& kept, const Quantized& w, int threads, char* memory) {
-  EncodedSizes sizes(w);
-  Encoded encoded = {1,
-                     0,
-                     (Chunk*)memory,
-                     (const uint8_t**)(memory += sizes.chunk()),
-                     (int32_t*)(memory += sizes.codes()),
-                     (float*)(memory += sizes.words()),
-                     (int32_t*)(memory += sizes.step())};
+  Encoded encoded = EncodedSizes(w, 1, kChunkMost).in(memory);
   cut_chunks(kept.index, kept.count, w, kChunkMost, w.bits == 4, &encoded);
   if (encoded.chunks) {
     const Chunk& last = encoded.chunk[encoded.chunks - 1];

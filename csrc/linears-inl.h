@@ -36,8 +36,7 @@ DEADBAND_INLINE size_t task_bytes(const deadband_layer& layer, int64_t rows, int
   if (!layer.bits || layer.threshold) bytes = kept_bytes(in, sizeof(int32_t)) + kept_bytes(in * rows, sizeof(float));
   if (!layer.bits) return bytes;
   Quantized w = quantized_of(layer, in);
-  if (rows > 1) return bytes + RowsSizes(w, rows).total();
-  bytes += EncodedSizes(w).total();
+  bytes += EncodedSizes(w, rows, rows > 1 ? panel_chunk(w, rows) : kChunkMost).total();
   return bytes + (by_inputs(w, rows, threads) ? threads * sums_stride(w) * sizeof(float) : 0);
 }
 
@@ -67,7 +66,7 @@ int64_t prepare(const Input<T>& input, const deadband_layer& layer, int threads,
     return rows * task->kept.count * layer.out / (kOperationsPerThread / kBytesPerThread);
   }
   task->encoded = encode(input, task->kept, task->quantized, threads, memory);
-  task->sums = (float*)(memory + EncodedSizes(task->quantized).total());
+  task->sums = (float*)(memory + EncodedSizes(task->quantized, 1, kChunkMost).total());
   return task->kept.count * task->quantized.row_bytes;
 }
 

@@ -90,32 +90,10 @@ void encode_chunk_rows(const Input<T>& input, const Kept& kept, const Quantized&
   }
 }
 
-// Memory for several rows that are encoded for a weight.
-struct RowsSizes {
-  int64_t chunks, quads, rows;
-
-  RowsSizes(const Quantized& w, int64_t rows) : rows(rows) {
-    chunks = w.in / panel_chunk(w, rows) + w.in / w.group_size + 2;
-    quads = w.in / 4 + chunks;
-  }
-  size_t chunk() const { return round_up(chunks * sizeof(Chunk), 64); }
-  size_t codes() const { return round_up(quads * 4 * sizeof(char*), 64); }
-  size_t words() const { return round_up(quads * rows * 2 * sizeof(int32_t), 64); }
-  size_t step() const { return round_up(chunks * rows * sizeof(float), 64); }
-  size_t total() const { return chunk() + codes() + words() + 2 * step(); }
-};
-
 // words: [chunks][tiles of rows][steps][rows of the tile], as PanelDot takes them. The rest as of a single row.
 template <class T>
 Encoded encode_rows(const Input<T>& input, const Kept& kept, const Quantized& w, int threads, char* memory) {
-  RowsSizes sizes(w, input.rows);
-  Encoded x = {input.rows,
-               0,
-               (Chunk*)memory,
-               (const uint8_t**)(memory += sizes.chunk()),
-               (int32_t*)(memory += sizes.codes()),
-               (float*)(memory += sizes.words()),
-               (int32_t*)(memory += sizes.step())};
+  Encoded x = EncodedSizes(w, input.rows, panel_chunk(w, input.rows)).in(memory);
   cut_chunks(kept.index, kept.count, w, panel_chunk(w, input.rows), false, &x);
   parallel(threads_for(input.rows * kept.count, kEncodedPerThread, threads), [&](int part, int parts) {
     Range mine = share(x.chunks, 1, part, parts);
