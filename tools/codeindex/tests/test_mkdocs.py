@@ -31,8 +31,8 @@ def test_search_knows_definitions_by_name_and_files_by_path(repo):
     entries = {entry["location"]: (entry["title"], entry["text"]) for entry in found}
     box = "code/a%20b/box.py/"
     assert {location: entry for location, entry in entries.items() if location.startswith(f"{box}#")} == {
-        f"{box}#Box": ("Box", "class Box, a b/box.py:2–4"),
-        f"{box}#Box.shut": ("shut", "method Box.shut, a b/box.py:3–4"),
+        f"{box}#Box": ("Box", "class Box, a b/box.py:2"),
+        f"{box}#Box.shut": ("shut", "method Box.shut, a b/box.py:3"),
         f"{box}#Box.shut.inner": ("inner", "local function Box.shut.inner, a b/box.py:4"),
         f"{box}#shut": ("shut", "function shut, a b/box.py:7"),
     }

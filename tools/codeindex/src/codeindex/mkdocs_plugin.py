@@ -20,7 +20,7 @@ from mkdocs.structure.pages import Page
 from codeindex.names import simple_name
 from codeindex.store import MARK
 
-_KEYWORD = re.compile(r'^\* <a id="([^"]+)"></a>(`+) ?(.+?) ?\2 ([a-z ]+), \[?([\d–]+)', re.MULTILINE)
+_KEYWORD = re.compile(r'^\* <a id="([^"]+)"></a>(`+) ?(.+?) ?\2 ([a-z ]+), \[?(\d+)', re.MULTILINE)
 _NOT_SEARCHED = ("heading", "key")
 
 
@@ -51,9 +51,9 @@ class CodeIndexPlugin(BasePlugin[Settings]):
             return
         self._files.add(page.url)
         path = markdown.split("\n", 1)[0].strip("# `")
-        for anchor, _, name, kind, lines in _KEYWORD.findall(markdown):
+        for anchor, _, name, kind, line in _KEYWORD.findall(markdown):
             if kind not in _NOT_SEARCHED:
-                about = f"{kind} {name}, {path}:{lines}"
+                about = f"{kind} {name}, {path}:{line}"  # no range: thousands of those break lunr 2.3.9's search
                 location = f"{page.url}#{quote(anchor, safe=':~')}"
                 self._entries.append({"location": location, "title": simple_name(name), "text": html.escape(about)})
 
