@@ -72,3 +72,29 @@ def test_a_graph_compiles_where_every_folder_has_a_space(tmp_path):
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     assert [*folders["TORCHINDUCTOR_CACHE_DIR"].rglob("*.so")]
+
+
+MEAN = """
+import torch
+from deadband.decoding.graph import compile_graph
+
+class Step(torch.nn.Module):
+    def forward(self, x):
+        return x * torch.rsqrt(x.float().pow(2).mean() + 1e-6)
+
+x = torch.linspace(-1, 3, 2048, dtype=torch.bfloat16)
+run = compile_graph(torch.export.export(Step(), (x,)), ())
+torch.testing.assert_close(run(x)[0], Step()(x))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's inductor needs a C++ compiler")
+@pytest.mark.skipif(torch.cpu.get_capabilities().get("avx512_f") is not True, reason="needs AVX-512")
+@pytest.mark.parametrize("order", [("avx512", "avx2"), ("avx2", "avx512"), ("avx512", "default")])
+def test_one_folder_of_compiled_code_serves_several_instruction_sets(order, tmp_path):
+    """torch 2.13's key of a compiled graph does not say for which vectors it was made."""
+    for isa in order:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": isa}
+        result = subprocess.run([sys.executable, "-c", MEAN], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr[-3000:]

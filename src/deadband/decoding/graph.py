@@ -31,6 +31,18 @@ OPTIONS: dict[str, Any] = {
 """Settings of inductor."""
 
 
+def _vector_length() -> dict[str, Any]:
+    """The setting that tells inductor's cache for which vectors code was made.
+
+    Loops are written for vectors of one length; the key of the cache (torch 2.13) knows nothing of it. So a folder that
+    machines with AVX-512 and with AVX2 share, or an image that was made elsewhere, gives code that computes every other
+    half of 32 entries, and no error.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return {"cpp.simdlen": pick_vec_isa().bit_width() or 1}  # 1: no vectors
+
+
 def _realize(tensor: Tensor) -> Tensor:
     """The same tensor; to inductor, one that is computed once and kept, and not again in each kernel that reads it."""
     import torch._inductor.inductor_prims  # registers the operator
@@ -279,6 +291,6 @@ def compile_graph(program: torch.export.ExportedProgram, passes: Sequence[GraphP
     graph.graph.lint()
     graph.recompile()
     examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    with any_folder(), torch.no_grad(), settings.patch(OPTIONS), warnings.catch_warnings():
+    with any_folder(), torch.no_grad(), settings.patch(OPTIONS | _vector_length()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return supply(graph, torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_graph"))
