@@ -54,6 +54,16 @@ struct Chunk {
   int64_t pairs;  // of rows of codes, where they are multiplied in pairs
 };
 
+constexpr int64_t kRowsOfTile = 4;  // rows whose sums fit the registers
+// Tiles of rows differ by one row at most: 5 rows are 3 and 2, not 4 and 1.
+DEADBAND_INLINE int64_t row_tiles(int64_t rows) { return (rows + kRowsOfTile - 1) / kRowsOfTile; }
+DEADBAND_INLINE Range row_tile(int64_t rows, int64_t tile) { return share(rows, 1, (int)tile, (int)row_tiles(rows)); }
+
+// Of several rows: the steps whose codes a tile of them meets again: how many, and which.
+struct Again {
+  uint8_t count, step[31];
+};
+
 // x, quantised, chunk by chunk.
 struct Encoded {
   int64_t rows, chunks;
@@ -62,6 +72,7 @@ struct Encoded {
   int32_t* words;         // [chunks][rows][2][quads of the chunk], as the product takes them
   float* step;            // [chunks][rows]: an entry is its integer times this
   int32_t* sum;           // [chunks][rows]: of the integers
+  Again* again;           // [chunks][tiles of rows]
 };
 
 // Bits of the largest magnitude among whole vectors of values: those of NaN and infinity are larger than of any number.
@@ -94,6 +105,17 @@ DEADBAND_INLINE float inverse_of(float step) {
   return inverse <= 3.40282347e38f ? inverse : 0.0f;
 }
 
+// The root mean square of the first `count` values, the rest of the last vector zero, in parts of `most`, the largest.
+DEADBAND_INLINE float root_mean_square(const float* values, int64_t count, float most) {
+  Vf squares = {};
+  float inverse = inverse_of(most);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Vf part = load(values + i) * inverse;
+    squares += part * part;
+  }
+  return __builtin_sqrtf(sum_lanes(squares) / (float)count);
+}
+
 // A chunk for weights of 8 bits: 16-bit integers, of which the largest is kLargestEntry. That rounding is far below
 // that of bfloat16. Returns the step.
 DEADBAND_INLINE float encode_octets(const float* values, float most, int64_t count, int64_t quads, int32_t* words,
@@ -115,13 +137,7 @@ DEADBAND_INLINE float encode_octets(const float* values, float most, int64_t cou
 DEADBAND_INLINE float encode_nibbles(const float* values, float most, int64_t count, const uint8_t** codes,
                                      int32_t* words, int32_t* sum, int64_t* pairs) {
   int32_t steps[kChunkMost + kLanes], parts[2 * kChunkMost];
-  Vf squares = {};
-  float inverse = inverse_of(most);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Vf part = load(values + i) * inverse;
-    squares += part * part;
-  }
-  float step = most * __builtin_sqrtf(sum_lanes(squares) / (float)count) * (2.25f / 127);
+  float step = most * root_mean_square(values, count, most) * (2.25f / 127);
   *sum = round_to_steps(values, round_up(count, kLanes), inverse_of(step), steps);
   const int32_t* entries = steps;
   if (most > 127 * step) {
@@ -181,25 +197,28 @@ constexpr int64_t kFetchedBeyond = 2 * kChunkMost;
 // Memory for rows of x that are encoded for a weight, `most` inputs in a chunk; of a single one, with what
 // encode_nibbles adds.
 struct EncodedSizes {
-  int64_t rows, chunks, quads;
+  int64_t rows, words_of_quad, chunks, quads;
 
-  EncodedSizes(const Quantized& w, int64_t rows, int64_t most) : rows(rows) {
+  EncodedSizes(const Quantized& w, int64_t rows, int64_t most)
+      : rows(rows), words_of_quad(rows > 1 && w.bits == 4 ? 4 : 2) {
     chunks = w.in / most + w.in / w.group_size + 2;
     quads = w.in * 3 / 10 + 2 * chunks;
   }
   size_t chunk() const { return round_up(chunks * sizeof(Chunk), 64); }
   size_t codes() const { return round_up((quads * 4 + kFetchedBeyond) * sizeof(char*), 64); }
-  size_t words() const { return round_up(quads * rows * 2 * sizeof(int32_t), 64); }
+  size_t words() const { return round_up(quads * rows * words_of_quad * sizeof(int32_t), 64); }
   size_t step() const { return round_up(chunks * rows * sizeof(float), 64); }
-  size_t total() const { return chunk() + codes() + words() + 2 * step(); }
+  size_t again() const { return rows > 1 ? chunks * row_tiles(rows) * sizeof(Again) : 0; }
+  size_t total() const { return chunk() + codes() + words() + 2 * step() + again(); }
 
   // An x that is to be filled in.
   Encoded in(char* memory) const {
-    Encoded x = {rows, 0, (Chunk*)memory, nullptr, nullptr, nullptr, nullptr};
+    Encoded x = {rows, 0, (Chunk*)memory, nullptr, nullptr, nullptr, nullptr, nullptr};
     x.codes = (const uint8_t**)(memory += chunk());
     x.words = (int32_t*)(memory += codes());
     x.step = (float*)(memory += words());
-    x.sum = (int32_t*)(memory + step());
+    x.sum = (int32_t*)(memory += step());
+    x.again = (Again*)(memory + step());
     return x;
   }
 };

@@ -60,8 +60,8 @@ DEADBAND_API int deadband_dense_linear(int dtype, int layout, const void* x, int
 // group_size 0: scales is float32[out], and minimum NULL. A code q stands for scale * q with 8 bits, scale * (q - 8)
 // with 4, and scale * q + minimum where there is one. x is rounded to integers, those of a few inputs that are kept in
 // steps of their own: with 8 bits of 1 / 32512 of the largest of at most 128, with 4 of 1 / 127 of the largest of at
-// most 32, or, for a single row, of 9 / 508 of the root mean square of at most 64. Where one of those is NaN or
-// infinite, the whole row of y is NaN.
+// most 32 or, if that is less, of 3.2 times their root mean square; for a single row of 9 / 508 of that of at most 64.
+// Where one of those is NaN or infinite, the whole row of y is NaN.
 DEADBAND_API int deadband_quantized_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
                                            int bits, const void* codes, const void* scales, const void* minimum,
                                            int64_t group_size, int64_t out, const void* bias, const float* threshold,

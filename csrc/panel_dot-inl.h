@@ -125,7 +125,7 @@ struct PanelDot {
 
 #if defined(__AVX2__) && !defined(__AVX512BW__) && !defined(DEADBAND_BYTE_DOT)
 // Two inputs in each 16-bit lane. Sums may wrap on their way: what they end with, codes less 8 times at most 32
-// entries, is 8 * 32 * 127 at most.
+// entries, is 8 * 32 * 127 at most, and less where some are larger than 127: the root mean square is 127 / 3.2 then.
 template <>
 struct PanelDot<4> {
   static constexpr int kInputs = 2, kNibbles = 2, kColumnsOfBlock = 2, kWords = 1, kRowParts = 1;

@@ -3,9 +3,9 @@
 // another, so that their sums stay in registers.
 //
 // With 8-bit weights x becomes 16-bit integers, as a single row does. With 4-bit weights it becomes 8-bit ones, 32
-// inputs at a time, in steps of 1/127 of the largest: fewer than half of the products. That rounding costs at most 1.3
-// % of the product (as noise: 1/127 of the largest of 32 entries over the root of 12), mostly .6 %, where the codes'
-// own costs nine.
+// inputs at a time, in steps of 1/127 of the largest or of kLargeEntry times their root mean square: fewer than half of
+// the products. What a larger entry exceeds that by meets its codes again. So rounding costs at most .7 % of the
+// product, as noise (kLargeEntry / 127 over the root of 12), where the codes' own costs nine.
 #ifndef DEADBAND_PANELS_INL_H
 #define DEADBAND_PANELS_INL_H
 
@@ -29,7 +29,7 @@ namespace {
 constexpr int64_t kSumsMany = 32768;            // sums of a tile of outputs: they stay in the second-level cache
 constexpr int64_t kQuantizedRows = 256;         // rows of x that are encoded at a time
 constexpr int64_t kChunkMany = 4 * kMostQuads;  // inputs of a chunk, at most
-constexpr int64_t kRowsOfTile = 4;              // rows whose sums fit the registers
+constexpr float kLargeEntry = 3.2f;             // at least the root of 8: the largest of 32 entries is two bytes then
 constexpr int64_t kNear = 192;                  // bytes that the nearer fetch is ahead
 
 // Inputs of one chunk. With few rows of x as many rows of codes come from memory side by side: 128, for two rows of x,
@@ -42,25 +42,49 @@ DEADBAND_INLINE int64_t panel_chunk(const Quantized& w, int64_t rows) {
   return w.bits == 8 ? panel_chunk<8>(rows) : panel_chunk<4>(rows);
 }
 
-// Tiles of rows differ by one row at most: 5 rows are 3 and 2, not 4 and 1.
-DEADBAND_INLINE int64_t row_tiles(int64_t rows) { return (rows + kRowsOfTile - 1) / kRowsOfTile; }
-DEADBAND_INLINE Range row_tile(int64_t rows, int64_t tile) { return share(rows, 1, (int)tile, (int)row_tiles(rows)); }
-
-// Integers for whole vectors of values, the largest kMostEntry<Bits>, and their sum. Returns the step; NaN if a value
-// is not finite.
+// The first `count` of `room` values, the others zero -> integers and their sum. Of 8 bits the largest is kMostEntry;
+// of 4 some may be nearly twice that. Returns the step; NaN if a value is not finite.
 template <int Bits>
-DEADBAND_INLINE float round_values(const float* values, int64_t count, int32_t* integers, int32_t* sum) {
-  int32_t bits = largest_bits(values, count);
+DEADBAND_INLINE float round_values(const float* values, int64_t count, int64_t room, int32_t* integers, int32_t* sum) {
+  int32_t bits = largest_bits(values, room);
   if (bits >= kInfinityBits) {
-    memset(integers, 0, count * sizeof *integers);
+    memset(integers, 0, room * sizeof *integers);
     *sum = 0;
     return __builtin_nanf("");
   }
   float most;
   memcpy(&most, &bits, sizeof most);
+  if constexpr (Bits == 4) {
+    float limit = kLargeEntry * root_mean_square(values, count, most);  // in parts of the largest
+    if (limit < 1.0f) most *= limit;
+  }
   float step = most / kMostEntry<Bits>;
-  *sum = round_to_steps(values, count, inverse_of(step), integers);
+  *sum = round_to_steps(values, room, inverse_of(step), integers);
   return step;
+}
+
+// Of a row's integers, whole vectors of them: what each exceeds kMostEntry<4> by is taken off and put into `rest`.
+// Returns a bit for each that did, of the first 32.
+DEADBAND_INLINE uint32_t split_large(int32_t* integers, int64_t count, int32_t* rest) {
+  Vi any = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Vi whole, most = splat_int(kMostEntry<4>);
+    memcpy(&whole, integers + i, sizeof whole);
+    Vi byte = whole > most ? most : whole < -most ? -most : whole, over = whole - byte;
+    memcpy(integers + i, &byte, sizeof byte);
+    memcpy(rest + i, &over, sizeof over);
+    any |= over & 0x7fffffff;
+  }
+  uint32_t large = 0;
+  if (most_of_lanes(any))
+    for (int64_t k = 0; k < count; ++k) large |= (uint32_t)(rest[k] != 0) << k;
+  return large;
+}
+
+// Where a chunk's words begin. With 4 bits there is room for every step twice.
+template <int Bits>
+DEADBAND_INLINE int32_t* words_of(const Encoded& x, const Chunk& chunk) {
+  return x.words + (Bits == 8 ? 1 : 2) * 4 / PanelDot<Bits>::kInputs * PanelDot<Bits>::kWords * chunk.first * x.rows;
 }
 
 // The words of one row are written `stride` apart.
@@ -69,28 +93,43 @@ void encode_chunk_rows(const Input<T>& input, const Kept& kept, const Quantized&
   using Dot = PanelDot<Bits>;
   const Chunk& chunk = x.chunk[c];
   place_codes(kept.index, chunk, w, x.codes + 4 * chunk.first);
-  int64_t rows = x.rows, count = round_up(4 * chunk.quads, kLanes);
+  int64_t rows = x.rows, room = round_up(4 * chunk.quads, kLanes);
   int64_t steps = 4 / Dot::kInputs * chunk.quads;
-  int32_t* words = x.words + 4 / Dot::kInputs * Dot::kWords * chunk.first * rows;
+  int32_t* words = words_of<Bits>(x, chunk);
   for (int64_t t = 0; t < row_tiles(rows); ++t) {
     Range tile = row_tile(rows, t);
     int64_t stride = (tile.end - tile.begin) * Dot::kWords;
+    int32_t rest[kRowsOfTile][32];
+    uint32_t large = 0;
     for (int64_t r = tile.begin; r < tile.end; ++r) {
       float values[kChunkMany + kLanes];
       int32_t integers[kChunkMany + kLanes];
       for (int64_t k = 0; k < chunk.count; ++k)
         values[k] = kept.index ? kept.value[(chunk.entry + k) * rows + r]
                                : to_float(input.x[r * input.stride + chunk.entry + k]);
-      for (int64_t k = chunk.count; k < count; ++k) values[k] = 0.0f;
-      x.step[c * rows + r] = round_values<Bits>(values, count, integers, x.sum + c * rows + r);
-      int32_t* to = words + (r - tile.begin) * Dot::kWords;
+      for (int64_t k = chunk.count; k < room; ++k) values[k] = 0.0f;
+      x.step[c * rows + r] = round_values<Bits>(values, chunk.count, room, integers, x.sum + c * rows + r);
+      int64_t of = r - tile.begin;
+      if constexpr (Bits == 4) large |= split_large(integers, room, rest[of]);
+      int32_t* to = words + of * Dot::kWords;
       for (int64_t s = 0; s < steps; ++s, to += stride) Dot::words(integers + s * Dot::kInputs, to);
     }
     words += steps * stride;
+    if constexpr (Bits == 4) {
+      Again again = {};
+      for (int64_t s = 0; s < steps; ++s) {
+        if (!(large >> s * Dot::kInputs & ((1u << Dot::kInputs) - 1))) continue;
+        again.step[again.count++] = (uint8_t)s;
+        for (int64_t of = 0; of < tile.end - tile.begin; ++of, words += Dot::kWords)
+          Dot::words(rest[of] + s * Dot::kInputs, words);
+      }
+      x.again[c * row_tiles(rows) + t] = again;
+    }
   }
 }
 
-// words: [chunks][tiles of rows][steps][rows of the tile], as PanelDot takes them. The rest as of a single row.
+// words: [chunks][tiles of rows][steps, and those again][rows of the tile], as PanelDot takes them. The rest as of a
+// single row.
 template <class T>
 Encoded encode_rows(const Input<T>& input, const Kept& kept, const Quantized& w, int threads, char* memory) {
   Encoded x = EncodedSizes(w, input.rows, panel_chunk(w, input.rows)).in(memory);
@@ -185,6 +224,7 @@ void fill_scales(const Quantized& w, int64_t group, int64_t next, int64_t o, Pan
 // A tile of rows, and where its sums go.
 struct RowTile {
   const int32_t* words;
+  const Again* again;
   const float* step;
   const int32_t* sum;
   float* sums;  // [rows of the tile][stride]
@@ -221,6 +261,11 @@ DEADBAND_INLINE void meet_strip(int strip, const Lines& lines, int64_t steps, co
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) Dot::multiply(parts[r], panel->codes[strip][s], words + r * Dot::kWords);
   }
+  if constexpr (Bits == 4)
+    for (int n = 0; n < tile.again->count; ++n, words += R * Dot::kWords)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+        Dot::multiply(parts[r], panel->codes[strip][tile.again->step[n]], words + r * Dot::kWords);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     Vi totals[Dot::kOutputVectors];
@@ -278,15 +323,22 @@ void panel_outputs(const Quantized& w, const Encoded& x, Range outputs, float* s
       bool whole = lines.byte + kLine <= w.row_bytes;
       for (int64_t s = 0; !whole && s < steps; ++s) fill_step<Bits, false>(lines, s, panel);
       fill_scales(w, chunk.group, x.chunk[c + 1 < x.chunks ? c + 1 : c].group, o, panel);
-      const int32_t* words = x.words + 4 / Dot::kInputs * Dot::kWords * chunk.first * x.rows;
+      const int32_t* words = words_of<Bits>(x, chunk);
       for (int64_t t = 0; t < row_tiles(x.rows); ++t) {
         Range rows = row_tile(x.rows, t);
         int64_t r = rows.begin, count = rows.end - r;
-        RowTile tile = {words,  x.step + c * x.rows + r, x.sum + c * x.rows + r, sums + r * stride + o - outputs.begin,
-                        stride, w.scales != nullptr,     w.minimum != nullptr};
+        const Again* again = x.again + c * row_tiles(x.rows) + t;
+        RowTile tile = {words,
+                        again,
+                        x.step + c * x.rows + r,
+                        x.sum + c * x.rows + r,
+                        sums + r * stride + o - outputs.begin,
+                        stride,
+                        w.scales != nullptr,
+                        w.minimum != nullptr};
         whole && !t ? meet_panel_rows<Bits, true>(count, lines, steps, tile, panel)
                     : meet_panel_rows<Bits, false>(count, lines, steps, tile, panel);
-        words += steps * count * Dot::kWords;
+        words += (steps + (Bits == 4 ? again->count : 0)) * count * Dot::kWords;
       }
     }
   }

@@ -50,7 +50,9 @@ DEADBAND_INLINE void add_inputs(const T* const* weight, const float* value, cons
   int64_t j = 0;
   for (; j + kBlock <= width; j += kBlock) {
     for (int k = 0; k < K; ++k) {
-      __builtin_prefetch(ahead[k] + j, 0, 2);
+#pragma GCC unroll 2
+      for (int64_t line = 0; line < kBlock; line += 64 / (int64_t)sizeof(T))
+        __builtin_prefetch(ahead[k] + j + line, 0, 2);
       w[k] = load_pair(weight[k] + j);
     }
     step(w, j);
