@@ -247,13 +247,14 @@ def test_rounding_beside_4_bits_costs_little_whatever_the_values(isa, name, rows
     exact_weight = sum(parts_of(weight))
     torch.manual_seed(rows)
     heavy = torch.distributions.StudentT(2.0).sample((rows, 2048))
-    rare = torch.where(torch.rand(rows, 2048) < 1 / 32, torch.randn(rows, 2048), 1e-3 * torch.randn(rows, 2048))
+    rare = 0.1 * torch.randn(rows, 2048)
+    rare[:, 7::32] = 1 + torch.rand(rows, 64)
     with instruction_set(isa):
         for x in (heavy, rare, torch.randn(rows, 2048)):
             exact = x.double() @ exact_weight
             errors = (multiply(x, weight) - exact).norm(dim=-1) / exact.norm(dim=-1)
-            assert float(errors.max()) < 0.013  # 3.2 / 127 over the root of 12 is 0.0073; few entries make a sum here
-            assert float(errors.mean()) < 0.009
+            assert float(errors.max()) < 0.0115  # 3.2 / 127 over the root of 12 is 0.0073; few entries make a sum here
+            assert float(errors.mean()) < 0.0083
 
 
 @pytest.mark.parametrize("isa", ISAS)
