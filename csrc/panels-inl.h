@@ -54,11 +54,12 @@ DEADBAND_INLINE float round_values(const float* values, int64_t count, int64_t r
   }
   float most;
   memcpy(&most, &bits, sizeof most);
+  float largest = kMostEntry<Bits>;  // as an integer: a whole number of steps, so that it cannot become infinite
   if constexpr (Bits == 4) {
     float limit = kLargeEntry * root_mean_square(values, count, most);  // in parts of the largest
-    if (limit < 1.0f) most *= limit;
+    if (limit < 1.0f) largest = (float)(int32_t)(largest / limit);
   }
-  float step = most / kMostEntry<Bits>;
+  float step = most / largest;
   *sum = round_to_steps(values, room, inverse_of(step), integers);
   return step;
 }
