@@ -101,6 +101,23 @@ int deadband_sparse_linear(int dtype, const void* x, int64_t rows, int64_t x_str
   return deadband_linears(dtype, x, rows, x_stride, in, &layer, 1, y, threads);
 }
 
+int deadband_fill(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const float* threshold,
+                  const float* scale, const float* center, int relative, void* y, uint8_t* keep, int threads,
+                  int64_t* counts) {
+  if (!is_float32_or_bfloat16(dtype)) return DEADBAND_BAD_DTYPE;
+  if (!are_sizes(rows, in) || (rows > 1 && x_stride < in)) return DEADBAND_BAD_SIZE;
+  if (!threshold || (rows && in && (!x || !y || !keep))) return DEADBAND_BAD_POINTER;
+  if (!rows || !in) return 0;
+  deadband_layer layer = {};
+  layer.threshold = threshold;
+  layer.scale = scale;
+  layer.center = center;
+  layer.relative = relative;
+  layer.counts = counts;
+  kernels()->fill(dtype, x, rows, x_stride, in, layer, y, keep, threads < 1 ? 1 : threads);
+  return 0;
+}
+
 int deadband_dense_linear(int dtype, int layout, const void* x, int64_t rows, int64_t x_stride, int64_t in,
                           const void* weight, int64_t weight_stride, int64_t out, const void* bias, void* y,
                           int threads) {
@@ -117,7 +134,8 @@ int deadband_dense_linear(int dtype, int layout, const void* x, int64_t rows, in
   layer.weight = weight;
   layer.weight_stride = weight_stride;
   layer.bias = bias;
-  if (rows <= DEADBAND_STREAM_ROWS) return kernels()->linears(dtype, x, rows, x_stride, in, &layer, 1, y, threads);
+  if (rows <= kernels()->stream_rows[dtype])
+    return kernels()->linears(dtype, x, rows, x_stride, in, &layer, 1, y, threads);
   return kernels()->gemm(dtype, x, rows, x_stride, in, weight, weight_stride, out, bias, y, threads);
 }
 
@@ -132,6 +150,16 @@ int deadband_quantized_linear(int dtype, const void* x, int64_t rows, int64_t x_
   if (int error = check_layer(dtype, x, rows, x_stride, in, layer, y)) return error;
   if (!rows || !out) return 0;
   return kernels()->linears(dtype, x, rows, x_stride, in, &layer, 1, y, threads < 1 ? 1 : threads);
+}
+
+int deadband_dequantize(int dtype, int bits, const void* codes, const void* scales, const void* minimum,
+                        int64_t group_size, int64_t in, int64_t out, void* y, int threads) {
+  if (!is_float32_or_bfloat16(dtype) || (bits != 8 && bits != 4)) return DEADBAND_BAD_DTYPE;
+  if (!are_sizes(in, out, group_size)) return DEADBAND_BAD_SIZE;
+  if (!in || !out) return 0;
+  if (!codes || !scales || !y || (minimum && (bits == 8 || !group_size))) return DEADBAND_BAD_POINTER;
+  kernels()->dequantize(dtype, bits, codes, scales, minimum, group_size, in, out, y, threads < 1 ? 1 : threads);
+  return 0;
 }
 
 int deadband_attend(int dtype, const void* query, const void* keys, const void* values, int64_t groups, int64_t heads,

@@ -33,8 +33,13 @@ struct KernelTable {
              int64_t weight_stride, int64_t out, const void* bias, void* y, int threads);
   int (*gemm)(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
               int64_t weight_stride, int64_t out, const void* bias, void* y, int threads);
+  void (*fill)(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer& layer,
+               void* y, uint8_t* keep, int threads);
+  void (*dequantize)(int dtype, int bits, const void* codes, const void* scales, const void* minimum,
+                     int64_t group_size, int64_t in, int64_t out, void* y, int threads);
   int (*observe)(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t cols, const float* scale,
                  int64_t* histogram, double* sum, double* sum_of_squares, int threads);
+  int64_t stream_rows[2];  // by dtype: the most rows whose dense product is `linears`, which streams the weights
   uint8_t (*read)(const Rows& rows, int loop, int threads);
 };
 

@@ -46,6 +46,12 @@ DEADBAND_API int deadband_sparse_linear(int dtype, const void* x, int64_t rows, 
                                         const float* threshold, const float* scale, const float* center,
                                         const float* offset, int relative, void* y, int threads, int64_t* counts);
 
+// y[rows, in] = x with its skipped entries set to the center, or to zero, by the rule above; keep[rows, in] = 1 where
+// an entry is kept, else 0. Any number of rows; y and keep are contiguous.
+DEADBAND_API int deadband_fill(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
+                               const float* threshold, const float* scale, const float* center, int relative, void* y,
+                               uint8_t* keep, int threads, int64_t* counts);
+
 // y = x . W + bias, with nothing skipped.
 // layout 0: weight [in, out] as above; any number of rows. layout 1: weight [out, in], the usual one; 0 to 4 rows.
 DEADBAND_API int deadband_dense_linear(int dtype, int layout, const void* x, int64_t rows, int64_t x_stride, int64_t in,
@@ -67,6 +73,10 @@ DEADBAND_API int deadband_quantized_linear(int dtype, const void* x, int64_t row
                                            int64_t group_size, int64_t out, const void* bias, const float* threshold,
                                            const float* scale, const float* center, const float* offset, int relative,
                                            void* y, int threads, int64_t* counts);
+
+// y[in, out], contiguous: the numbers that the codes stand for, as above.
+DEADBAND_API int deadband_dequantize(int dtype, int bits, const void* codes, const void* scales, const void* minimum,
+                                     int64_t group_size, int64_t in, int64_t out, void* y, int threads);
 
 // One layer of the functions below: what deadband_sparse_linear takes (bits 0) or deadband_quantized_linear (8 or 4; no
 // weight_stride then). The threshold may be NULL in both.

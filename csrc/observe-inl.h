@@ -15,7 +15,6 @@ namespace deadband {
 namespace {
 
 constexpr int64_t kBins = 32768;
-constexpr int64_t kEntriesPerThread = 16384;
 
 struct float16 {
   uint16_t bits;

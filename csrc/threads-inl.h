@@ -21,9 +21,10 @@ DEADBAND_INLINE Range share(int64_t total, int64_t step, int part, int parts) {
   return {min_of(total, steps * part / parts * step), min_of(total, steps * (part + 1) / parts * step)};
 }
 
-// A thread is worth waking for this many bytes of weights, or this many multiply-adds of many rows.
+// A thread is worth waking for this many bytes of weights, multiply-adds of many rows, or entries of x.
 constexpr int64_t kBytesPerThread = 128 << 10;
 constexpr int64_t kOperationsPerThread = 1 << 20;
+constexpr int64_t kEntriesPerThread = 16384;
 
 DEADBAND_INLINE int threads_for(int64_t work, int64_t work_per_thread, int threads) {
   return (int)min_of(threads, 1 + work / work_per_thread);

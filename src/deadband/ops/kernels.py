@@ -16,10 +16,16 @@ from pathlib import Path
 import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KERNEL_DTYPES = {dtype: DTYPES[dtype] for dtype in (torch.float32, torch.bfloat16)}
+"""Of the products; `deadband_observe` takes all of DTYPES."""
 _SIGNATURES = {
     "deadband_sparse_linear": (
         c_int,
         [c_int, c_void_p, *[c_int64] * 3, c_void_p, *[c_int64] * 2, *[c_void_p] * 5, c_int, c_void_p, c_int, c_void_p],
+    ),
+    "deadband_fill": (
+        c_int,
+        [c_int, c_void_p, *[c_int64] * 3, *[c_void_p] * 3, c_int, *[c_void_p] * 2, c_int, c_void_p],
     ),
     "deadband_dense_linear": (
         c_int,
@@ -31,6 +37,10 @@ _SIGNATURES = {
             *[c_int, c_void_p, *[c_int64] * 3, c_int, *[c_void_p] * 3, *[c_int64] * 2, *[c_void_p] * 5, c_int],
             *[c_void_p, c_int, c_void_p],
         ],
+    ),
+    "deadband_dequantize": (
+        c_int,
+        [c_int, c_int, *[c_void_p] * 3, *[c_int64] * 3, c_void_p, c_int],
     ),
     "deadband_linears": (c_int, [c_int, c_void_p, *[c_int64] * 3, c_void_p, c_int, c_void_p, c_int]),
     "deadband_gated_mlp": (c_int, [c_int, c_void_p, *[c_int64] * 3, c_void_p, c_int, c_void_p, c_int]),
