@@ -621,7 +621,7 @@ def test_gradients_reach_the_input(gradient):
             keep = x.detach().abs() > 0.4
             skips = training or rows <= 4
             masked = torch.where(keep, x.detach(), 0) if skips else x.detach()
-            torch.testing.assert_close(y, F.linear(masked, layer.weight, layer.bias))
+            close(y, F.linear(masked, layer.weight, layer.bias))
             y.sum().backward()
             whole = layer.weight.sum(0).expand(rows, -1)
             expected = torch.where(keep, whole, 0) if skips and gradient == "exact" else whole
@@ -659,7 +659,7 @@ def test_the_gradient_is_the_dense_models():
         each.train()
         each(**batch, labels=batch["input_ids"]).loss.backward()
     for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"):
-        torch.testing.assert_close(model.get_parameter(name).grad, other.get_parameter(name).grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(model.get_parameter(name).grad, other.get_parameter(name).grad, rtol=1e-3, atol=2e-4)
 
 
 # --------------------------------------------------------------------------------------------------------- dense again

@@ -13,8 +13,17 @@ from torch.nn import functional as F
 from deadband.layers import scope
 from deadband.layers.computed import ComputedWeight
 from deadband.layers.memory import on_huge_pages
-from deadband.layers.sparse import SPARSE_CLASSES, DenseLinear, SparseLinear, SparseSite, change_class_, uncounted
-from deadband.ops.linear import NIBBLES, dequantize, quantized_linear, transformed
+from deadband.layers.sparse import (
+    ALL_ROWS,
+    SPARSE_CLASSES,
+    DenseLinear,
+    SparseLinear,
+    SparseSite,
+    change_class_,
+    trains,
+)
+from deadband.ops.gradients import fill_skipped, quantized_product
+from deadband.ops.linear import NIBBLES, dequantize, quantized_linear, transformed, uncounted
 from deadband.ops.skipping import apply_mask
 
 if TYPE_CHECKING:
@@ -184,9 +193,11 @@ class QuantizedLinear(QuantizedMatrix, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = W · x + bias."""
-        needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        if (needs_gradient and not torch.compiler.is_exporting()) or transformed():
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or trains(self.bias))
+        if transformed():
             return F.linear(x, self.matrix(x.dtype), self.bias)
+        if needs_gradient and not torch.compiler.is_exporting():
+            return quantized_product(x, self.codes, self.scales, self.minimum, self.bias, self.group_size)
         return quantized_linear(
             x, self.codes, self.scales, self.minimum, self.bias, self.group_size,
             None, None, None, None, False, 0, uncounted(x.device),
@@ -206,10 +217,17 @@ class QuantizedSite(QuantizedMatrix, SparseSite):
             rows, counts = scope.setting_of(self, rows, counts)
         if buffers["mask"] is not None and rows:
             x = apply_mask(x, buffers["mask"])
-        plain = transformed()
-        needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        if self.training or plain or (needs_gradient and not torch.compiler.is_exporting()):
-            return self.masked_linear(x, self.matrix(x.dtype), bias, rows, None if plain else counts)
+        if self.training:
+            rows, counts = ALL_ROWS if rows else 0, None
+        if transformed():
+            x = fill_skipped(x, threshold, scale, center, self.relative, rows, None, self.gradient)
+            return F.linear(x, self.matrix(x.dtype), bias)
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or trains(bias))
+        if needs_gradient and (self.training or not torch.compiler.is_exporting()):
+            return quantized_product(
+                x, buffers["codes"], buffers["scales"], buffers["minimum"], bias, self.group_size,
+                threshold, scale, center, buffers["offset"], self.relative, rows, counts, self.gradient,
+            )  # fmt: skip
         if counts is None:
             counts = uncounted(x.device)
         return quantized_linear(

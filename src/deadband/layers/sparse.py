@@ -15,15 +15,23 @@ from torch.nn.utils import parameters_to_vector, parametrize, prune
 from deadband.layers import scope
 from deadband.layers.memory import empty_on_huge_pages
 from deadband.layers.rule import Rule
-from deadband.ops.kernels import advise_huge_pages
-from deadband.ops.linear import COUNTS, count_, current_offset, dense_linear, make_offset, sparse_linear, transformed
-from deadband.ops.skipping import apply_mask, keep_mask
+from deadband.ops.gradients import fill_skipped, product, sparse_product
+from deadband.ops.kernels import KERNEL_DTYPES, advise_huge_pages
+from deadband.ops.linear import (
+    COUNTS,
+    current_offset,
+    dense_linear,
+    make_offset,
+    sparse_linear,
+    transformed,
+    uncounted,
+)
+from deadband.ops.skipping import apply_mask
 
 DECODE_ROWS = 4
 """Inputs of up to so many rows (tokens) count as decoding and skip. Beyond, nearly every weight is needed by some row:
 at sparsity 0.5 the rows of the weight that 4 tokens need together are 94 % of it."""
 ALL_ROWS = sys.maxsize
-GRADIENTS = ("exact", "straight_through")
 
 
 class SparseSite(nn.Module):
@@ -74,23 +82,20 @@ class SparseSite(nn.Module):
             rows, counts = scope.setting_of(self, rows, counts)
         if buffers["mask"] is not None and rows:
             x = apply_mask(x, buffers["mask"])  # true zeros, which the product skips
-        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or trains(bias))
         mixed = x.dtype is not weight.dtype  # autocast: torch's own linear knows what to do, or to say
-        plain = transformed()
-        if self.training or mixed or plain or (needs_gradient and not torch.compiler.is_exporting()):
-            return self.masked_linear(x, weight, bias, rows, None if plain else counts)
+        if self.training:
+            rows, counts = ALL_ROWS if rows else 0, None
+        if transformed():
+            x = fill_skipped(x, threshold, scale, center, self.relative, rows, None, self.gradient)
+            return F.linear(x, weight, bias)
+        if mixed or (needs_gradient and (self.training or not torch.compiler.is_exporting())):
+            return sparse_product(
+                x, weight, bias, threshold, scale, center, offset, self.relative, rows, counts, self.gradient
+            )  # fmt: skip
         if counts is None:
             counts = uncounted(x.device)
         return sparse_linear(x, weight, bias, threshold, scale, center, offset, self.relative, rows, counts)
-
-    def masked_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, counts: Tensor | None) -> Tensor:
-        """What the layer's operator computes, by torch's own: for gradients, training, autocast and torch.func."""
-        if rows and (self.training or x.shape[:-1].numel() <= rows):
-            keep = keep_mask(x.detach(), self.threshold, self.scale, self.center, self.relative)
-            if counts is not None and not self.training:
-                count_(counts, x.detach(), keep)
-            x = fill_skipped(x, keep, self.center, self.gradient)
-        return F.linear(x, weight, bias)
 
     def dense_matrix(self) -> Tensor:
         """The weight as [out_features, in_features], detached."""
@@ -153,6 +158,7 @@ class SparseSite(nn.Module):
             after = getattr(self, name)
             if after is not None and after.dtype != torch.float32:
                 setattr(self, name, before.to(after.device))
+        lay_out_(self)  # another dtype may want other strides
         self.refresh_offset_()
         return self
 
@@ -262,6 +268,11 @@ class SparseLinear(SparseSite, nn.Linear):
     dense_class = nn.Linear
 
 
+def trains(bias: Tensor | None) -> bool:
+    """Whether there is a bias, and it needs a gradient."""
+    return bias is not None and bias.requires_grad
+
+
 class DenseLinear(nn.Linear):
     """`nn.Linear` that decodes on deadband's dense product, which reads weights faster than torch's; skips nothing.
 
@@ -271,45 +282,17 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = W · x + bias."""
-        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if (needs_gradient and not torch.compiler.is_exporting()) or x.dtype is not self.weight.dtype or transformed():
+        trained = x.requires_grad or self.weight.requires_grad or trains(self.bias)
+        needs_gradient = torch.is_grad_enabled() and trained
+        if transformed():
             return F.linear(x, self.weight, self.bias)
+        if (needs_gradient and not torch.compiler.is_exporting()) or x.dtype is not self.weight.dtype:
+            return product(x, self.weight, self.bias)
         return dense_linear(x, self.weight, self.bias)
 
 
 SPARSE_CLASSES: dict[type[nn.Module], type[SparseSite]] = {nn.Linear: SparseLinear, DenseLinear: SparseLinear}
 """The sparse twin of each dense class. `deadband.integrations.transformers` adds transformers' Conv1D."""
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Masked forward; the gradient passes as if nothing had been masked (Bengio et al. 2013, arXiv 1308.3432)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, keep: Tensor, center: Tensor | None) -> Tensor:
-        return _masked(x, keep, center)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0], None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return tangents[0].view_as(tangents[0])
-
-
-def fill_skipped(x: Tensor, keep: Tensor, center: Tensor | None, gradient: str) -> Tensor:
-    """`x` where it is kept, elsewhere the center or zero, with one of `GRADIENTS`."""
-    return _StraightThrough.apply(x, keep, center) if gradient == "straight_through" else _masked(x, keep, center)
-
-
-def _masked(x: Tensor, keep: Tensor, center: Tensor | None) -> Tensor:
-    return torch.where(keep, x, 0 if center is None else center.to(x.dtype))
 
 
 def make_sparse_(
@@ -371,13 +354,6 @@ def new_counts(device: torch.device) -> Tensor:
     return torch.zeros(COUNTS, dtype=torch.int64, device=device)
 
 
-def uncounted(device: torch.device) -> Tensor | None:
-    """What an operator gets in the place of counters: None, or, as torch.compile cannot leave out what an operator
-    writes to, some that nobody reads."""
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    return new_counts(device) if compiling else None
-
-
 def make_dense_(module: SparseSite) -> nn.Module:
     """Turn a sparse layer back into its dense class, in place, with the weight's usual strides and the same bits.
 
@@ -434,6 +410,10 @@ def lay_out_(module: SparseSite) -> None:
     if type(weight) is nn.Parameter and not module.stored_in_out:
         cast(Any, weight).__class__ = LaidOutWeight
     matrix = module.matrix_view(weight.data)
+    if matrix.dtype not in KERNEL_DTYPES:  # torch multiplies, which it does best with the usual strides
+        if not module.stored_in_out and not matrix.is_meta and not matrix.is_contiguous():
+            weight.data = matrix.contiguous()
+        return
     if matrix.is_meta or matrix.t().is_contiguous():
         return
     stored = empty_on_huge_pages(matrix.shape, (1, matrix.shape[0]), matrix.dtype, matrix.device)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from deadband.ops import kernels
-from deadband.ops.cpu import KERNEL_DTYPES, failed
+from deadband.ops.cpu import failed
+from deadband.ops.kernels import KERNEL_DTYPES
 from deadband.ops.linear import operators
 
 operators.define(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from deadband.ops import kernels, products
-from deadband.ops.linear import COUNTS, NIBBLES, count_, current_offset, dequantize, operators
-from deadband.ops.skipping import fill, keep_mask
+from deadband.ops.fill import filled
+from deadband.ops.kernels import KERNEL_DTYPES
+from deadband.ops.linear import COUNTS, NIBBLES, SLOW, current_offset, dequantize, operators
 
 _CODES = (torch.int8, torch.uint8)
 SPARSE_ROWS = 8  # what the kernel that skips takes at most
@@ -30,7 +31,6 @@ def own_rows(dtype: torch.dtype) -> int:
     return 1 << 62 if dtype == torch.bfloat16 else 32
 
 
-KERNEL_DTYPES = {torch.float32: kernels.DTYPES[torch.float32], torch.bfloat16: kernels.DTYPES[torch.bfloat16]}
 _get_num_threads = torch.get_num_threads
 if kernels.library is not None:
     _sparse_kernel, _dense_kernel = kernels.library.deadband_sparse_linear, kernels.library.deadband_dense_linear
@@ -79,10 +79,7 @@ def sparse_linear(
         or not (center is None or is_vector(center, torch.float32, in_features))
         or not (offset is None or is_vector(offset, torch.float32, out_features))
     ):
-        keep = keep_mask(x, threshold, scale, center, relative)
-        if counts is not None:
-            count_(counts, x, keep)
-        return dense_linear(fill(x, keep, center), weight, bias)
+        return dense_linear(filled(x, threshold, scale, center, relative, counts)[0], weight, bias)
     if offset is not None and center is not None:
         offset = current_offset(weight, center, offset)
     x = x.contiguous()
@@ -125,7 +122,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         or weight.dtype is not x.dtype
         or not (bias is None or is_vector(bias, x.dtype, out_features))
     ):
-        return products.linear(x, weight, bias).contiguous()  # where the operands do not fit, torch says why
+        return torchs_product(x, weight, bias)
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
     error = _dense_kernel(
@@ -143,6 +140,14 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         _get_num_threads(),
     )
     return y if not error else failed(error, x, weight)
+
+
+def torchs_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear, in the dtype of autocast if that is fast, and back; where the operands do not fit, it says why."""
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") in SLOW:
+        with torch.autocast("cpu", enabled=False):
+            return products.linear(x, weight, bias).contiguous()
+    return products.linear(x, weight, bias).to(x.dtype).contiguous()
 
 
 def quantized_linear(
@@ -204,10 +209,13 @@ def quantized_linear(
         or not (offset is None or is_vector(offset, torch.float32, out_features))
     ):
         if threshold is not None:
-            keep = keep_mask(x, threshold, scale, center, relative)
-            if counts is not None:
-                count_(counts, x, keep)
-            x = fill(x, keep, center)
+            x, _ = filled(x, threshold, scale, center, relative, counts)
+        if x_dtype is torch.float16:
+            y = quantized_linear(
+                x.float(), codes, scales, minimum, None if bias is None else bias.float(), group_size,
+                None, None, None, None, False, 0, None,
+            )  # fmt: skip
+            return y.half()
         if dtype is None:
             return products.linear(x, dequantize(codes, scales, minimum, group_size, x_dtype), bias).contiguous()
         threshold = center = offset = counts = None

@@ -38,7 +38,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deadband.ops import kernels
-from deadband.ops.cpu import KERNEL_DTYPES, SPARSE_ROWS, failed, is_vector
+from deadband.ops.cpu import SPARSE_ROWS, failed, is_vector
+from deadband.ops.kernels import KERNEL_DTYPES
 from deadband.ops.linear import COUNTS, NIBBLES, current_offset, operators, quantized_linear, sparse_linear
 
 PARTS = 8

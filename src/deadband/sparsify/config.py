@@ -13,7 +13,8 @@ from deadband.allocation.thresholds import check_sparsity
 from deadband.layers.formats import WeightFormat
 from deadband.layers.quantized import QuantizedMatrix, QuantizedTable
 from deadband.layers.rule import check_criterion
-from deadband.layers.sparse import GRADIENTS, DenseLinear, SparseSite
+from deadband.layers.sparse import DenseLinear, SparseSite
+from deadband.ops.gradients import GRADIENTS
 
 VERSION = 5
 READ_VERSIONS = (3, 4, 5)
