@@ -21,7 +21,7 @@ from deadband.layers.rounding import quantize
 from deadband.layers.rule import Rule
 from deadband.layers.sites import find_sites
 from deadband.layers.sparse import make_sparse_, use_dense_product_
-from deadband.ops import cpu, gradients
+from deadband.ops import gradients, products
 from deadband.sparsify.sparsify import densify_, sparsify_
 
 WHAT = ("x", "weight", "bias")
@@ -62,8 +62,7 @@ def close(actual, expected, dtype):
 def slow(request, monkeypatch):
     """As on a CPU whose bfloat16 oneDNN does not multiply."""
     if request.param:
-        for module in (gradients, cpu):
-            monkeypatch.setattr(module, "SLOW", {torch.bfloat16, torch.float16})
+        monkeypatch.setattr(products, "WITHOUT_ONEDNN", {torch.bfloat16, torch.float16})
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -96,14 +95,14 @@ def test_gradients_match_float64(
     upstream = torch.randn(2, rows, outputs).to(dtype)
     fills = training or 2 * rows <= 4
     expected, derivatives = exact(rule, x, layer.weight, layer.bias, upstream, fills, gradient)
-    before = gradients.SLOW
-    gradients.SLOW = {torch.bfloat16} if without else before
+    before = products.WITHOUT_ONEDNN
+    products.WITHOUT_ONEDNN = {torch.bfloat16} if without else before
     try:
         with instruction_set(isa):
             y = layer(x)
             y.backward(upstream)
     finally:
-        gradients.SLOW = before
+        products.WITHOUT_ONEDNN = before
     close(y, expected, dtype)
     for name, each, derivative in zip(WHAT, (x, layer.weight, layer.bias), derivatives, strict=True):
         assert (each.grad is not None) == (name in wanted)

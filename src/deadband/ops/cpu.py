@@ -11,7 +11,7 @@ from torch import Tensor
 from deadband.ops import kernels, products
 from deadband.ops.fill import filled
 from deadband.ops.kernels import KERNEL_DTYPES
-from deadband.ops.linear import COUNTS, NIBBLES, SLOW, current_offset, dequantize, operators
+from deadband.ops.linear import COUNTS, NIBBLES, current_offset, dequantize, operators
 
 _CODES = (torch.int8, torch.uint8)
 SPARSE_ROWS = 8  # what the kernel that skips takes at most
@@ -144,7 +144,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def torchs_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear, in the dtype of autocast if that is fast, and back; where the operands do not fit, it says why."""
-    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") in SLOW:
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") in products.WITHOUT_ONEDNN:
         with torch.autocast("cpu", enabled=False):
             return products.linear(x, weight, bias).contiguous()
     return products.linear(x, weight, bias).to(x.dtype).contiguous()

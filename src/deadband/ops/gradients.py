@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deadband.ops import products
 from deadband.ops.dequantize import by_input
 from deadband.ops.fill import filled
 from deadband.ops.linear import (
-    SLOW,
     count_,
     dense_linear,
     quantized_linear,
@@ -57,7 +57,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         same = x.dtype is weight.dtype and (bias is None or bias.dtype is x.dtype)
         return _Dense.apply(x, weight, bias) if same else F.linear(x, weight, bias)  # torch says what is wrong
     dtype = torch.get_autocast_dtype("cpu")
-    if weight.dtype is not dtype and (weight.dtype is not torch.float32 or dtype not in SLOW):
+    if weight.dtype is not dtype and (weight.dtype is not torch.float32 or dtype not in products.WITHOUT_ONEDNN):
         return F.linear(x, weight, bias)  # autocast keeps the weight that it rounded for the next call
     y = _Dense.apply(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
     return y.to(dtype)
@@ -190,7 +190,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, by_input: bool) -> Tensor:
     """dyᵀ · x, [out_features, in_features], in the layout of the weight."""
     x, dy = (each.reshape(each.shape[:-1].numel(), each.shape[-1]) for each in (x, dy))
     one, other = (x, dy) if by_input else (dy, x)
-    made = _dense(one.t(), other.t()) if x.dtype in SLOW else one.t() @ other
+    made = _dense(one.t(), other.t()) if x.dtype in products.WITHOUT_ONEDNN else one.t() @ other
     return made.t() if by_input else made
 
 
@@ -255,7 +255,7 @@ class _Quantized(torch.autograd.Function):
         codes, scales, minimum, keep = ctx.saved_tensors
         dx = None
         if ctx.needs_input_grad[0]:
-            dtype = torch.float32 if dy.dtype in SLOW else dy.dtype
+            dtype = torch.float32 if dy.dtype in products.WITHOUT_ONEDNN else dy.dtype
             weight = by_input(codes, scales, minimum, ctx.group_size, dtype)
             dx = _dense(dy.to(dtype), weight).to(dy.dtype)
             if keep is not None:

@@ -74,19 +74,6 @@ def count_(counts: Tensor, x: Tensor, keep: Tensor) -> None:
     counts += torch.stack([(~keep).sum(), seen, (~x.isfinite()).sum()])
 
 
-def _slow_dtypes() -> set[torch.dtype]:
-    known = torch.backends.mkldnn.is_available()
-    fast = {
-        torch.bfloat16: known and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        torch.float16: known and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-    }
-    return {dtype for dtype, is_fast in fast.items() if not is_fast}
-
-
-SLOW = _slow_dtypes()
-"""The dtypes whose matrices torch multiplies without oneDNN on this CPU: slowly in any layout but the usual one."""
-
-
 def uncounted(device: torch.device) -> Tensor | None:
     """What an operator gets in the place of counters: None, or, as torch.compile cannot leave out what an operator
     writes to, some that nobody reads."""

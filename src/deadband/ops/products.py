@@ -33,6 +33,20 @@ _PRODUCTS = {
 }
 
 
+def _without_onednn() -> frozenset[torch.dtype]:
+    known = torch.backends.mkldnn.is_available()
+    has = {
+        torch.bfloat16: known and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: known and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, supported in has.items() if not supported)
+
+
+WITHOUT_ONEDNN = _without_onednn()
+"""The dtypes whose matrices torch multiplies without oneDNN on this CPU: up to a hundred times slower than float32 in
+any layout but the usual one. (`is_slow` is about that one.)"""
+
+
 @functools.cache
 def slow_by(dtype: torch.dtype) -> float:
     """How many times as long a product in this dtype takes on the CPU as one in float32 with operands converted to it.
