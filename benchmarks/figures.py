@@ -222,6 +222,16 @@ def first_token(result: Result) -> str:
     return table(*without_dashes(head, lines))
 
 
+def several_tokens(result: Result) -> str:
+    lines = [
+        (group[0]["group"].replace("bf16", "bfloat16"), str(group[0]["tokens"]),
+         joined((row["seconds"] * 1e3 for row in group), lambda value: number(value, ",.0f")),
+         joined((row["against_one"] for row in group), times))
+        for group in by(result["rows"], "group", "tokens")
+    ]  # fmt: skip
+    return table(["weights", "tokens", f"{result['rows'][0]['model']}, ms", "against one token"], lines)
+
+
 def quality(result: Result) -> str:
     lines = [
         (row["title"], percent(row["budget"]), f"{row['sparsity']:.1%}",
@@ -269,6 +279,17 @@ def overheads(result: Result) -> str:
         else:
             lines.append((row["what"], count, f"{row['overhead']:.0%} more than the forward pass"))
     return table(["what", "threads", "cost"], lines)
+
+
+def ratios(result: Result) -> str:
+    """The worst ratio of each way to call a layer and each format, and with how many rows."""
+    formats = list(dict.fromkeys(row["format"] for row in result["rows"]))
+    lines = []
+    for ways in by(result["rows"], "isa", "threads", "mode"):
+        worst = {each[0]["format"]: max(each, key=lambda row: row["ratio"]) for each in by(ways, "format")}
+        cells = [f"{times(worst[name]['ratio'])} ({worst[name]['rows']})" if name in worst else "" for name in formats]
+        lines.append((ways[0]["isa"], str(ways[0]["threads"]), ways[0]["mode"], *cells))
+    return table(["instruction set", "threads", "layer called in", *formats], lines)
 
 
 def sparsifier(result: Result) -> str:
@@ -432,6 +453,15 @@ in every group, llama.cpp's weights have the same width (BF16, Q8_0, Q4_0).
         first_token,
     ),
     (
+        "several_tokens-*",
+        "Several tokens at once",
+        """
+`benchmarks/several_tokens.py`: the graph of `prepare_decode_(model, tokens=8)` on so many tokens of one sequence, as
+speculative decoding has them verified, beside that of one token. Nothing is skipped.
+""",
+        several_tokens,
+    ),
+    (
         "quality-*",
         "Quality",
         """
@@ -450,6 +480,16 @@ the same achieved sparsity. *Perplexity*: its increase over the dense model's. Â
 3 of 30 blocks; with `--full` it tries every site at every step, as its paper does, on one block.
 """,
         allocation,
+    ),
+    (
+        "ratios",
+        "Where a layer is slower than torch's",
+        """
+`benchmarks/ratios.py`: the time of a layer that skips half of its inputs over that of `nn.Linear` in the same dtype and
+mode, from 1 to 512 rows, the weights in cache: the worst of all, and with how many rows. Quantised layers are compared
+with the faster of bfloat16 and float32, frozen. *Training*: forward and backward.
+""",
+        ratios,
     ),
     (
         "overheads",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 NAMES = (
-    "overheads", "kernels", "prefill", "first_token", "decode", "rounding", "allocation", "quality", "sparsifier",
-    "compaction", "memory",
+    "overheads", "kernels", "ratios", "prefill", "first_token", "several_tokens", "decode", "rounding", "allocation",
+    "quality", "sparsifier", "compaction", "memory",
 )  # fmt: skip
 
 

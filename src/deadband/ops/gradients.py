@@ -7,6 +7,7 @@ has no kernels for the dtype: bfloat16 without AVX-512, and float16.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -230,6 +231,19 @@ class _Sparse(torch.autograd.Function):
         return dx, dw, dy.sum_to_size(dy.shape[-1]) if of_bias else None, *[None] * 8
 
 
+def _weight_parts(
+    codes: Tensor, scales: Tensor, minimum: Tensor | None, group_size: int, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """A quantised weight as numbers, [inputs, out_features], so many inputs at a time that malloc keeps the memory."""
+    inputs, outputs = codes.shape[0], scales.shape[1]
+    group = group_size or 1
+    step = max(products.ENTRIES // max(outputs, 1) // group, 1) * group
+    for start in range(0, max(inputs, 1), step):
+        groups = slice(start // group, -(-(start + step) // group)) if group_size else slice(None)
+        least = None if minimum is None else minimum[groups]
+        yield by_input(codes[start : start + step], scales[groups], least, group_size, dtype)
+
+
 class _Quantized(torch.autograd.Function):
     """The product of `x` filled with a quantised weight, which has no gradient."""
 
@@ -256,8 +270,9 @@ class _Quantized(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dtype = torch.float32 if dy.dtype in products.WITHOUT_ONEDNN else dy.dtype
-            weight = by_input(codes, scales, minimum, ctx.group_size, dtype)
-            dx = _dense(dy.to(dtype), weight).to(dy.dtype)
+            weights = _weight_parts(codes, scales, minimum, ctx.group_size, dtype)
+            parts = [_dense(dy.to(dtype), weight).to(dy.dtype) for weight in weights]
+            dx = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
             if keep is not None:
                 dx = apply_mask(dx, keep)
         db = dy.sum_to_size(dy.shape[-1]) if ctx.needs_input_grad[4] else None

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROWS = 32
 """From so many rows on: below, converting a weight takes longer than multiplying by it."""
 NARROW = (torch.bfloat16, torch.float16)
-_ENTRIES = (
+ENTRIES = (
     2**22
 )  # of an operand that are float32 at a time: 16 MB, which malloc keeps; it takes more anew, page by page
 _TRIED = (256, 512, 512)  # rows, in and out of the product that is timed: a few milliseconds
@@ -129,7 +129,7 @@ def _in_float32(func: Any, operands: Any, kwargs: Any) -> Tensor:
     """A product, some columns of the result at a time: an output layer in float32 may be gigabytes."""
     *added, a, b = operands
     wide, width = a.float(), b.shape[-1]
-    step = max(_ENTRIES // max(b.shape[:-1].numel(), 1), 1)
+    step = max(ENTRIES // max(b.shape[:-1].numel(), 1), 1)
     parts = []
     for start in range(0, width, step) if width > step else (0,):
         at = slice(start, start + step)
