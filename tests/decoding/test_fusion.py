@@ -548,7 +548,7 @@ def test_a_packed_graph_takes_the_inputs_that_it_had(change):
         each(graph)
     graph.graph.lint()
     graph.recompile()
-    run = fusion.supply(graph, torch.fx.Interpreter(graph).run)
+    run = fusion.supply(graph, lambda graph: torch.fx.Interpreter(graph).run)
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(run(*inputs)[0], expected)
@@ -558,6 +558,38 @@ def test_a_packed_graph_takes_the_inputs_that_it_had(change):
         torch.testing.assert_close(run(*inputs)[0], -expected + 2 * model.down.bias)
     for name, counts in before.items():
         assert getattr(model, name).counts[1] == 5 * counts[1]
+
+
+@pytest.mark.skipif(kernels.library is None, reason="no kernels are built")
+def test_what_is_compiled_does_not_depend_on_the_rules():
+    """So models of one structure at several budgets share torch's cache of compiled code."""
+    from deadband.layers.rule import Rule
+
+    x = torch.randn(1, 8)
+    codes, inputs = set(), set()
+
+    def compiled(graph):
+        codes.add(graph.code)
+        inputs.add(sum(node.op == "placeholder" for node in graph.graph.nodes))
+        return torch.fx.Interpreter(graph).run
+
+    for rule in (Rule(0.1), Rule(0.2, scale=torch.rand(8)), Rule(0.05, torch.rand(8), torch.randn(8), relative=True)):
+        model = Block().eval()
+        make_sparse_(model.up, rule)
+        make_sparse_(model.gate, rule)
+        with torch.no_grad():
+            expected = model(x)
+            program = torch.export.export(model, (x,), strict=False)
+        graph = program.graph_module
+        for each in PACK:
+            each(graph)
+        run = fusion.supply(graph, compiled)
+        constants = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        given = [constants.get(str(spec.target), x) for spec in program.graph_signature.input_specs]
+        with torch.no_grad():
+            torch.testing.assert_close(run(*given)[0], expected)
+    assert len(codes) == 1
+    assert inputs == {2}  # x, and the addresses of everything
 
 
 def test_sparse_layers_are_the_operators_that_the_passes_know():

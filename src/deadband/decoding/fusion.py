@@ -6,6 +6,7 @@ They look at dataflow alone, so they work on any model, and leave alone what doe
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -274,21 +275,31 @@ def _replace(
     graph.erase_node(node)
 
 
-def supply(graph: fx.GraphModule, run: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled graph as a function of the inputs that it had before `pack_layers`.
+def supply(graph: fx.GraphModule, compiled: Callable[[fx.GraphModule], Callable[..., Any]]) -> Callable[..., Any]:
+    """What `compiled` makes of a graph, as a function of the inputs that the graph had before `pack_layers`.
+
+    Inputs that only packed layers read are none of the compiled function: models of which other layers have a scale or
+    a center are the same to torch's cache of compiled code, and each input costs time in each call.
 
     The layers are packed for the inputs of the first call. Later calls have to bring the same tensors, in the same
     place; if a tensor's memory is exchanged nevertheless, what it was is what is read.
     """
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     recipes = [node.meta[RECIPE] for node in placeholders if RECIPE in node.meta]
+    given = placeholders[len(recipes) :]
+    used = [bool(node.users) for node in given]
+    for node, needed in zip(given, used, strict=True):
+        if not needed:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    run = compiled(graph)
     packed: list[Tensor] = []
     keep: list[Tensor] = []
 
     def supplied(*inputs: Any) -> Any:
-        if not packed:
-            known = dict(zip(placeholders[len(recipes) :], inputs, strict=True))
+        if recipes and not packed:
+            known = dict(zip(given, inputs, strict=True))
             packed.extend([recipe.pack(known, keep) for recipe in recipes])
-        return run(*packed, *inputs)
+        return run(*packed, *itertools.compress(inputs, used))
 
-    return supplied if recipes else run
+    return supplied

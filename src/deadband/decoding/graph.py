@@ -289,8 +289,11 @@ def compile_graph(program: torch.export.ExportedProgram, passes: Sequence[GraphP
     for each in passes:
         each(graph)
     graph.graph.lint()
-    graph.recompile()
-    examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+
+    def compiled(graph: torch.fx.GraphModule) -> Callable[..., Any]:
+        examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        return torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_graph")
+
     with any_folder(), torch.no_grad(), settings.patch(OPTIONS | _vector_length()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return supply(graph, torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_graph"))
+        return supply(graph, compiled)

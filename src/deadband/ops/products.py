@@ -22,9 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROWS = 32
 """From so many rows on: below, converting a weight takes longer than multiplying by it."""
 NARROW = (torch.bfloat16, torch.float16)
-ENTRIES = (
-    2**22
-)  # of an operand that are float32 at a time: 16 MB, which malloc keeps; it takes more anew, page by page
+ENTRIES = 2**22  # of an operand that are float32 at a time: 16 MB, which malloc keeps; it takes more anew, page by page
 _TRIED = (256, 512, 512)  # rows, in and out of the product that is timed: a few milliseconds
 _GAIN = 1.25  # how much faster float32 has to be
 _PRODUCTS = {
