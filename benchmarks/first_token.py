@@ -35,6 +35,8 @@ def ours(key: str, form: str | None) -> Any:
         for each in weights.values():
             each.codes.random_(0, 127)
             each.scales.fill_(1e-4)
+            if each.minimum is not None:
+                each.minimum.fill_(-8e-4)
     output = True if form is None else "int8"
     model = deadband.sparsify_(model, dict.fromkeys(sites, 0.0), weights=weights, output_layer=output)
     return model if form is None else model.to(torch.float32)

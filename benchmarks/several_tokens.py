@@ -35,7 +35,7 @@ def measure(key: str, group: str, options: Any) -> list[dict[str, Any]]:
         def run() -> None:
             with evaluating(model):
                 model(prompt[:, :tokens], use_cache=True, **{cache_argument(model): cache})
-            cache.crop(PROMPT_TOKENS)
+            cache.crop(-tokens)
 
         return run
 
