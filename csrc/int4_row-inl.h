@@ -3,7 +3,8 @@
 // A visit takes 64 bytes of two rows of codes, 128 outputs. With AVX2 the rows' bytes are interleaved and multiplied as
 // pairs. That takes 16 instructions for 64 bytes: few enough that memory is what they wait for, also with vectors of
 // 256 bits where there are longer ones. The sums may wrap. They start at -8 times the sum of x, so that the total is
-// that of (q - 8) x, which encode_nibbles keeps within 16 bits.
+// that of (q - 8) x, which encode_nibbles keeps within 16 bits. On aarch64 the 128 bytes of a visit take 75
+// instructions, 32 of them smlal, as g++ 12 compiles it: counted, not timed.
 #ifndef DEADBAND_INT4_ROW_INL_H
 #define DEADBAND_INT4_ROW_INL_H
 
