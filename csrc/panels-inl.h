@@ -56,8 +56,8 @@ DEADBAND_INLINE float round_values(const float* values, int64_t count, int64_t r
   memcpy(&most, &bits, sizeof most);
   float largest = kMostEntry<Bits>;  // as an integer: a whole number of steps, so that it cannot become infinite
   if constexpr (Bits == 4) {
-    float limit = kLargeEntry * root_mean_square(values, count, most);  // in parts of the largest
-    if (limit < 1.0f) largest = (float)(int32_t)(largest / limit);
+    float limit = kLargeEntry * root_mean_square(values, count, most);  // in parts of the largest; 0 of nothing but 0
+    if (limit > 0.0f && limit < 1.0f) largest = (float)(int32_t)(largest / limit);
   }
   float step = most / largest;
   *sum = round_to_steps(values, room, inverse_of(step), integers);
