@@ -1,8 +1,7 @@
 """The time of a sparse layer over that of torch's nn.Linear, in every mode: what is slower than it should be.
 
-Layers that skip half of their inputs, from 1 to 512 rows, in cache. Each instruction set has a process of its own, in
-which torch is held to the same. A quantised layer, on bfloat16, stands beside the faster of nn.Linear in bfloat16 and
-float32, whose weight is frozen, as its own is.
+Layers that skip half of their inputs, from 1 to 512 rows, in cache. A quantised layer, on bfloat16, stands beside the
+faster of nn.Linear in bfloat16 and float32, whose weight is frozen, as its own is.
 """
 
 from __future__ import annotations
@@ -10,13 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import torch
 from common import parser, save
@@ -30,9 +24,6 @@ from deadband.running.timing import interleave, median
 SHAPES = ("2048x2048", "2048x8192", "8192x2048", "1000x333")  # in_features x out_features
 ROWS = (1, 2, 4, 8, 9, 16, 64, 128, 512)
 FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
-HELD_TO = {  # what of torch is like an instruction set of the kernels
-    "x86-64-v3": {"DEADBAND_ISA": "x86-64-v3", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-}
 SECONDS = 0.04  # of all calls of a pair of layers, at least; 3 rounds at least
 SLOW = 0.5  # seconds: a call of nn.Linear that takes longer is not made with more rows
 
@@ -141,19 +132,9 @@ def main() -> None:
     for name, all_of in (("formats", FORMATS), ("shapes", SHAPES), ("modes", tuple(MODES))):
         arguments.add_argument(f"--{name}", nargs="+", default=all_of)
     arguments.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    arguments.add_argument("--child", action="store_true", help="of this process alone, as JSON to standard output")
     options = arguments.parse_args()
-    if options.child:
-        for count in options.threads:
-            for row in measure(options, count):
-                print(json.dumps(row), flush=True)
-        return
-    rows: list[dict] = []
-    for held in ({}, *(HELD_TO[isa] for isa in kernels.available_isas() if isa in HELD_TO)):
-        command = [sys.executable, Path(__file__), *sys.argv[1:], "--child"]
-        found = subprocess.run(command, env={**os.environ, **held}, stdout=subprocess.PIPE, check=True, text=True)
-        rows += map(json.loads, found.stdout.splitlines())
-        show([row for row in rows if row["isa"] == rows[-1]["isa"]])
+    rows = [row for count in options.threads for row in measure(options, count)]
+    show(rows)
     print("worst of all:", said(worst(rows)))
     save("ratios", rows)
 

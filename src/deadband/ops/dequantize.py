@@ -13,7 +13,7 @@ def by_input(codes: Tensor, scales: Tensor, minimum: Tensor | None, group_size: 
     """What `deadband.ops.linear.dequantize` gives, transposed: [in_features, out_features]."""
     code = kernels.KERNEL_DTYPES.get(dtype)
     outputs = scales.shape[1]
-    plain = type(codes).__torch_dispatch__ is Tensor.__torch_dispatch__ and not torch.compiler.is_compiling()
+    plain = kernels.readable(codes) and not torch.compiler.is_compiling()
     parts = [each for each in (codes, scales, minimum) if each is not None]
     contiguous = all(each.device.type == "cpu" and each.is_contiguous() for each in parts)
     if kernels.library is None or code is None or not plain or not contiguous:

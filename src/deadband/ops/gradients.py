@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deadband.ops import products
+from deadband.ops import kernels, products
 from deadband.ops.dequantize import by_input
 from deadband.ops.fill import filled
 from deadband.ops.linear import (
@@ -52,7 +52,7 @@ def sparse_product(
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, on the kernels where they serve; with gradients of any order, in the dtype that autocast asks for."""
-    if x.device.type != "cpu" or not (torch.compiler.is_compiling() or _has_values(x, weight)):
+    if x.device.type != "cpu" or not (torch.compiler.is_compiling() or kernels.readable(x, weight)):
         return F.linear(x, weight, bias)
     if not torch.is_autocast_enabled("cpu"):
         same = x.dtype is weight.dtype and (bias is None or bias.dtype is x.dtype)
@@ -122,17 +122,9 @@ def _masked(x: Tensor, keep: Tensor, center: Tensor | None) -> Tensor:
     return torch.where(keep, x, 0 if center is None else center.to(x.dtype))
 
 
-def _has_values(*tensors: Tensor) -> bool:
-    """Whether an operator may read them; else their class (sharded tensors, say) knows more than we do."""
-    return all(type(each).__torch_dispatch__ is _NO_DISPATCH for each in tensors)
-
-
-_NO_DISPATCH = Tensor.__torch_dispatch__
-
-
 def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether forward and backward can be one function. Compilers do better with steps, and x may be of other dtype."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or not _has_values(x, weight):
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not kernels.readable(x, weight):
         return False
     return not weight.is_floating_point() or (x.dtype is weight.dtype and (bias is None or bias.dtype is x.dtype))
 

@@ -64,6 +64,14 @@ MISSING = (
 )
 
 
+def readable(*tensors: torch.Tensor) -> bool:
+    """Whether a kernel may read them; else their class (sharded tensors, fakes) knows more than we do."""
+    return all(type(each).__torch_dispatch__ is _NO_DISPATCH for each in tensors)
+
+
+_NO_DISPATCH = torch.Tensor.__torch_dispatch__
+
+
 def _path() -> Path | None:
     """DEADBAND_KERNELS, where it is the path of a library (0: none at all); otherwise what was installed."""
     chosen = os.environ.get("DEADBAND_KERNELS", "1")
