@@ -11,7 +11,7 @@ from common import parser, save
 from torch import nn
 
 from deadband.compaction.compact import compact_
-from deadband.compaction.plan import masking
+from deadband.compaction.check import masking
 from deadband.running.forward import threads
 from deadband.running.timing import interleave, median
 

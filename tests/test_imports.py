@@ -10,7 +10,7 @@ FLOORS = [
     {"layers", "running"},
     {"calibration", "compaction", "decoding"},
     {"allocation", "masks", "quantization"},
-    {"sparsify"},
+    {"pruning", "sparsify"},
     {"evaluation"},
     {"integrations"},
     {"app"},

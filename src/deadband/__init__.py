@@ -15,7 +15,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deadband import quantization
+    from deadband import pruning, quantization
     from deadband.allocation import Thresholds, allocate
     from deadband.calibration import Calibration, Inspection, calibrate, inspect
     from deadband.compaction import CompactionReport, load_compact_
@@ -98,6 +98,7 @@ _MODULES = {
     "gguf_weights": "quantization.gguf_weights",
     "mask": "masks.mask",
     "mixed_precision": "quantization.mixed_precision",
+    "pruning": "pruning",
     "quantization": "quantization",
     "reduce": "masks.reduce",
 }

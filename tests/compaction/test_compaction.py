@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 import deadband.compaction.compact
 import deadband.compaction.resize
 from deadband.compaction.compact import compact_, load_compact_
-from deadband.compaction.plan import masking
+from deadband.compaction.check import masking
 from deadband.compaction.resize import GatheredConv1d, GatheredConv2d, GatheredConv3d, GatheredLinear
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.05}
@@ -732,19 +732,19 @@ def test_bad_example():
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["resize_", "_seconds"])
+@pytest.mark.parametrize("where", ["resize_", "seconds_of"])
 def test_on_an_exception_the_model_is_as_before(monkeypatch, error, where):
     model = cnn()
     identities = {name: id(value) for name, value in model.state_dict(keep_vars=True).items()}
     before, shown, modules = state_of(model), repr(model), list(model.modules())
-    home = {"resize_": deadband.compaction.resize, "_seconds": deadband.compaction.compact}[where]
+    home = {"resize_": deadband.compaction.resize, "seconds_of": deadband.compaction.compact}[where]
     original = getattr(home, where)
     done = []
 
     def failing(*args):
         result = original(*args)
-        done.extend(arg for arg in args if isinstance(arg, nn.Module) and (arg in modules or where == "_seconds"))
-        if len(done) == {"resize_": 3, "_seconds": 2}[where]:
+        done.extend(arg for arg in args if isinstance(arg, nn.Module) and (arg in modules or where == "seconds_of"))
+        if len(done) == {"resize_": 3, "seconds_of": 2}[where]:
             raise error
         return result
 

@@ -418,3 +418,21 @@ def test_hessians_without_data():
         dict(input_hessians(model, [torch.ones(2, 3)], ["used", "unused"], progress=False))
     with pytest.raises(ValueError, match="at least one batch"):
         dict(input_hessians(model, [], ["used"], progress=False))
+
+
+@pytest.mark.parametrize("format", ["int8", "int4-g32", "int4-g64-zp", "int4-g128-zp"])
+@pytest.mark.parametrize("gptq", [False, True])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 3e3])
+def test_zeros_of_a_pruned_weight_stay_zero_and_the_rest_stays_near(format, gptq, size):
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(37, 200, generator=generator) * size + 0.3 * size
+    dropped = torch.rand(37, 200, generator=generator) < 0.5
+    dropped[3] = True
+    x = torch.randn(500, 200, generator=generator) @ torch.randn(200, 200, generator=generator)
+    hessian = {"hessian": x.T @ x / 500} if gptq else {}
+    pruned = weight.masked_fill(dropped, 0)
+    found = quantize(pruned, format, **hessian).dequantize()
+    assert (found[dropped] == 0).all()
+    plain = quantize(weight, format, **hessian).dequantize()
+    error, usual = ((found - pruned) @ x.T).square().mean(), ((plain - weight) @ x.T).square().mean()
+    assert error < usual * (4 if gptq else 1.2)

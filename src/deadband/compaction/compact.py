@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from deadband.compaction.plan import tensors_in
-from deadband.compaction.resize import Example, Gathered, Resize, apply_, layout_of
+from deadband.compaction.check import tensors_in
+from deadband.compaction.resize import Example, Gathered, Resize, apply_, clear_rows_, layout_of
 from deadband.layers.transaction import all_or_nothing
 from deadband.running.copies import copy_arguments, copy_model
 from deadband.running.forward import evaluating
@@ -35,6 +36,7 @@ class CompactionReport:
         flops: of one call on the example, as torch counts them; 0 where it cannot, as with nested tensors.
         seconds: median latency of one call on the example; before is the dense model, without masks.
         removed: masked input features that are gone, along with what made them, by layer.
+        outputs: masked output features that are gone, along with what read them, by layer.
         gathered: masked input features that are still made, but not read, by layer.
         left: why a layer is as it was, by layer.
         note: why producers stay whole that might have shrunk; empty if none do.
@@ -47,6 +49,7 @@ class CompactionReport:
     gathered: dict[str, int]
     left: dict[str, str]
     note: str = ""
+    outputs: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -60,22 +63,32 @@ class CompactionReport:
         for name, old, new in rows:
             shown = (f"{value:18,.3f}" if isinstance(value, float) else f"{value:18,}" for value in (old, new))
             lines.append("  ".join([f"{name:12}", *shown, f"{old / new:5.2f}x" if new else ""]).rstrip())
-        for what, counts in (("removed", self.removed), ("gathered", self.gathered)):
+        for what, counts in (("outputs", self.outputs), ("removed", self.removed), ("gathered", self.gathered)):
             lines += [f"{what:12}  {count:18,}  {name}" for name, count in counts.items()]
         lines += [f"{'left':12}  {name}: {reason}" for name, reason in self.left.items()]
         return "\n".join(lines + [f"{'note':12}  {self.note}"] * bool(self.note))
 
 
 def compact_(
-    model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, producers: bool = True
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    example: Example,
+    *,
+    outputs: Mapping[str, Tensor] | None = None,
+    producers: bool = True,
 ) -> CompactionReport:
-    """Remove the input features that `masks` drops, in place, so that the model gives what the masked one gives.
+    """Remove the features that masks drop, in place, so that the model gives what the masked one gives.
 
-    The columns of a masked layer's weight go. Where nothing else reads a feature, what makes it goes, too: rows of a
-    linear layer or convolution, columns of an embedding, with the batch normalization in between. Elsewhere, as on a
-    residual stream, the layer gathers the features that it keeps (`GatheredLinear`, ...). What can go is found through
-    Torch-Pruning and counts only if copies of the model, in float64, give the same output without it, on the example
-    and on random variations of it and of the parameters.
+    The columns of the weight of a layer in `masks` go. Where nothing else reads a feature, what makes it goes, too:
+    rows of a linear layer or convolution, columns of an embedding, with the batch normalization in between. Elsewhere,
+    as on a residual stream, the layer gathers the features that it keeps (`GatheredLinear`, ...). What can go is found
+    through Torch-Pruning and counts only if copies of the model, in float64, give the same output without it, on the
+    example and on random variations of it and of the parameters.
+
+    The rows of the weight of a layer in `outputs` become zero, so that what it gives there is constant: its bias, or
+    what normalization and activations make of that. Where nothing else reads them they go, with the columns of what
+    reads them; a constant that is not zero goes into the bias of the reader, or, if it has none or pads its input with
+    zeros, one such feature stays and takes over from all others. Elsewhere they stay, and the report says so.
 
     Outputs are those of the model in eval mode with `torch.where(mask, x, 0)` in front of each masked layer. Modules
     keep their identity, hooks, device and dtype; parameters that shrink are new objects without a gradient, so make
@@ -86,6 +99,8 @@ def compact_(
         masks: by layer, a bool tensor [in_features] or [in_channels], True = keep. The layers are nn.Linear,
             nn.Conv1d to nn.Conv3d in one group, and transformers' Conv1D; others are left, and the report says why.
         example: arguments of one call of the model, `(positional, keyword)`. The layers it does not call are left.
+        outputs: by layer, a bool tensor [out_features], [out_channels], or [hidden_size] for an LSTM, GRU or RNN in one
+            direction (of all of its layers).
         producers: with False, layers that make features stay whole, and Torch-Pruning is not needed.
 
     Returns:
@@ -110,38 +125,58 @@ def compact_(
         >>> report.parameters, report.removed
         ((178, 46), {'2': 12})
     """
-    from deadband.compaction.plan import find_plan, require_torch_pruning
+    from deadband.compaction.graph import require_torch_pruning
+    from deadband.compaction.outputs import find_outputs
+    from deadband.compaction.plan import find_plan
 
-    if producers:
+    if producers or outputs:
         require_torch_pruning()
-    masks = _checked(model, masks)
+    masks, outputs = _checked(model, masks), _checked(model, outputs or {}, of_outputs=True)
     if not (isinstance(example, tuple) and list(map(type, example)) == [tuple, dict]):
         raise TypeError(f"example is {type(example).__name__}; expected (positional tuple, keyword dict) of one call")
-    dense = copy_model(model)
+    dense, smaller = copy_model(model), copy_model(model)
     outputs_of(dense, example)
-    plan = find_plan(dense, masks, example, producers)
-    with all_or_nothing(model.get_submodule(name) for name in plan.resizes):
+    clear_rows_(smaller, outputs)
+    first = find_outputs(smaller, outputs, example)
+    apply_(smaller, first.resizes)
+    plan = find_plan(
+        smaller, {name: mask[_kept(first.resizes, name, mask)] for name, mask in masks.items()}, example, producers
+    )
+    changed = [model.get_submodule(name) for name in {*outputs, *first.resizes, *plan.resizes}]
+    with all_or_nothing(
+        changed, values=[value for name in outputs for value in model.get_submodule(name).parameters()]
+    ):
+        clear_rows_(model, outputs)
+        apply_(model, first.resizes)
         apply_(model, plan.resizes)
         compacted = copy_model(model)  # calls may leave something behind in the model, which is not the user's
         return CompactionReport(
             parameters=(_count(dense), _count(compacted)),
-            flops=(_flops(dense, example), _flops(compacted, example)),
-            seconds=_seconds(dense, compacted, example),
+            flops=(flops_of(dense, example), flops_of(compacted, example)),
+            seconds=seconds_of(dense, compacted, example),
             removed=plan.removed,
             gathered=plan.gathered,
-            left=plan.left,
+            left=first.left | plan.left,
             note=plan.note,
+            outputs=first.removed,
         )
 
 
-def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _kept(resizes: Mapping[str, Resize], name: str, mask: Tensor) -> Tensor:
+    """The entries of a mask of inputs that are still there once outputs went."""
+    inputs = resizes[name].inputs if name in resizes else None
+    return torch.arange(len(mask)) if inputs is None else inputs
+
+
+def _checked(model: nn.Module, masks: Mapping[str, Tensor], of_outputs: bool = False) -> dict[str, Tensor]:
     """The masks on the CPU; an error names the first bad one."""
+    what = "outputs" if of_outputs else "masks"
     modules = dict(model.named_modules(remove_duplicate=False))
     seen: dict[nn.Module, str] = {}
     for name, mask in masks.items():
         if name not in modules:
             near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3) or list(modules)[1:4]
-            raise ValueError(f"masks has {name!r}, which is not a layer of the model; there are for example {near}")
+            raise ValueError(f"{what} has {name!r}, which is not a layer of the model; there are for example {near}")
         if modules[name] in seen:
             raise ValueError(f"{seen[modules[name]]!r} and {name!r} are one layer of the model; pass one mask for it")
         seen[modules[name]] = name
@@ -149,10 +184,53 @@ def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]
             got = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"the mask of {name!r} is {got}; expected a bool tensor, True = keep: pass mask != 0")
         layout = layout_of(modules[name])
-        width = getattr(modules[name], layout.inputs) if layout is not None and layout.inputs else mask.numel()
-        if mask.shape != (width,) and not isinstance(modules[name], Gathered):
-            raise ValueError(f"the mask of {name!r} has shape {list(mask.shape)}; expected [{width}], one per input")
+        counted = None if layout is None else layout.outputs if of_outputs else layout.inputs
+        width = getattr(modules[name], counted) if counted else mask.numel()
+        if mask.shape != (width,) and (of_outputs or not isinstance(modules[name], Gathered)):
+            each = "output" if of_outputs else "input"
+            raise ValueError(f"the mask of {name!r} has shape {list(mask.shape)}; expected [{width}], one per {each}")
     return {name: mask.detach().cpu() for name, mask in masks.items()}
+
+
+_SIDES = (32, 28, 64, 96, 128, 224, 256, 16, 8)  # of images that a model may take
+
+
+def guess_example(model: nn.Module) -> Example:
+    """Random arguments that the model takes, by its first layer.
+
+    Raises:
+        ValueError: none was found.
+    """
+    for call in _guesses(model):
+        with contextlib.suppress(ValueError):
+            outputs_of(model, call)
+            return call
+    raise ValueError("an example is needed: pass the arguments of one call of the model, or call the model first")
+
+
+def _guesses(model: nn.Module) -> Iterator[Example]:
+    for module in model.modules():
+        like: Any = next(iter(module.parameters()), None)
+        shapes: list[tuple[int, ...]] = []
+        if isinstance(module, nn.Embedding):
+            yield ((torch.arange(2 * 8, device=like.device).view(2, 8) % module.num_embeddings,), {})
+        elif isinstance(module, nn.RNNBase):
+            shapes = [(3, 2, module.input_size)]
+        elif isinstance(module, nn.Linear):
+            shapes = [(2, module.in_features)]
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            shapes = [(2, module.in_channels, *[side] * len(module.kernel_size)) for side in _SIDES]
+        for shape in shapes:
+            yield ((torch.randn(shape).to(like),), {})
+        if shapes or isinstance(module, nn.Embedding):
+            return
+
+
+def as_call(example: Any) -> Example:
+    """The arguments of one call, `(positional, keyword)`, of a tensor, a tuple of positional arguments or a mapping."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return tuple(example) if isinstance(example, (tuple, list)) else (example,), {}
 
 
 def few_rows(model: nn.Module, example: Example) -> Example:
@@ -236,16 +314,20 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _flops(model: nn.Module, example: Example) -> int:
+def flops_of(model: nn.Module, example: Example, shares: Mapping[str, float] | None = None) -> int:
+    """FLOPs of one call, as torch counts them, of some layers a share; 0 where it cannot, as for nested tensors."""
     with evaluating(model), FlopCounterMode(display=False) as counter:
         try:
             _call(model, copy_arguments(example))
         except Exception:  # the model runs; what cannot be counted are nested tensors
             return 0
-    return counter.get_total_flops()
+    within = {name.partition(".")[2]: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    left_out = sum(within.get(name, 0) * (1 - share) for name, share in (shares or {}).items())
+    return round(counter.get_total_flops() - left_out)
 
 
-def _seconds(dense: nn.Module, compacted: nn.Module, example: Example) -> tuple[float, float]:
+def seconds_of(dense: nn.Module, compacted: nn.Module, example: Example) -> tuple[float, float]:
+    """The median latency of a call of each, in turns."""
     ours, theirs = copy_arguments(example), copy_arguments(example)  # a cache among the arguments grows with each call
     with evaluating(dense), evaluating(compacted):
         calls = {"dense": lambda: _call(dense, theirs), "compacted": lambda: _call(compacted, ours)}

@@ -99,6 +99,7 @@ class Layout:
     in_dim: int = 1
     gathered: type[nn.Module] | None = None
     per_feature: bool = False  # each output feature is made from the same input feature alone
+    gates: int = 0  # of a recurrent layer, whose weights have the rows of one gate after those of another
 
 
 _PER_CHANNEL = Layout("num_features", per_feature=True)
@@ -112,6 +113,9 @@ _LAYOUTS: dict[type[nn.Module], Layout] = {
     nn.BatchNorm2d: _PER_CHANNEL,
     nn.BatchNorm3d: _PER_CHANNEL,
     nn.PReLU: Layout("num_parameters", per_feature=True),
+    nn.LSTM: Layout("hidden_size", inputs="input_size", gates=4),
+    nn.GRU: Layout("hidden_size", inputs="input_size", gates=3),
+    nn.RNN: Layout("hidden_size", inputs="input_size", gates=1),
 }
 _BY_OUTPUT = ("bias", "running_mean", "running_var")  # beside the weight
 
@@ -129,10 +133,18 @@ def layout_of(module: nn.Module) -> Layout | None:
     layout = _LAYOUTS.get(kind)
     if layout is None or (isinstance(module, nn.PReLU) and module.num_parameters == 1):  # one slope for all
         return None
+    if isinstance(module, nn.RNNBase) and (module.bidirectional or module.proj_size):
+        return None
     if getattr(module, "groups", 1) == 1:
         return layout
     depthwise = module.groups == module.in_channels == module.out_channels
     return dataclasses.replace(layout, inputs=None, gathered=None, per_feature=True) if depthwise else None
+
+
+def output_widths(model: nn.Module) -> dict[str, int]:
+    """How many output features each layer that can be resized has."""
+    layouts = {name: (module, layout_of(module)) for name, module in model.named_modules()}
+    return {name: getattr(module, layout.outputs) for name, (module, layout) in layouts.items() if layout is not None}
 
 
 def shared_parameters(model: nn.Module) -> set[nn.Module]:
@@ -147,18 +159,28 @@ def shared_parameters(model: nn.Module) -> set[nn.Module]:
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
-    """What one layer is cut down to, as indices: the output and input features of its weight, and what it gathers."""
+    """What one layer is cut down to, as indices: the output and input features of its weight, and what it gathers.
+
+    Input features that go may be constant instead of zero. Their part of the output goes into the bias, or, where there
+    is none or padding makes it another one at the borders, into the weights of one constant feature that stays.
+    """
 
     outputs: Tensor | None = None  # [k] int64
     inputs: Tensor | None = None
     kept: Tensor | None = None
+    constants: Tensor | None = None  # [inputs before] the values of input features that go
+    into: int | None = None  # the constant feature that stays
 
 
 def resize_(module: nn.Module, to: Resize) -> None:
     """Cut one layer down in place; a layer that keeps no input gets one feature, with a weight of zero."""
     layout, layer = layout_of(module), cast(Any, module)
     assert layout is not None
-    if to.outputs is not None:
+    if to.constants is not None:
+        _fold_(layer, layout, to)
+    if to.outputs is not None and layout.gates:
+        _resize_units_(layer, layout.gates, to.outputs)
+    elif to.outputs is not None:
         values: Any
         for values in (layer._parameters, layer._buffers):
             for name in values.keys() & {"weight", *_BY_OUTPUT}:
@@ -171,15 +193,97 @@ def resize_(module: nn.Module, to: Resize) -> None:
         assert layout.inputs is not None
         nothing = not len(to.inputs)
         index = torch.zeros(1, dtype=torch.int64) if nothing else to.inputs
-        layer.weight = _select(layer.weight, layout.in_dim, index)
+        weight = _select(_weight(layer), layout.in_dim, index)
         if nothing:
-            layer.weight.data.zero_()
+            weight.data.zero_()
+        setattr(layer, "weight_ih_l0" if layout.gates else "weight", weight)
         setattr(layer, layout.inputs, len(index))
     if to.kept is not None:
         if not isinstance(layer, Gathered):
             assert layout.gathered is not None
             change_class_(layer, layout.gathered)
         layer.register_buffer("kept", to.kept.to(layer.weight.device))
+
+
+def _weight(layer: Any) -> Any:
+    return layer.weight_ih_l0 if isinstance(layer, nn.RNNBase) else layer.weight
+
+
+def _resize_units_(layer: Any, gates: int, units: Tensor) -> None:
+    rows = torch.cat([units + gate * layer.hidden_size for gate in range(gates)])
+    for name, value in list(layer._parameters.items()):
+        part = _select(value, 0, rows)
+        if name.startswith("weight_hh") or (name.startswith("weight_ih") and name != "weight_ih_l0"):
+            part = _select(part, 1, units)
+        setattr(layer, name, part)
+    layer.hidden_size = len(units)
+
+
+def folds_into_bias(layer: nn.Module) -> bool:
+    """Whether constant input features of a layer add the same to all positions of an output, and it has a bias."""
+    bias = layer.bias_ih_l0 if isinstance(layer, nn.RNNBase) and layer.bias else getattr(layer, "bias", None)
+    padding: Any = getattr(layer, "padding", 0)
+    padded = padding == "same" or (not isinstance(padding, str) and padding not in (0, (0,), (0, 0), (0, 0, 0)))
+    return isinstance(bias, Tensor) and not (padded and getattr(layer, "padding_mode", "") == "zeros")
+
+
+def _fold_(layer: Any, layout: Layout, to: Resize) -> None:
+    """Give what constant input features add to the output to the bias, or to the feature `to.into`."""
+    assert to.inputs is not None
+    assert to.constants is not None
+    weight = _weight(layer)
+    constants = to.constants.to(weight.device, torch.float64)
+    constants = constants.index_fill(0, to.inputs.to(weight.device), 0.0)
+    parts = weight.detach().double().movedim(layout.in_dim, 0)  # [in, out, positions of the kernel...]
+    added = torch.tensordot(constants, parts, dims=1)
+    if not added.any():
+        return
+    if folds_into_bias(layer):
+        name = "bias_ih_l0" if layout.gates else "bias"
+        bias = getattr(layer, name)
+        added = added.flatten(1).sum(1) if added.dim() > 1 else added
+        setattr(layer, name, nn.Parameter((bias.detach() + added).to(bias.dtype), requires_grad=bias.requires_grad))
+        return
+    assert to.into is not None
+    scaled = added / to.constants[to.into].item()
+    changed = parts.clone()
+    changed[to.into] += scaled
+    changed = changed.movedim(0, layout.in_dim).to(weight.dtype)
+    layer.weight = nn.Parameter(changed, requires_grad=weight.requires_grad)
+
+
+def rows_of(module: nn.Module) -> dict[str, Tensor]:
+    """Views of parameters and statistics of a layer, by name; their first dimension counts its output features.
+
+    Example:
+        >>> {name: list(rows.shape) for name, rows in rows_of(nn.LSTM(3, 5)).items()}
+        {'weight_ih_l0': [5, 4, 3], 'weight_hh_l0': [5, 4, 5], 'bias_ih_l0': [5, 4], 'bias_hh_l0': [5, 4]}
+    """
+    layout = layout_of(module)
+    assert layout is not None
+    held = {name: value.data for name, value in module._parameters.items() if value is not None}
+    held |= {name: value for name, value in module._buffers.items() if name in _BY_OUTPUT and value is not None}
+    if layout.gates:
+        return {name: value.unflatten(0, (layout.gates, -1)).movedim(1, 0) for name, value in held.items()}
+    return {name: value.movedim(layout.out_dim, 0) if name == "weight" else value for name, value in held.items()}
+
+
+def clear_rows_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set the weights of the output features that `masks` drops to zero, by layer; biases stay."""
+    for name, mask in masks.items():
+        module = model.get_submodule(name)
+        for key, rows in rows_of(module).items() if layout_of(module) is not None else ():
+            if key.startswith("weight"):
+                rows[~mask.to(rows.device)] = 0
+
+
+def copy_rows_(model: nn.Module, source: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Give `model` the parameters of `source` for the output features that `masks` drops, by layer."""
+    for name, mask in masks.items():
+        given = rows_of(source.get_submodule(name))
+        for key, rows in rows_of(model.get_submodule(name)).items():
+            gone = ~mask.to(rows.device)
+            rows[gone] = given[key][gone].to(rows.dtype)
 
 
 def _select(value: Any, dim: int, index: Tensor) -> Any:

@@ -43,7 +43,8 @@ def quantize(
 
     Returns:
         A `QuantizedWeight` on the weight's device. No group's error is larger than with `minimise=False`, except for
-        GPTQ, which minimises the error of the output.
+        GPTQ, which minimises the error of the output, and where zeros are held: of a weight that is zero in a fifth of
+        its entries or more, as after pruning, those entries stay exactly zero.
 
     Raises:
         ValueError: an unknown format, shapes that do not fit, NaN or infinity in an argument, or weights so large that
@@ -75,6 +76,7 @@ def quantize(
     minimum = torch.empty_like(scales) if format.zero_point else None
     dtype = torch.int8 if format.bits == 8 else torch.uint8
     codes = torch.empty(size, code_width(out, format), dtype=dtype, device=weight.device)
+    hold = bool((weight == 0).float().mean() >= _PRUNED)
     with torch.no_grad():
         for inputs, outputs in _panels(out, size, group, whole=upper is not None):
             w = weight[outputs, inputs].float().T
@@ -86,10 +88,12 @@ def quantize(
             if upper is None:
                 grouped, m = _grouped(w, importance[inputs], group)
                 scale, low = _fit(grouped, m, format, minimise)
+                if hold and low is not None:
+                    scale, low = _with_code_of_zero(grouped, m, scale, low)
                 panel = _encode(grouped, scale[:, None], _wide(low), format)
                 panel = panel.view(-1, w.shape[1])[: len(w)]
             else:
-                panel, scale, low = _gptq(w.clone(), upper, importance, format, minimise)
+                panel, scale, low = _gptq(w.clone(), upper, importance, format, minimise, hold)
             scales[groups, outputs] = scale[:, :columns].to(format.scale_dtype)
             if minimum is not None and low is not None:
                 minimum[groups, outputs] = low[:, :columns].half()
@@ -121,6 +125,7 @@ def _panels(out: int, size: int, group: int, *, whole: bool) -> Iterator[tuple[s
 _PANEL_INPUTS = 128
 _PANEL = 2**17  # entries: 512 KB in float32, so that the passes over a panel find it in the cache
 _WHOLE_PANEL = 2**24  # 64 MB; fewer panels for GPTQ, which goes through one input by input
+_PRUNED = 0.2  # a share of zeros that a weight has by intent; on a grid of 4 bits it may have a tenth
 _LEAST_IMPORTANCE = 1e-3  # of the mean: what calibration data hardly show may still come
 
 
@@ -319,6 +324,36 @@ def _half(values: Tensor, at_least: Tensor | None = None) -> Tensor:
     return rounded.float()
 
 
+def _with_code_of_zero(w: Tensor, m: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and minimums [groups, out] near these, of which groups that hold zeros have a code for exactly zero.
+
+    The minimum is a multiple of the scale then, and the scale has 7 bits of mantissa, so that float16 holds both.
+    """
+    start = _short(scale)
+    least = torch.full_like(scale, torch.inf)
+    best_scale, best_minimum = scale, minimum
+    for offset in (-1, 0, 1):
+        zero = ((-minimum * _inverse(start)).round() + offset).clamp_(0, 15)
+        codes = (w * _inverse(start)[:, None] + zero[:, None]).round().clamp_(0, 15) - zero[:, None]
+        square = (codes * codes * m).sum(1)
+        fitted = _short(torch.where(square > 0, (codes * w * m).sum(1) / square, start))
+        for tried in (start, fitted):
+            codes = (w * _inverse(tried)[:, None] + zero[:, None]).round().clamp_(0, 15) - zero[:, None]
+            error = ((codes * tried[:, None] - w).square() * m).sum(1)
+            better = (error < least) & (zero * tried < torch.finfo(torch.float16).max) & (tried > 0)
+            least = torch.where(better, error, least)
+            best_scale = torch.where(better, tried, best_scale)
+            best_minimum = torch.where(better, -zero * tried, best_minimum)
+    held = (w == 0).any(1)
+    return torch.where(held, best_scale, scale), torch.where(held, best_minimum, minimum)
+
+
+def _short(scale: Tensor) -> Tensor:
+    """Magnitudes rounded to float16 and to 7 bits of mantissa, in float32."""
+    mantissa, exponent = torch.frexp(scale.abs().half().float())
+    return torch.ldexp((mantissa * 128).round() / 128, exponent)
+
+
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """The upper triangular U [in, in] of which U.T @ U is the inverse of the shrunk and damped Hessian."""
     damped = hessian.float() * (1 - _SHRINKAGE)
@@ -343,9 +378,13 @@ _SHRINKAGE = 0.5  # of products of two inputs towards zero: they differ from tex
 
 
 def _gptq(
-    w: Tensor, upper: Tensor, importance: Tensor, format: WeightFormat, minimise: bool
+    w: Tensor, upper: Tensor, importance: Tensor, format: WeightFormat, minimise: bool, hold: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes [in, out], scale and minimum [groups, out] of `w` [in, out], which is overwritten."""
+    """Codes [in, out], scale and minimum [groups, out] of `w` [in, out], which is overwritten.
+
+    With `hold`, zeros stay zero, and what they should have made up for is left to later inputs.
+    """
+    zeros = (w == 0) & hold
     size = len(w)
     group = format.group_size or size
     codes = torch.empty_like(w)
@@ -357,10 +396,14 @@ def _gptq(
         for index in range(start, stop):
             if index % group == 0:  # with what the inputs before it have left
                 at = slice(index, min(index + group, size))
-                scale, low = _fit(*_grouped(w[at], importance[at], group), format, minimise)
+                grouped = _grouped(w[at].masked_fill(zeros[at], 0), importance[at], group)
+                scale, low = _fit(*grouped, format, minimise)
+                if hold and low is not None:
+                    scale, low = _with_code_of_zero(*grouped, scale, low)
                 scales.append(scale)
                 minimums.append(low)
-            codes[index] = _encode(w[index], scale[0], None if low is None else low[0], format)
+            rounded = w[index].masked_fill(zeros[index], 0)
+            codes[index] = _encode(rounded, scale[0], None if low is None else low[0], format)
             error = w[index] - _decode(codes[index], scale[0], None if low is None else low[0])
             error /= upper[index, index]
             w[index + 1 : stop].addr_(upper[index, index + 1 : stop], error, alpha=-1)

@@ -83,7 +83,9 @@ def how_computed(module: nn.Module) -> str | None:
         return None
     utilities = "torch.nn.utils"
     if parametrize.is_parametrized(module):
-        name = next(iter(cast(nn.ModuleDict, module.parametrizations)))
+        name, parametrizations = next(iter(cast(nn.ModuleDict, module.parametrizations).items()))
+        if any(hasattr(each, "mask") for each in cast(nn.ModuleList, parametrizations)):
+            return f"has a mask on its {name}: make that permanent with squash_mask() of its sparsifier first"
         remedy = f"{utilities}.parametrize.remove_parametrizations(layer, {name!r})"
         return f"has a parametrised {name}: make that permanent with {remedy} first"
     if "weight_mask" in module._buffers:

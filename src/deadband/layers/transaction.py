@@ -45,7 +45,8 @@ class _Before:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.kind = module, type(module)
-        contents: list[Any] = [vars(module), module._parameters, module._buffers, module._non_persistent_buffers_set]
+        held = [module._parameters, module._buffers, module._modules, module._non_persistent_buffers_set]
+        contents: list[Any] = [vars(module), *held]
         self.contents = [(each, each.copy()) for each in contents]
         parameters = [each for each in module._parameters.values() if each is not None]
         self.parameters = [(each, type(each), each.shape, each.stride()) for each in parameters]

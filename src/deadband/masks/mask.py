@@ -65,9 +65,9 @@ def n_m(data: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tensor:
     length = scores.shape[-1]
     whole = length - length % m
     groups = scores[..., :whole].reshape(*scores.shape[:-1], -1, m)
-    keep = [_keep_largest_of_rows(groups, n).flatten(-2)] if whole else []
+    keep = [keep_largest(groups, n).flatten(-2)] if whole else []
     if whole < length:
-        keep.append(_keep_largest_of_rows(scores[..., whole:], math.ceil((length - whole) * n / m)))
+        keep.append(keep_largest(scores[..., whole:], math.ceil((length - whole) * n / m)))
     return torch.cat(keep, -1).movedim(-1, dim)
 
 
@@ -117,10 +117,49 @@ def _scores(data: Tensor) -> Tensor:
 
 
 def _keep_largest(scores: Tensor, count: int) -> Tensor:
-    return _keep_largest_of_rows(scores.reshape(-1), count).reshape(scores.shape)
+    return keep_largest(scores.reshape(-1), count).reshape(scores.shape)
 
 
-def _keep_largest_of_rows(scores: Tensor, count: int) -> Tensor:
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    keep = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    return keep.scatter_(-1, order[..., :count], True)
+def keep_largest(scores: Tensor, count: int) -> Tensor:
+    """Keep the `count` largest along the last dimension; between equal ones those that come first.
+
+    Example:
+        >>> keep_largest(torch.tensor([[2.0, 1.0, 2.0], [3.0, 3.0, 3.0]]), 2)
+        tensor([[ True, False,  True],
+                [ True,  True, False]])
+
+    Args:
+        scores: [..., n] without NaN.
+        count: how many; all if there are fewer.
+
+    Returns:
+        bool, of the same shape.
+    """
+    size = scores.shape[-1]
+    if count <= 0 or count >= size:
+        return torch.full(scores.shape, count > 0, dtype=torch.bool, device=scores.device)
+    if size <= _FEW:
+        return _ranks(scores) < count
+    scores = scores.float() if scores.itemsize < 4 else scores
+    last = scores.kthvalue(size - count + 1, dim=-1, keepdim=True).values
+    keep = scores >= last
+    surplus = keep.sum(-1, keepdim=True) - count
+    if not surplus.any():
+        return keep
+    equal = scores == last
+    return keep & ~(equal & (equal.cumsum(-1) > equal.sum(-1, keepdim=True) - surplus))
+
+
+_FEW = 16
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """How many entries of a row come before each one: faster than sorting where rows are short."""
+    columns = scores.unbind(-1)
+    ranks = [torch.zeros(scores.shape[:-1], dtype=torch.uint8, device=scores.device) for _ in columns]
+    for later in range(len(columns)):
+        for earlier in range(later):
+            before = columns[earlier] >= columns[later]
+            ranks[later] += before
+            ranks[earlier] += ~before
+    return torch.stack(ranks, -1)

@@ -653,12 +653,10 @@ class ActivationSparsifier:
 
     def _example_call(self, example: Any) -> tuple[tuple, dict[str, Any]]:
         """The arguments of a call, positional and by keyword, from what `compact_` was given or from the one seen."""
-        from deadband.compaction.compact import few_rows
+        from deadband.compaction.compact import as_call, few_rows
 
-        if isinstance(example, Mapping):
-            return (), dict(example)
         if example is not None:
-            return tuple(example) if isinstance(example, (tuple, list)) else (example,), {}
+            return as_call(example)
         if self._example is not None:
             return few_rows(copy_model(self.model), self._example)
         raise ValueError(

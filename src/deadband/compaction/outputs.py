@@ -1,0 +1,260 @@
+"""What compaction can remove of the outputs of layers whose weights a mask clears: what they give is constant."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deadband.compaction.check import Check, Masks, SkipError
+from deadband.compaction.graph import Graph, Group
+from deadband.compaction.plan import union, without
+from deadband.compaction.resize import Example, Resize, folds_into_bias, layout_of, output_widths, shared_parameters
+from deadband.layers.hooks import take_input
+from deadband.running.copies import copy_arguments
+
+RUNS = 4  # on other inputs for each of the variations of parameters: what is constant by accident hardly stays so
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputsPlan:
+    """What to do to each layer; how many outputs of each go; what is left, and why."""
+
+    resizes: dict[str, Resize]
+    removed: dict[str, int]
+    left: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """A group, and for layers that need one the constant input feature that takes over from those that go."""
+
+    group: Group
+    into: dict[str, int]
+
+
+def find_outputs(model: nn.Module, outputs: Masks, example: Example) -> OutputsPlan:
+    """Decide which of the outputs that `outputs` drops go; their weights are zero in `model`, which is only copied."""
+    outputs = {name: mask for name, mask in outputs.items() if not mask.all()}
+    shared = shared_parameters(model)
+    reasons = {name: _reason_to_leave(model.get_submodule(name), shared) for name in outputs}
+    left = {name: reason for name, reason in reasons.items() if reason}
+    masks = {name: mask for name, mask in outputs.items() if name not in left}
+    if not masks:
+        return OutputsPlan({}, {}, left)
+    check = Check(model, example, masks)
+    if check.dtype is None:
+        failed = "the model runs neither in float64 nor in float32, which checks are made in"
+        return OutputsPlan({}, {}, left | dict.fromkeys(masks, failed))
+    constants = _Constants(check)
+    try:
+        tied = {name for name, module in model.named_modules() if module in shared}
+        groups = _propose(check, masks, constants, tied)
+    except Exception as error:
+        failed = f"Torch-Pruning cannot follow this model ({type(error).__name__}: {error})"
+        return OutputsPlan({}, {}, left | dict.fromkeys(masks, failed))
+    check.cleared |= _per_feature(model, groups)  # as what they make of a constant depends on their parameters
+    chosen = _sound(check, groups)
+    gone = union(each.group.outputs for each in chosen)
+    removed = {name: len(gone[name]) for name in masks if name in gone}
+    for name, mask in masks.items():
+        dropped, what = int((~mask).sum()), "the example does not call it"
+        if name in removed:
+            what = "the constant that they all give is not zero, and no bias can take it over"
+        elif name in check.called:
+            what = "the output shows them, a layer reads them that cannot do without, or they are not constant there"
+        if removed.get(name, 0) < dropped:
+            left[name] = f"{dropped - removed.get(name, 0)} of {dropped} output features: {what}"
+    values = _observe(check, check.fresh(), [check.arguments()])
+    return OutputsPlan(_resizes(model, chosen, values), removed, left)
+
+
+def _reason_to_leave(module: nn.Module, shared: set[nn.Module]) -> str | None:
+    layout = layout_of(module)
+    if layout is None or layout.per_feature:
+        return f"{type(module).__name__} cannot lose output features"
+    return "its parameters are shared with another layer" if module in shared else None
+
+
+# --------------------------------------------------------------------------------------------------- constant features
+
+
+class _Constants:
+    """Which input features of layers are the same everywhere, whatever goes into the model.
+
+    Attributes:
+        constant: by layer, bool [in]: True where a feature has one value for given parameters.
+        zero: where that value is zero for all parameters that were tried.
+        value: float64 [in], with the model's own parameters.
+    """
+
+    def __init__(self, check: Check) -> None:
+        self.constant: dict[str, Tensor] = {}
+        self.zero: dict[str, Tensor] = {}
+        self.value: dict[str, Tensor] = {}
+        for seed in (None, 0, 1, 2):
+            model, noise = check.variation(seed)
+            noise = torch.Generator().manual_seed(99) if noise is None else noise
+            inputs = [check.arguments(), *(check.arguments(noise) for _ in range(RUNS))]
+            try:
+                seen = _observe(check, model, inputs)
+            except Exception:
+                if seed is None:
+                    raise
+                continue
+            if seed is None:
+                self.value = {name: (low + high) / 2 for name, (low, high) in seen.items()}
+            for name, (low, high) in seen.items():
+                size = torch.maximum(low.abs(), high.abs())
+                same = high - low <= (1e-9 if check.dtype == torch.float64 else 1e-5) * size
+                zero = size == 0
+                self.constant[name] = self.constant.get(name, same) & same
+                self.zero[name] = self.zero.get(name, zero) & zero
+
+
+def _observe(check: Check, model: nn.Module, inputs: Sequence[Example]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The least and the largest value of each input feature of each layer that can lose some, float64 [in]."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            layout = layout_of(module)
+            if layout is not None and layout.inputs is not None:
+                hooks.enter_context(_watching(name, module, seen))
+        for arguments in inputs:
+            check.run(model, copy_arguments(arguments))
+    return seen
+
+
+@contextlib.contextmanager
+def _watching(name: str, module: nn.Module, seen: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    spatial = len(module.kernel_size) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 0
+
+    def watch(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = take_input(type(module).__name__, args, kwargs)
+        if not isinstance(x, Tensor) or x.is_nested or not x.numel():
+            raise SkipError(f"{name} has no plain tensor as its input")
+        rows = x.detach().double().movedim(-1 - spatial, -1).flatten(0, -2)
+        low, high = (rows, rows) if rows.dim() == 1 else rows.aminmax(dim=0)
+        if name in seen:
+            low, high = torch.minimum(low, seen[name][0]), torch.maximum(high, seen[name][1])
+        seen[name] = low.cpu(), high.cpu()
+
+    handle = module.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# --------------------------------------------------------------------------------------------------- groups, and proof
+
+
+def _propose(check: Check, masks: Masks, constants: _Constants, tied: set[str]) -> list[_Chosen]:
+    """Groups of outputs that masks drop, with the inputs where these are constant."""
+    graph = Graph(check.fresh(), check.arguments(), {}, tied)
+    modules = {name: module for module, name in graph.names.items()}
+    chosen = []
+    for name, mask in masks.items():
+        producer = modules[name]
+        if producer not in graph.graph.module2node:
+            continue
+        dropped = set((~mask).nonzero()[:, 0].tolist())
+        graph.masks = {layer: ~constant for layer, constant in constants.constant.items()}
+        group = graph.group(producer, dropped)
+        if group is not None and _has_others(check.model, group, masks):  # they could be constant by accident
+            graph.masks = {layer: ~zero for layer, zero in constants.zero.items()}
+            group = graph.group(producer, dropped)
+        if group is None:
+            continue
+        graph.take(group)
+        each = _keeping_one(graph, producer, group, constants, check.model)
+        if each.group.outputs:
+            chosen.append(each)
+    return chosen
+
+
+def _has_others(model: nn.Module, group: Group, masks: Masks) -> bool:
+    """Whether some outputs in a group are not dropped by the masks."""
+    for name, indices in group.outputs.items():
+        layout, mask = layout_of(model.get_submodule(name)), masks.get(name)
+        if layout is not None and not layout.per_feature and (mask is None or bool(mask[sorted(indices)].any())):
+            return True
+    return False
+
+
+def _keeping_one(graph: Graph, producer: nn.Module, group: Group, constants: _Constants, model: nn.Module) -> _Chosen:
+    """The group without one channel, where layers need a constant feature that takes over from the others."""
+    needing = [
+        name
+        for name, indices in group.inputs.items()
+        if not folds_into_bias(model.get_submodule(name)) and constants.value[name][sorted(indices)].any()
+    ]
+    if not needing:
+        return _Chosen(group, {})
+
+    def largest(part: Group, name: str) -> int:
+        return max(part.inputs.get(name, {0}), key=lambda index: abs(float(constants.value[name][index])))
+
+    parts = [graph.members(producer, {channel})[0] for channel in sorted(group.outputs[graph.names[producer]])]
+    weakest = [min(abs(float(constants.value[name][largest(part, name)])) for name in needing) for part in parts]
+    kept = parts[max(range(len(parts)), key=weakest.__getitem__)]
+    if not max(weakest):
+        return _Chosen(Group({}, {}), {})
+    outputs = {name: indices - kept.outputs.get(name, set()) for name, indices in group.outputs.items()}
+    inputs = {name: indices - kept.inputs.get(name, set()) for name, indices in group.inputs.items()}
+    smaller = Group({n: each for n, each in outputs.items() if each}, {n: each for n, each in inputs.items() if each})
+    return _Chosen(smaller, {name: largest(kept, name) for name in needing})
+
+
+def _per_feature(model: nn.Module, groups: Sequence[_Chosen]) -> dict[str, Tensor]:
+    """Masks of the features in groups that go through layers such as batch normalization."""
+    widths, masks = output_widths(model), {}
+    for name, indices in union(each.group.outputs for each in groups).items():
+        layout = layout_of(model.get_submodule(name))
+        if layout is not None and layout.per_feature:
+            masks[name] = without(torch.ones(widths[name], dtype=torch.bool), indices)
+    return masks
+
+
+def _sound(check: Check, groups: list[_Chosen]) -> list[_Chosen]:
+    """The groups that pass the check: nearly always all of them, at once."""
+
+    def same(groups: Sequence[_Chosen]) -> bool:
+        def resizes(model: nn.Module, arguments: Example) -> Mapping[str, Resize]:
+            return _resizes(model, groups, _observe(check, model, [arguments]))
+
+        return check.same({}, resizes)
+
+    if same(groups):
+        return groups
+    chosen: list[_Chosen] = []
+    for each in groups:
+        if same([*chosen, each]):
+            chosen.append(each)
+    return chosen
+
+
+def _resizes(
+    model: nn.Module, groups: Sequence[_Chosen], values: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, Resize]:
+    """What is removed, as indices of what every layer keeps, and the constants of what goes."""
+    widths = output_widths(model)
+    outputs = union(each.group.outputs for each in groups)
+    inputs = union(each.group.inputs for each in groups)
+    into = {name: index for each in reversed(groups) for name, index in each.into.items()}
+    plan = {}
+    for name in dict.fromkeys([*outputs, *inputs]):
+        rows = columns = value = None
+        if name in outputs:
+            rows = without(torch.ones(widths[name], dtype=torch.bool), outputs[name]).nonzero()[:, 0]
+        if name in inputs:
+            value = values[name][0]
+            columns = without(torch.ones(len(value), dtype=torch.bool), inputs[name]).nonzero()[:, 0]
+            needed = bool(value[sorted(inputs[name])].any()) and not folds_into_bias(model.get_submodule(name))
+            if needed and not (name in into and value[into[name]]):
+                raise SkipError("with these parameters no feature can take over from those that go")
+        plan[name] = Resize(rows, columns, None, value, into.get(name))
+    return plan

@@ -1,0 +1,67 @@
+"""Tensors of modules by name, be they parametrized or tied."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The model in what torch.compile, DataParallel or DistributedDataParallel put around it."""
+    while True:
+        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        inner = model.module if parallel else getattr(model, "_orig_mod", None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def underlying(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer behind a tensor of a module, be it parametrized; None if that is several, or none.
+
+    Example:
+        >>> layer = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2))
+        >>> underlying(layer, "weight") is layer.parametrizations.weight.original
+        True
+    """
+    lists: Any = getattr(module, "parametrizations", {})
+    if name in lists:
+        return lists[name].original if lists[name].is_tensor else None
+    return module._parameters.get(name, module._buffers.get(name))
+
+
+def tensor_names(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters and buffers, parametrized or not."""
+    return [*module._parameters, *module._buffers, *getattr(module, "parametrizations", {})]
+
+
+def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """The modules that hold each parameter or buffer, by its id, and its name there: more than one if it is tied."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name in () if isinstance(module, ParametrizationList) else tensor_names(module):
+            if (tensor := underlying(module, name)) is not None:
+                found.setdefault(id(tensor), []).append((module, name))
+    return found
+
+
+def matrices(model: nn.Module, pattern: str = "*", exclude: str | Sequence[str] = ()) -> list[str]:
+    """The names of a model's tensors of two or more dimensions that match a glob, and none of those to leave out.
+
+    Example:
+        >>> matrices(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), exclude="1.*")
+        ['0.weight']
+    """
+    left_out = [exclude] if isinstance(exclude, str) else exclude
+    found = []
+    for module_name, module in model.named_modules():
+        inside = ".parametrizations." in f".{module_name}."
+        for name in () if inside else tensor_names(module):
+            full, value = f"{module_name}.{name}".lstrip("."), getattr(module, name)
+            if value is not None and value.dim() > 1 and fnmatch.fnmatchcase(full, pattern):
+                found += [full] if not any(fnmatch.fnmatchcase(full, each) for each in left_out) else []
+    return found
