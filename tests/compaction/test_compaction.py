@@ -16,8 +16,8 @@ from torch.nn.utils import parametrizations
 
 import deadband.compaction.compact
 import deadband.compaction.resize
-from deadband.compaction.compact import compact_, load_compact_
 from deadband.compaction.check import masking
+from deadband.compaction.compact import compact_, load_compact_
 from deadband.compaction.resize import GatheredConv1d, GatheredConv2d, GatheredConv3d, GatheredLinear
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.05}

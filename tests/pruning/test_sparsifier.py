@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from conftest import tiny_batches, tiny_model
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -713,7 +714,7 @@ def test_the_report_counts_and_measures():
     assert parametrize.is_parametrized(model[0])
 
 
-# ------------------------------------------------------------------------------------- with sparse activations, and more
+# ------------------------------------------------------------------------------------ with sparse activations, and more
 
 
 @pytest.mark.parametrize("weights", [None, "int8", "int4-g32", "int4"])
@@ -728,6 +729,47 @@ def test_weight_masks_survive_sparse_activations_and_rounding(weights):
     deadband.sparsify_(model, calibration.allocate(0.3), weights=weights)
     for layer, mask in zip(model, zero, strict=True):
         assert (layer.weight[mask] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_prepared_model_is_saved_as_it_is_masked(name, tied, tmp_path):
+    model = tiny_model(name)
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    sparsifier = prepared(model, [{"tensor_fqn": "*.weight"}], sparsity_level=1.0, zeros_per_block=2)
+    sparsifier.step()
+    ids = torch.randint(0, 40, (2, 7))
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path / "saved model")
+    loaded, info = type(model).from_pretrained(tmp_path / "saved model", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(loaded(ids).logits, expected)
+    assert parametrize.is_parametrized(model.get_input_embeddings())
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_pruned_by_wanda_then_sparse_in_activations_then_saved(weights, tmp_path):
+    model = tiny_model("llama")
+    batches = tiny_batches(model)
+    calibration = deadband.calibrate(model, batches, progress=False)
+    sparsifier = WandaSparsifier(calibration, 1.0, (1, 4), 2)
+    sparsifier.prepare(model, [{"tensor_fqn": f"{name}.weight"} for name in calibration.sites])
+    sparsifier.step()
+    sparsifier.squash_mask()
+    again = deadband.calibrate(model, batches, progress=False)
+    deadband.sparsify_(model, again.allocate(0.3), weights=weights)
+    with torch.no_grad():
+        expected = model(**batches[0]).logits
+    model.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.allclose(loaded(**batches[0]).logits, expected, atol=1e-5)
+    for name in calibration.sites:
+        weight = loaded.get_submodule(name).weight
+        assert (weight == 0).float().mean() >= 0.5
+        assert (weight.view(-1, 4) == 0).sum(1).min() >= 2
 
 
 def test_a_mask_that_is_on_is_named_before_activations_become_sparse():

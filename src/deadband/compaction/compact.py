@@ -381,6 +381,9 @@ def _shape_of(module: nn.Module, prefix: str, found: Mapping[str, Any]) -> Resiz
     """What `module` is cut down to, from its entries of a state dict; None: to nothing less than it is."""
     layout = layout_of(module)
     weight = found.get(f"{prefix}weight", found.get(f"{prefix}running_mean"))
+    if layout is not None and layout.gates and isinstance(units := found.get(f"{prefix}weight_hh_l0"), Tensor):
+        weight = found.get(f"{prefix}weight_ih_l0")
+        weight = None if weight is None or units.dim() < 2 else weight[: units.shape[1]]
     if layout is None or not isinstance(weight, Tensor):
         return None
 

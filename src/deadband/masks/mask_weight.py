@@ -70,3 +70,22 @@ def unmasked(module: nn.Module, tensor_name: str) -> Tensor:
     for step in steps:
         value = step(value)
     return cast(Tensor, value)
+
+
+def masked_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
+    """The state dict that squashing all masks of weights would give; None if there is none."""
+    state: dict[str, Tensor] = {}
+    gone: set[str] = set()
+    shared: dict[int, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        lists: Any = getattr(module, "parametrizations", {})
+        for name in lists:
+            if any(isinstance(each, _Mask) for each in lists[name]):
+                full = f"{prefix}.{name}".lstrip(".")
+                value = getattr(module, name).detach()
+                state[full] = shared.setdefault(id(lists[name]._parameters.get("original", lists[name])), value)
+                gone.add(f"{prefix}.parametrizations.{name}.".lstrip("."))
+    if not state:
+        return None
+    kept = {key: value for key, value in model.state_dict().items() if not key.startswith(tuple(gone))}
+    return kept | state

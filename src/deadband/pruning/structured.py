@@ -120,7 +120,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
         if example is not None:
             call = as_call(example)
         else:
-            call = few_rows(copy_model(self.model), self._call) if self._call else guess_example(self.model)
+            call = few_rows(copy_model(self.model), self._call) if self._call else guess_example(copy_model(self.model))
         outputs, left = self._outputs(masked)
         touched = [module for group in masked for module in self._touched(group)]
         with all_or_nothing(touched, [value for module in touched for value in module.parameters(recurse=False)]):

@@ -1,0 +1,464 @@
+"""Structured pruning: what goes leaves the output of the masked model, in any architecture; what stays is named."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+from torch.nn import functional as F
+
+import deadband
+from deadband.pruning import BaseStructuredSparsifier, FPGMPruner, LSTMSaliencyPruner, SaliencyPruner
+
+
+class RandomRows(BaseStructuredSparsifier):
+    """Drops a third of the rows, of an LSTM the same units in all gates."""
+
+    def update_mask(self, module, tensor_name, tensor_fqn, **group):
+        mask = self.state[tensor_fqn]["mask"]
+        units = module.hidden_size if isinstance(module, nn.RNNBase) else len(mask)
+        generator = torch.Generator().manual_seed(units)
+        kept = torch.ones(units, dtype=torch.bool)
+        kept[torch.randperm(units, generator=generator)[: max(units // 3, 1)]] = False
+        mask.data = kept.repeat(len(mask) // units)
+
+
+def warmed(model, x, steps=3):
+    """With running statistics and biases that are not zero."""
+    model.train()
+    with torch.no_grad():
+        for _ in range(steps):
+            model(x * 2 + 1)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+    return model.eval()
+
+
+def pruned(model, x, config, prune_bias=True, example=None):
+    """The output while masked, the pruned model, and the pruner."""
+    pruner = RandomRows({"prune_bias": prune_bias})
+    pruner.prepare(model, config)
+    pruner.step()
+    with torch.no_grad():
+        expected = model(x)
+    result = pruner.prune(example)
+    assert result is model
+    return expected, result, pruner
+
+
+def close(found, expected):
+    if isinstance(expected, tuple):
+        return all(close(one, other) for one, other in zip(found, expected, strict=True))
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+ACTIVATIONS = [
+    nn.ReLU, nn.ReLU6, nn.RReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
+    nn.Tanhshrink, nn.Hardtanh, nn.Hardshrink, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.LogSigmoid, nn.Softplus,
+    nn.Softsign, nn.Identity, nn.Dropout,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("prune_bias", [True, False])
+def test_every_activation_between_layers(activation, prune_bias):
+    torch.manual_seed(0)
+    x = torch.randn(7, 6)
+    model = warmed(
+        nn.Sequential(nn.Linear(6, 12), activation(), nn.Linear(12, 9, bias=False), activation(), nn.Linear(9, 4)), x
+    )
+    expected, model, pruner = pruned(model, x, [{"tensor_fqn": "0.weight"}, {"tensor_fqn": "2.weight"}], prune_bias)
+    assert close(model(x), expected)
+    # without a bias in the reader, one constant feature stays for all if the constant is not zero
+    assert model[0].out_features in (8, 9)
+    assert model[0].out_features == 8 or not torch.equal(activation()(torch.zeros(1)), torch.zeros(1)) or not prune_bias
+    assert model[2].out_features == 6
+    assert model[4].in_features == 6
+    assert pruner.compaction.parameters[1] < pruner.compaction.parameters[0]
+    assert type(model) is nn.Sequential
+
+
+class Functional(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.one, self.two, self.between = nn.Linear(6, 12), nn.Linear(12, 4), between
+
+    def forward(self, x):
+        return self.two(self.between(self.one(x)))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: F.leaky_relu(x, -3.0),
+        lambda x: F.hardtanh(x, 1.0, 2.0),
+        lambda x: F.prelu(x, torch.full((1,), 0.3, dtype=x.dtype)),
+        lambda x: x.relu() + 1,
+        torch.relu,
+        lambda x: F.softplus(x) * 2 - 0.5,
+    ],
+)
+@pytest.mark.parametrize("prune_bias", [True, False])
+def test_functions_between_layers_with_their_arguments(between, prune_bias):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6)
+    model = warmed(Functional(between), x)
+    expected, model, _ = pruned(model, x, [{"tensor_fqn": "one.weight"}], prune_bias)
+    assert close(model(x), expected)
+    assert model.two.in_features == 8
+
+
+def block(inputs, outputs, **kwargs):
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, **kwargs), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+@pytest.mark.parametrize("padding", [0, 1, "same"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "pool", [nn.Identity, lambda: nn.MaxPool2d(2), lambda: nn.AvgPool2d(2), lambda: nn.AdaptiveAvgPool2d(4)]
+)
+def test_convolutions_with_batch_norm_padding_and_pooling(padding, bias, pool):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 14, 14)
+    model = nn.Sequential(
+        block(3, 9, padding=padding, bias=bias),
+        pool(),
+        block(9, 6, padding=padding, bias=bias),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24, 5),
+    )
+    model = warmed(model, x)
+    config = [{"tensor_fqn": "0.0.weight"}, {"tensor_fqn": "2.0.weight"}]
+    for prune_bias in (True, False):
+        expected, smaller, pruner = pruned(copy.deepcopy(model), x, config, prune_bias)
+        assert close(smaller(x), expected)
+        assert smaller[0][0].out_channels in (
+            (6,) if padding == 0 else (6, 7)
+        )  # at a border of zeros one constant stays
+        assert smaller[0][1].num_features == smaller[0][0].out_channels == smaller[2][0].in_channels
+        assert smaller[2][0].out_channels == 4
+        assert smaller[5].in_features == 16
+        assert pruner.compaction.flops[1] < 0.8 * pruner.compaction.flops[0]
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.up, self.gate, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        x = self.stem(x)
+        h = self.norm(x)
+        return self.head(x + self.down(F.silu(self.gate(h)) * self.up(h)))
+
+
+def test_gates_residual_streams_and_layer_norm():
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    model = Residual().eval()
+    config = [{"tensor_fqn": f"{name}.weight"} for name in ("stem", "gate", "down")]
+    expected, model, pruner = pruned(model, x, config)
+    assert close(model(x), expected)
+    assert model.gate.out_features == model.up.out_features == model.down.in_features == 8
+    assert model.stem.out_features == 8
+    assert set(pruner.compaction.left) == {"stem", "down"}
+    assert (model.down.weight == 0).all(1).sum() == 2
+    assert "left" in str(pruner.compaction)
+
+
+class Concatenated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv1d(3, 6, 3), nn.Conv1d(3, 9, 3), nn.Conv1d(15, 4, 1)
+        self.twice = nn.Conv1d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.c(torch.cat([torch.sigmoid(self.a(x)), self.b(x)], 1))
+        return self.twice(torch.tanh(self.twice(x)))
+
+
+def test_concatenation_and_a_layer_called_twice():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9)
+    expected, model, _ = pruned(
+        Concatenated().eval(), x, [{"tensor_fqn": f"{name}.weight"} for name in ("a", "b", "c")]
+    )
+    assert close(model(x), expected)
+    assert (model.a.out_channels, model.b.out_channels, model.c.in_channels) == (4, 6, 10)
+    assert model.c.out_channels in (3, 4)
+
+
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 8, 1), nn.Conv2d(8, 8, 3, groups=8, padding=1)
+        self.c, self.d = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1, groups=2)
+
+    def forward(self, x):
+        return self.d(self.c(torch.relu(self.b(self.a(x)))))
+
+
+def test_convolutions_in_groups():
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 6, 6)
+    model = Grouped().eval()
+    for name in ("a", "b"):
+        nn.init.zeros_(getattr(model, name).bias)
+    expected, model, pruner = pruned(model, x, [{"tensor_fqn": "a.weight"}, {"tensor_fqn": "c.weight"}])
+    assert close(model(x), expected)
+    assert model.a.out_channels == model.b.groups == model.c.in_channels == 6
+    assert model.c.out_channels == 8
+    assert "c" in pruner.compaction.left
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind=nn.LSTM, layers=1, batch_first=False, what="all", **kwargs):
+        super().__init__()
+        self.rnn = kind(5, 9, layers, batch_first=batch_first, **kwargs)
+        self.fc, self.what = nn.Linear(9 * (1 + self.rnn.bidirectional), 3), what
+        self.norm = nn.LayerNorm(9) if what == "norm" else None
+
+    def forward(self, x):
+        y, h = self.rnn(x)
+        h = h[0] if isinstance(h, tuple) else h
+        y = {"last": h[-1], "all": y, "norm": y}[self.what]
+        return self.fc(y if self.norm is None else self.norm(y))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("what", ["all", "last"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_units_of_recurrent_layers(kind, layers, what, bias):
+    torch.manual_seed(0)
+    x = torch.randn(6, 2, 5)
+    model = Recurrent(kind, layers, what=what, bias=bias).eval()
+    names = [name for name, _ in model.rnn.named_parameters() if name.startswith("weight")]
+    expected, model, _ = pruned(model, x, [{"tensor_fqn": f"rnn.{name}"} for name in names])
+    assert close(model(x), expected)
+    assert model.rnn.hidden_size == 6 == model.fc.in_features
+    assert model.rnn.weight_hh_l0.shape[1] == 6
+    assert close(copy.deepcopy(model)(x), expected)
+    dense = Recurrent(kind, layers, what=what, bias=bias).eval()
+    assert close(deadband.load_compact_(dense, model.state_dict())(x), expected)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Recurrent(bidirectional=True),
+    lambda: Recurrent(what="norm"),
+])  # fmt: skip
+def test_recurrent_layers_that_stay_whole(make):
+    torch.manual_seed(0)
+    x = torch.randn(6, 2, 5)
+    expected, model, pruner = pruned(make().eval(), x, None)
+    assert close(model(x), expected)
+    assert model.rnn.hidden_size == 9
+    assert "rnn" in pruner.compaction.left
+
+
+def test_units_of_which_only_some_weights_are_named_stay():
+    x = torch.randn(6, 2, 5)
+    expected, model, pruner = pruned(Recurrent().eval(), x, [{"tensor_fqn": "rnn.weight_ih_l0"}])
+    assert close(model(x), expected)
+    assert model.rnn.hidden_size == 9
+    assert "weight_hh_l0" in pruner.compaction.left["rnn"]
+
+
+def test_saliency_of_an_lstm_is_of_whole_units():
+    torch.manual_seed(0)
+    model = Recurrent(batch_first=True).eval()
+    saliency = sum(
+        getattr(model.rnn, name).detach().abs().view(4, 9, -1).sum((0, 2)) for name in ("weight_ih_l0", "weight_hh_l0")
+    )
+    kept = saliency.topk(5).indices.sort().values
+    expected = [
+        model.rnn.weight_ih_l0.view(4, 9, 5)[:, kept],
+        model.rnn.weight_hh_l0.view(4, 9, 9)[:, kept][:, :, kept],
+    ]
+    pruner = LSTMSaliencyPruner({"sparsity_level": 0.5})
+    pruner.prepare(model, [{"tensor_fqn": "rnn.weight_ih_l0"}, {"tensor_fqn": "rnn.weight_hh_l0"}])
+    pruner.step()
+    x = torch.randn(2, 6, 5)
+    masked = model(x)
+    pruner.prune()
+    assert close(model(x), masked)
+    for found, values in zip((model.rnn.weight_ih_l0, model.rnn.weight_hh_l0), expected, strict=True):
+        assert torch.equal(found, values.flatten(0, 1))
+
+
+def test_outputs_of_the_model_keep_their_number():
+    x = torch.randn(5, 6)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6)).eval()
+    expected, model, pruner = pruned(model, x, None)
+    assert close(model(x), expected)
+    assert model(x).shape == (5, 6)
+    assert model[0].out_features == 6
+    assert list(pruner.compaction.left) == ["2"]
+
+
+def test_level_one_leaves_one_row_and_other_levels_are_named():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    pruner = SaliencyPruner({"sparsity_level": 1.0})
+    pruner.prepare(model, [{"tensor_fqn": "0.weight"}])
+    pruner.step()
+    x = torch.randn(2, 1, 9, 9)
+    expected = model(x)
+    assert close(pruner.prune()(x), expected)
+    assert model[0].out_channels == 1
+    for level in (-0.1, 1.5, None):
+        pruner = SaliencyPruner({"sparsity_level": level} if level is not None else {})
+        pruner.prepare(model, [{"tensor_fqn": "2.weight"}])
+        with pytest.raises(ValueError, match=r"2\.weight: sparsity_level"):
+            pruner.step()
+
+
+def test_masks_are_made_from_all_rows_each_time():
+    torch.manual_seed(0)
+    for make in (lambda level: SaliencyPruner({"sparsity_level": level}), FPGMPruner):
+        model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 2))
+        model[0].weight.data += 3
+        pruner = make(0.5)
+        pruner.prepare(model, [{"tensor_fqn": "0.weight"}])
+        for level, rows in ((0.5, 5), (0.5, 5), (0.1, 1), (0.5, 5)):
+            pruner.groups[0]["sparsity_level"] = level
+            pruner.step()
+            assert (~pruner.state["0.weight"]["mask"]).sum() == rows
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, dtype=dtype)
+    for make in (
+        lambda: SaliencyPruner({"sparsity_level": 0.5}),
+        lambda: FPGMPruner(0.5),
+        lambda: RandomRows({"prune_bias": False}),
+    ):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 4)).to(dtype).eval()
+        pruner = make()
+        pruner.prepare(model, [{"tensor_fqn": "0.weight"}])
+        pruner.step()
+        expected = model(x).double()
+        found = pruner.prune()(x)
+        assert found.dtype == dtype
+        assert model[2].in_features < 8
+        assert torch.allclose(found.double(), expected, atol=3e-2 if dtype != torch.float64 else 1e-9)
+
+
+def test_biases_have_gradients_and_come_back():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    model[0].bias.requires_grad_(False)
+    bias = model[2].bias.detach().clone()
+    pruner = RandomRows({})
+    pruner.prepare(model)
+    pruner.step()
+    x = torch.randn(3, 4, 6)
+    model(x).sum().backward()
+    mask = pruner.state["2.weight"]["mask"]
+    original = model[2].parametrizations.bias.original
+    assert torch.equal(original.grad != 0, mask)
+    assert torch.equal(original, bias)
+    pruner.state["2.weight"]["mask"].fill_(True)
+    assert torch.equal(model[2].bias, bias)
+    pruner.unprepare()
+    assert not model[0].bias.requires_grad
+    assert type(model[0]) is nn.Linear
+
+
+def test_squashing_leaves_nothing_behind_and_states_are_loaded():
+    model, other = (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(2))
+    keys = list(model.state_dict())
+    pruner, second = RandomRows({}), RandomRows({})
+    pruner.prepare(model)
+    pruner.step()
+    second.prepare(other)
+    second.load_state_dict(pruner.state_dict())
+    assert second.state == pruner.state
+    assert len(other[0].parametrizations.weight) == 1
+    other(torch.randn(2, 6))
+    pruner.squash_mask()
+    assert list(model.state_dict()) == keys
+    assert (model[0].weight == 0).all(1).sum() == 2 == (model[0].bias == 0).sum()
+    assert not model[0]._forward_hooks
+
+
+def test_on_an_exception_the_model_is_as_before(monkeypatch):
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    pruner = RandomRows({})
+    pruner.prepare(model, [{"tensor_fqn": "0.weight"}])
+    pruner.step()
+    x = torch.randn(2, 6)
+    expected, keys = model(x), list(model.state_dict())
+    with pytest.raises(ValueError, match="does not run on the example"):
+        pruner.prune(torch.randn(2, 7))
+    monkeypatch.setattr("deadband.compaction.compact.seconds_of", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pruner.prune()
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(x), expected)
+    monkeypatch.undo()
+    assert close(pruner.prune()(x), expected)
+    with pytest.raises(ValueError, match="nothing is masked"):
+        pruner.prune()
+
+
+class NoGuess(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.out = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, batch, scale):
+        return self.out(self.fc(batch["x"]) * scale)
+
+
+def test_examples_are_the_first_call_a_guess_or_asked_for():
+    model = NoGuess().eval()
+    pruner = RandomRows({})
+    pruner.prepare(model, [{"tensor_fqn": "fc.weight"}])
+    pruner.step()
+    with pytest.raises(ValueError, match="an example is needed"):
+        pruner.prune()
+    call = {"batch": {"x": torch.randn(3, 6)}, "scale": 2.0}
+    expected = model(**call)
+    pruner.prune()
+    assert close(model(**call), expected)
+    assert model.out.in_features == 6
+    cnn = nn.Sequential(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 24 * 24, 3)).eval()
+    pruner = SaliencyPruner({"sparsity_level": 0.5})
+    pruner.prepare(cnn, [{"tensor_fqn": "0.weight"}])
+    pruner.step()
+    assert pruner.prune()[3].in_features == 3 * 24 * 24
+
+
+def test_a_language_model_loses_neurons_and_is_loaded_again():
+    model = tiny_model("llama")
+    ids = torch.randint(0, 50, (2, 9))
+    pruner = FPGMPruner(0.5)
+    pruner.prepare(model, [{"tensor_fqn": "*.gate_proj.weight"}])
+    pruner.step()
+    with torch.no_grad():
+        expected = model(ids).logits
+        pruner.prune()
+        assert close(model(ids).logits, expected)
+    layer = model.model.layers[0].mlp
+    assert layer.gate_proj.out_features == layer.up_proj.out_features == layer.down_proj.in_features
+    assert layer.gate_proj.out_features * 2 == model.config.intermediate_size
+    fresh = deadband.load_compact_(tiny_model("llama"), model.state_dict())
+    assert close(fresh(ids).logits, expected)
+
+
+def test_a_compiled_prepared_model_is_one_graph():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    pruner = RandomRows({})
+    pruner.prepare(model)
+    pruner.step()
+    x = torch.randn(2, 6)
+    expected = model(x)
+    assert close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
