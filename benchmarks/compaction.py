@@ -10,8 +10,8 @@ import torch
 from common import parser, save
 from torch import nn
 
-from deadband.compaction.compact import compact_
 from deadband.compaction.check import masking
+from deadband.compaction.compact import compact_
 from deadband.running.forward import threads
 from deadband.running.timing import interleave, median
 

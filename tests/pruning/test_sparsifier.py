@@ -293,14 +293,6 @@ def test_a_configuration_that_cannot_be_is_an_error_at_the_step_and_changes_noth
     assert (sparsifier.state["0.weight"]["mask"] == 1).all()
 
 
-def test_a_step_that_fails_leaves_all_masks_alone():
-    model = mlp()
-    sparsifier = prepared(model, norm=lambda weight: weight.abs() if weight.shape[1] == 8 else weight @ weight)
-    with pytest.raises(RuntimeError):
-        sparsifier.step()
-    assert all((state["mask"] == 1).all() for state in sparsifier.state.values())
-
-
 # ------------------------------------------------------------------------------------------------------------ preparing
 
 
@@ -601,6 +593,9 @@ def test_copies_and_pickles():
     its.step()
     assert (copied[0].weight != 0).all()
     assert (model[0].weight != 0).float().mean() == 0.25
+    its.squash_mask()
+    assert type(copied[0]) is nn.Linear
+    assert (model[0].weight != 0).float().mean() == 0.25
     back = pickle.loads(pickle.dumps(sparsifier))
     assert back.enable_mask_update
     assert back.state == sparsifier.state
@@ -710,7 +705,7 @@ def test_the_report_counts_and_measures():
     assert "75.0%" in str(report)
     assert report.to_dict()["sparsity"] == 0.75
     assert sparsifier.report().flops == (0, 0)
-    assert (model[0].weight == 0).any()
+    assert (model[0].weight == 0).float().mean() == 0.75
     assert parametrize.is_parametrized(model[0])
 
 
@@ -752,7 +747,7 @@ def test_a_prepared_model_is_saved_as_it_is_masked(name, tied, tmp_path):
 @pytest.mark.parametrize("weights", [None, "int8", "int4"])
 def test_pruned_by_wanda_then_sparse_in_activations_then_saved(weights, tmp_path):
     model = tiny_model("llama")
-    batches = tiny_batches(model)
+    batches = tiny_batches()
     calibration = deadband.calibrate(model, batches, progress=False)
     sparsifier = WandaSparsifier(calibration, 1.0, (1, 4), 2)
     sparsifier.prepare(model, [{"tensor_fqn": f"{name}.weight"} for name in calibration.sites])
@@ -769,7 +764,7 @@ def test_pruned_by_wanda_then_sparse_in_activations_then_saved(weights, tmp_path
     for name in calibration.sites:
         weight = loaded.get_submodule(name).weight
         assert (weight == 0).float().mean() >= 0.5
-        assert (weight.view(-1, 4) == 0).sum(1).min() >= 2
+        assert (weight.reshape(-1, 4) == 0).sum(1).min() >= 2
 
 
 def test_a_mask_that_is_on_is_named_before_activations_become_sparse():

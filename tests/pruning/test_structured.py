@@ -462,3 +462,55 @@ def test_a_compiled_prepared_model_is_one_graph():
     x = torch.randn(2, 6)
     expected = model(x)
     assert close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+
+
+class Stream(nn.Module):
+    """Convolutions that write to one stream, as in a ResNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Linear(8, 3)
+        self.stem_norm = nn.BatchNorm2d(8)
+        self.inner = nn.ModuleList(block(8, 12, padding=1) for _ in range(2))
+        self.outer = nn.ModuleList(block(12, 8, padding=1)[:2] for _ in range(2))
+
+    def forward(self, x):
+        x = torch.relu(self.stem_norm(self.stem(x)))
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            x = torch.relu(x + outer(inner(x)))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [lambda level: SaliencyPruner({"sparsity_level": level, "coupled": True}), FPGMPruner])
+def test_layers_that_write_to_one_stream_lose_the_same_channels_if_asked_to(make):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 10, 10)
+    model = warmed(Stream(), x)
+    pruner = make(0.5)
+    config = [{"tensor_fqn": "*.0.weight", "coupled": True}, {"tensor_fqn": "stem.weight", "coupled": True}]
+    pruner.prepare(model, config, example=x)
+    pruner.step()
+    masks = [pruner.state[f"{name}.weight"]["mask"] for name in ("stem", "outer.0.0", "outer.1.0")]
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+    assert not torch.equal(pruner.state["inner.0.0.weight"]["mask"], pruner.state["inner.1.0.weight"]["mask"])
+    expected = model(x)
+    pruner.prune()
+    assert close(model(x), expected)
+    assert (model.stem.out_channels, model.inner[1][0].out_channels, model.head.in_features) == (4, 6, 4)
+    assert not pruner.compaction.left
+
+
+def test_batch_norm_behind_a_layer_is_masked_with_it_and_comes_back():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 10, 10)
+    model = warmed(nn.Sequential(block(3, 9, padding=1), nn.Conv2d(9, 4, 3)), x)
+    pruner = RandomRows({})
+    pruner.prepare(model, [{"tensor_fqn": "0.0.weight"}], example=x)
+    pruner.step()
+    gone = ~pruner.state["0.0.weight"]["mask"]
+    assert (model[0][:2](x)[:, gone] == 0).all()
+    assert not (model[0][:2](x)[:, ~gone] == 0).all(0).any()
+    pruner.unprepare()
+    assert type(model[0][1]) is nn.BatchNorm2d
+    with torch.no_grad():
+        assert (model[0][:2](x)[:, gone] != 0).any()

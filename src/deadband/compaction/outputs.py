@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,36 @@ def find_outputs(model: nn.Module, outputs: Masks, example: Example) -> OutputsP
             left[name] = f"{dropped - removed.get(name, 0)} of {dropped} output features: {what}"
     values = _observe(check, check.fresh(), [check.arguments()])
     return OutputsPlan(_resizes(model, chosen, values), removed, left)
+
+
+def coupled_outputs(model: nn.Module, names: Iterable[str], example: Example) -> list[set[str]]:
+    """Which of the named layers have outputs that can only go together, as they are added or multiplied.
+
+    Example:
+        >>> class Gated(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gate, self.up, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+        ...
+        ...     def forward(self, x):
+        ...         return self.down(self.gate(x).relu() * self.up(x))
+        >>> found = coupled_outputs(Gated(), ["gate", "up", "down"], ((torch.ones(2, 4),), {}))
+        >>> sorted(map(sorted, found))
+        [['down'], ['gate', 'up']]
+    """
+    check, names = Check(model, example), list(names)
+    graph = Graph(check.fresh(), check.arguments(), {}, set())
+    modules = {name: module for module, name in graph.names.items()}
+    sets = {name: {name} for name in names}
+    for name in names:
+        if modules[name] in graph.graph.module2node:
+            every = set(range(graph.widths[name]))
+            group, _ = graph.members(modules[name], every)
+            for other in (other for other in names if group.outputs.get(other) == every != set()):
+                sets[name] |= sets[other]
+                for each in sets[name]:
+                    sets[each] = sets[name]
+    return list({id(each): each for each in sets.values()}.values())
 
 
 def _reason_to_leave(module: nn.Module, shared: set[nn.Module]) -> str | None:

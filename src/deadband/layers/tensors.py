@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 
@@ -47,6 +48,17 @@ def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
             if (tensor := underlying(module, name)) is not None:
                 found.setdefault(id(tensor), []).append((module, name))
     return found
+
+
+def remove_parametrizations(module: nn.Module, name: str, leave_parametrized: bool) -> None:
+    """As torch's function, but deep copies of the module stay whole.
+
+    Copies share the class that has the property of the tensor, and torch takes the property off the class.
+    """
+    kind = type(module)
+    body = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, body)
+    parametrize.remove_parametrizations(module, name, leave_parametrized)
 
 
 def matrices(model: nn.Module, pattern: str = "*", exclude: str | Sequence[str] = ()) -> list[str]:

@@ -45,9 +45,6 @@ class _Before:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.kind = module, type(module)
-        # a parametrized module has a class of its own, which loses the property of a tensor with its parametrization
-        parametrized = "parametrizations" in module._modules
-        self.properties = {name: value for name, value in vars(self.kind).items() if parametrized}
         held = [module._parameters, module._buffers, module._modules, module._non_persistent_buffers_set]
         contents: list[Any] = [vars(module), *held]
         self.contents = [(each, each.copy()) for each in contents]
@@ -56,8 +53,6 @@ class _Before:
 
     def restore(self) -> None:
         self.module.__class__ = self.kind
-        for name in self.properties.keys() - vars(self.kind).keys():
-            setattr(self.kind, name, self.properties[name])
         for values, copied in self.contents:
             values.clear()
             values.update(copied)

@@ -60,9 +60,22 @@ def check_blocks(name: str, block: Sequence[int], zeros_per_block: int, scope: s
 
 def block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:
     """The mean of each block's scores [rows, columns], of what is inside the matrix at its edges; NaN is infinite."""
-    if math.prod(block) > 1:
-        scores = F.avg_pool2d(scores[None, None], tuple(block), tuple(block), ceil_mode=True)[0, 0]
-    return scores.nan_to_num(math.inf, math.inf)
+    (height, width), (tall, wide) = scores.shape, block
+    if height % tall or width % wide:
+        scores = F.avg_pool2d(scores[None, None], (tall, wide), (tall, wide), ceil_mode=True)[0, 0]
+    elif tall * wide > 1:  # the same sums in the same order, many at once
+        entries = scores.unflatten(1, (-1, wide)).unflatten(0, (-1, tall))
+        places = [entries[:, row, :, column] for row in range(tall) for column in range(wide)]
+        total = places[0] + places[1]
+        for place in places[2:]:
+            total += place
+        scores = total.div_(tall * wide)
+    return infinite_if_nan(scores)
+
+
+def infinite_if_nan(scores: Tensor) -> Tensor:
+    """Scores with infinity for NaN: what is not known is not dropped."""
+    return scores.nan_to_num(math.inf, math.inf) if scores.sum().isnan() else scores
 
 
 def count_of(level: float, blocks: int, *, all_may_go: bool = False) -> int:
@@ -131,12 +144,13 @@ def block_mask(scores: Tensor, kept: Tensor, block: Sequence[int], zeros_per_blo
         bool [rows, columns], True = keep.
     """
     (height, width), (tall, wide), (down, across) = scores.shape, block, kept.shape
-    spread = kept[:, None, :, None].expand(down, tall, across, wide).reshape(down * tall, across * wide)
-    spread = spread[:height, :width]
+    spread = kept[:, None, :, None].expand(down, tall, across, wide)
     if zeros_per_block == tall * wide:
-        return spread
-    edges = (0, across * wide - width, 0, down * tall - height)
-    padded = F.pad(scores.nan_to_num(math.inf, math.inf), edges, value=math.inf)
-    entries = padded.view(down, tall, across, wide).transpose(1, 2).reshape(down, across, -1)
+        return spread.reshape(down * tall, across * wide)[:height, :width]
+    scores = infinite_if_nan(scores)
+    if height % tall or width % wide:
+        scores = F.pad(scores, (0, across * wide - width, 0, down * tall - height), value=math.inf)
+    entries = scores.view(down, tall, across, wide).transpose(1, 2).reshape(down, across, -1)
     inner = keep_largest(entries, tall * wide - zeros_per_block).view(down, across, tall, wide).transpose(1, 2)
-    return spread | inner.reshape(down * tall, across * wide)[:height, :width]
+    inner = inner | spread if kept.any() else inner
+    return inner.reshape(down * tall, across * wide)[:height, :width]

@@ -139,9 +139,9 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     if count <= 0 or count >= size:
         return torch.full(scores.shape, count > 0, dtype=torch.bool, device=scores.device)
     if size <= _FEW:
-        return _ranks(scores) < count
+        return _among_few(scores, count)
     scores = scores.float() if scores.itemsize < 4 else scores
-    last = scores.kthvalue(size - count + 1, dim=-1, keepdim=True).values
+    last = _smallest(scores, size - count + 1)
     keep = scores >= last
     surplus = keep.sum(-1, keepdim=True) - count
     if not surplus.any():
@@ -150,11 +150,11 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     return keep & ~(equal & (equal.cumsum(-1) > equal.sum(-1, keepdim=True) - surplus))
 
 
-_FEW = 16
+_FEW, _MANY = 16, 2**14
 
 
-def _ranks(scores: Tensor) -> Tensor:
-    """How many entries of a row come before each one: faster than sorting where rows are short."""
+def _among_few(scores: Tensor, count: int) -> Tensor:
+    """`keep_largest` by comparing all pairs: faster than sorting where rows are short."""
     columns = scores.unbind(-1)
     ranks = [torch.zeros(scores.shape[:-1], dtype=torch.uint8, device=scores.device) for _ in columns]
     for later in range(len(columns)):
@@ -162,4 +162,18 @@ def _ranks(scores: Tensor) -> Tensor:
             before = columns[earlier] >= columns[later]
             ranks[later] += before
             ranks[earlier] += ~before
-    return torch.stack(ranks, -1)
+    return torch.stack([rank < count for rank in ranks], -1)
+
+
+def _smallest(scores: Tensor, k: int) -> Tensor:
+    """The k-th smallest of each row, [..., 1]: of a long one, among those that share its leading 16 bits."""
+    size = scores.shape[-1]
+    if scores.numel() != size or size < _MANY or scores.dtype != torch.float32:
+        return scores.kthvalue(k, dim=-1, keepdim=True).values
+    bits = scores.reshape(-1).view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> 16  # as whole numbers in the order of the floats
+    below = torch.bincount(ordered + 2**15, minlength=2**16).cumsum(0)
+    leading = int(torch.searchsorted(below, k))
+    rest = k - (int(below[leading - 1]) if leading else 0)
+    same = scores.reshape(-1)[ordered == leading - 2**15]
+    return same.kthvalue(rest).values.expand(*scores.shape[:-1], 1)

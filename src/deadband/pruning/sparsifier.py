@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from deadband.compaction.compact import as_call, flops_of, outputs_of, seconds_of
-from deadband.layers.tensors import holders, matrices, underlying, unwrapped
+from deadband.layers.tensors import holders, matrices, remove_parametrizations, underlying, unwrapped
 from deadband.layers.transaction import all_or_nothing
 from deadband.masks import ranks
 from deadband.masks.mask_weight import FakeSparsity
@@ -35,7 +35,7 @@ from deadband.running.copies import copy_model
 from deadband.tensor_files import read_tensors, write_tensors
 
 _FROM_NAME = ("module", "module_fqn", "tensor_name")
-_OF_MODEL = ("model", "config", "_holders", "_call")
+_OF_MODEL = ("model", "config", "_holders", "_call", "_given", "_norms", "_remember")
 _KEY, VERSION = "deadband.pruning", 1
 
 
@@ -259,19 +259,13 @@ class BaseSparsifier(abc.ABC):
             raise ValueError(f"{type(self).__name__}.step(): {what}")
         for group in self.groups:
             self.check_group(**group)
-        masks = [self.state[group["tensor_fqn"]]["mask"] for group in self.groups]
-        before = [(mask, mask.data) for mask in masks]
-        try:
-            with torch.no_grad():
-                self.before_step()
-                for group in self.groups:
-                    self.update_mask(**group)
-                for mask in masks if ranks.count() > 1 else ():
+        with torch.no_grad():
+            self.before_step()
+            for group in self.groups:
+                self.update_mask(**group)
+                if ranks.count() > 1:
+                    mask = self.state[group["tensor_fqn"]]["mask"]
                     mask.data = ranks.broadcast_mask(mask.data, mask.device)
-        except BaseException:
-            for mask, data in before:
-                mask.data = data
-            raise
 
     def squash_mask(
         self,
@@ -322,7 +316,7 @@ class BaseSparsifier(abc.ABC):
             for group in groups:
                 for module, name in self._holders[group["tensor_fqn"]]:
                     if parametrize.is_parametrized(module, name):
-                        parametrize.remove_parametrizations(module, name, leave_parametrized)
+                        remove_parametrizations(module, name, leave_parametrized)
 
     def hold_zeros(self, optimizer: torch.optim.Optimizer) -> Any:
         """After each step of an optimizer, set what masks drop to zero again, with its momentum; returns a handle.
@@ -365,7 +359,10 @@ class BaseSparsifier(abc.ABC):
     def _copied(self) -> tuple[nn.Module, Any]:
         """A copy of the model, and of this sparsifier for it."""
         model = copy_model(self.model)
-        return model, copy.deepcopy(self, dict(zip(map(id, self.model.modules()), model.modules(), strict=True)))
+        memo: dict[int, Any] = {}
+        for own, its in zip(self.model.modules(), model.modules(), strict=True):
+            memo |= {id(own): its} | {id(value): its._buffers[name] for name, value in own._buffers.items()}
+        return model, copy.deepcopy(self, memo)
 
     def convert(
         self,

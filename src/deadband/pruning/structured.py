@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from deadband.compaction.compact import CompactionReport, as_call, compact_, few_rows, guess_example
+from deadband.compaction.compact import CompactionReport, as_call, compact_, few_rows, guess_example, outputs_of
+from deadband.compaction.outputs import coupled_outputs
 from deadband.compaction.resize import Example
+from deadband.layers.tensors import underlying
 from deadband.layers.transaction import all_or_nothing
 from deadband.masks.blocks import is_transposed
 from deadband.masks.mask import keep_largest
@@ -31,7 +34,9 @@ class BaseStructuredSparsifier(BaseSparsifier):
     `weight_ih_l*` and `weight_hh_l*` of every layer.
 
     Args:
-        defaults: of the configuration of every tensor. `prune_bias` (True) drops biases along with rows.
+        defaults: of the configuration of every tensor. `prune_bias` (True) drops biases along with rows; with
+            `coupled` (False) ready-made pruners give layers one mask whose outputs are added or multiplied, as on a
+            residual stream, so that these can go.
         patterns: ignored. What can go is found in the model's own graph.
     """
 
@@ -44,11 +49,14 @@ class BaseStructuredSparsifier(BaseSparsifier):
         self.compaction: CompactionReport | None = None
         self._call: Example | None = None
 
-    def prepare(self, model: nn.Module, config: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """Put masks on the rows of weights, and of biases unless `prune_bias` is False; see `BaseSparsifier.prepare`.
+    def prepare(self, model: nn.Module, config: Sequence[Mapping[str, Any]] | None = None, example: Any = None) -> None:
+        """Put masks on the rows of weights; see `BaseSparsifier.prepare`.
 
-        The arguments of the next call of the model are kept, as the example for `prune()`.
+        Unless `prune_bias` is False, biases are masked with them, and the batch normalization that a layer's output
+        goes into, so that a dropped channel is zero behind it. It is found by a call with the example, or with random
+        arguments if there are some that the model takes. The arguments of the next call are kept for `prune()`.
         """
+        self._given = None if example is None else as_call(example)
         super().prepare(model, config)
         self._call = None
         self._remember = RememberCall(self._remember_call)
@@ -72,6 +80,12 @@ class BaseStructuredSparsifier(BaseSparsifier):
             raise ConfigError(f"a tensor of shape {list(tensor.shape)} has no rows; expected two dimensions or more")
         return torch.Size([tensor.shape[int(is_transposed(module))]])
 
+    def _find_holders(self) -> None:
+        super()._find_holders()
+        self._norms = _norms_behind(self.model, {group["module"] for group in self.groups}, self._given)
+        for group in self.groups:
+            self._holders[group["tensor_fqn"]] += [(norm, "weight") for norm in self._norms[group["module"]]]
+
     def _prepare(self, *args: Any, **kwargs: Any) -> None:
         for group in self.groups:
             tensor = getattr(group["module"], group["tensor_name"])
@@ -80,10 +94,12 @@ class BaseStructuredSparsifier(BaseSparsifier):
 
     def _put(self, group: dict[str, Any], mask: Tensor) -> None:
         module, name, tensor_fqn = group["module"], group["tensor_name"], group["tensor_fqn"]
-        held = [(each, its_name, int(is_transposed(each))) for each, its_name in self._holders[tensor_fqn]]
+        places = [place for place in self._holders[tensor_fqn] if not isinstance(place[0], _NORMS)]
+        held = [(each, its_name, int(is_transposed(each))) for each, its_name in places]
         bias = name.replace("weight", "bias")
-        if group.get("prune_bias", True) and bias != name and getattr(module, bias, None) is not None:
-            held.append((module, bias, 0))
+        if group.get("prune_bias", True) and bias != name:
+            behind = [(module, bias), *((norm, each) for norm in self._norms[module] for each in ("weight", "bias"))]
+            held += [(each, its_name, 0) for each, its_name in behind if underlying(each, its_name) is not None]
         self.state[tensor_fqn]["mask"] = mask
         self._holders[tensor_fqn] = [(each, its_name) for each, its_name, _ in held]
         kind = group.get("parametrization", FakeStructuredSparsity)
@@ -117,10 +133,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
             raise ValueError(
                 f"{type(self).__name__}.prune(): nothing is masked; call prepare(model, config) and step()"
             )
-        if example is not None:
-            call = as_call(example)
-        else:
-            call = few_rows(copy_model(self.model), self._call) if self._call else guess_example(copy_model(self.model))
+        call = self._example() if example is None else as_call(example)
         outputs, left = self._outputs(masked)
         touched = [module for group in masked for module in self._touched(group)]
         with all_or_nothing(touched, [value for module in touched for value in module.parameters(recurse=False)]):
@@ -128,6 +141,12 @@ class BaseStructuredSparsifier(BaseSparsifier):
             self.compaction = compact_(self.model, {}, call, outputs=outputs)
         self.compaction.left.update(left)
         return self.model
+
+    def _example(self) -> Example:
+        model = copy_model(self.model)
+        if self._given or self._call:
+            return few_rows(model, self._given or self._call)  # type: ignore[arg-type]
+        return guess_example(model)
 
     def _outputs(self, groups: list[dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The masks of outputs by layer, and layers that have none, with the reason."""
@@ -146,27 +165,59 @@ class BaseStructuredSparsifier(BaseSparsifier):
         return {name: mask for name, mask in outputs.items() if name not in left}, left
 
 
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def _norms_behind(model: nn.Module, layers: set[nn.Module], given: Example | None) -> dict[nn.Module, list[nn.Module]]:
+    """The batch normalizations that take what a layer gives as it is, by layer."""
+    found: dict[nn.Module, list[nn.Module]] = {layer: [] for layer in layers}
+    if not any(isinstance(module, _NORMS) for module in model.modules()):
+        return found
+    copied = copy_model(model)
+    ours = dict(zip(copied.modules(), model.modules(), strict=True))
+    outputs: list[tuple[Any, nn.Module]] = []
+
+    def take(module: nn.Module, args: tuple) -> None:
+        for output, layer in outputs:
+            if output is args[0]:
+                found[layer].append(ours[module])
+
+    for module, own in ours.items():
+        if own in layers:
+            module.register_forward_hook(lambda _, args, output, own=own: outputs.append((output, own)))
+        elif isinstance(own, _NORMS):
+            module.register_forward_pre_hook(take)
+    with contextlib.suppress(ValueError):  # none is found, then
+        outputs_of(copied, given or guess_example(copied))
+    return {layer: list(dict.fromkeys(norms)) for layer, norms in found.items()}
+
+
 # ------------------------------------------------------------------------------------------------------------ criteria
 
 
 class _RowPruner(BaseStructuredSparsifier):
     """Masks from the rows of a weight, or from the units of an LSTM, GRU or RNN with all their rows together."""
 
+    def before_step(self) -> None:
+        """Find the layers that share a mask, if asked to."""
+        self._sharing = {group["module_fqn"]: [group["module_fqn"]] for group in self.groups}
+        asked = [group["module_fqn"] for group in self.groups if group.get("coupled")]
+        if asked:
+            model, its = self._copied()
+            its.unprepare()
+            for names in coupled_outputs(model, dict.fromkeys(asked), self._example()):
+                self._sharing |= dict.fromkeys(names, sorted(names))
+
     def update_mask(  # type: ignore[override]
         self, module: nn.Module, tensor_name: str, sparsity_level: float, *, tensor_fqn: str, **kwargs: Any
     ) -> None:
         """Make the mask of one tensor."""
-        gates = 1
-        if isinstance(module, nn.RNNBase):
-            names = [group["tensor_name"] for group in self.groups if group["module"] is module]
-            gates = unmasked(module, names[0]).shape[0] // module.hidden_size
-            parts = [unmasked(module, name).unflatten(0, (gates, -1)).movedim(1, 0).flatten(1) for name in names]
-            rows = torch.cat(parts, 1)
-        else:
-            rows = unmasked(module, tensor_name)
-            rows = rows.T if is_transposed(module) else rows
-        kept = self.kept(rows.float() if rows.itemsize < 4 else rows, sparsity_level)
-        self.state[tensor_fqn]["mask"].data = kept.repeat(gates)
+        names = self._sharing[tensor_fqn.rpartition(".")[0]]
+        rows = [_rows(group) for group in self.groups if group["module_fqn"] in names]
+        together = rows[0] if len(rows) == 1 else torch.cat([each.flatten(1).to(rows[0]) for each in rows], 1)
+        kept = self.kept(together, sparsity_level)
+        mask = self.state[tensor_fqn]["mask"]
+        mask.data = kept.repeat(len(mask) // len(kept)).to(mask.device)
 
     def kept(self, rows: Tensor, level: float) -> Tensor:
         """Which rows (along the first dimension) stay: bool [rows]."""
@@ -179,6 +230,15 @@ class _RowPruner(BaseStructuredSparsifier):
             raise ValueError(
                 f"{group['tensor_fqn']}: sparsity_level={level!r}; expected a number, in defaults or config"
             )
+
+
+def _rows(group: Mapping[str, Any]) -> Tensor:
+    """The weight of a group, by outputs or units along the first dimension, in float32 or float64."""
+    module, weight = group["module"], unmasked(group["module"], group["tensor_name"])
+    weight = weight.float() if weight.itemsize < 4 else weight
+    if isinstance(module, nn.RNNBase):
+        return weight.unflatten(0, (-1, module.hidden_size)).movedim(1, 0)
+    return weight.T if is_transposed(module) else weight
 
 
 class SaliencyPruner(_RowPruner):

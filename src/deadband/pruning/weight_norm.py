@@ -111,7 +111,7 @@ class WeightNormSparsifier(BaseSparsifier):
         **kwargs: Any,
     ) -> None:
         """Make the mask of one tensor, in its dtype."""
-        tensor, mask = getattr(module, tensor_name), self.state[tensor_fqn]["mask"]
+        tensor, mask = unmasked(module, tensor_name), self.state[tensor_fqn]["mask"]
         if zeros_per_block == 0 or (sparsity_level <= 0 and scope != "global"):
             mask.data = torch.ones_like(tensor)
             return
@@ -121,7 +121,7 @@ class WeightNormSparsifier(BaseSparsifier):
             sizes = block_sizes(scores.shape, sparse_block_shape) if by_entries and scope == "tensor" else None
             kept = kept_blocks(block_scores(scores, sparse_block_shape), sparsity_level, scope=scope, sizes=sizes)
         kept = block_mask(scores, kept, sparse_block_shape, zeros_per_block)
-        mask.data = in_shape_of(kept.to(tensor.dtype), tensor, module)
+        mask.data = in_shape_of(kept, tensor, module).to(tensor.dtype)
 
 
 class WandaSparsifier(WeightNormSparsifier):
@@ -183,7 +183,7 @@ class NearlyDiagonalSparsifier(BaseSparsifier):
 
     def check_group(self, **group: Any) -> None:
         """A ValueError that names the tensor if its configuration cannot be."""
-        width, shape = group["nearliness"], list(getattr(group["module"], group["tensor_name"]).shape)
+        width, shape = group["nearliness"], list(unmasked(group["module"], group["tensor_name"]).shape)
         if len(shape) != 2 or (width > 0 and (width % 2 == 0 or width // 2 >= min(shape))):
             what = f"{group['tensor_fqn']}: nearliness={width!r} for a tensor of shape {shape}"
             raise ValueError(f"{what}; expected a matrix, and an odd number less than twice its shorter side")
@@ -192,7 +192,7 @@ class NearlyDiagonalSparsifier(BaseSparsifier):
         self, module: nn.Module, tensor_name: str, nearliness: int, *, tensor_fqn: str, **kwargs: Any
     ) -> None:
         """Make the mask of one tensor, in its dtype."""
-        ones, reach = torch.ones_like(getattr(module, tensor_name)), nearliness // 2
+        ones, reach = torch.ones_like(unmasked(module, tensor_name)), nearliness // 2
         self.state[tensor_fqn]["mask"].data = (
             ones.triu(-reach).tril(reach) if nearliness > 0 else torch.zeros_like(ones)
         )
