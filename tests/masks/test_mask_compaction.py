@@ -88,7 +88,7 @@ def test_a_compaction_that_fails_leaves_the_masked_model(monkeypatch):
     expected = model(x)
     with pytest.raises(ValueError, match=r"example, \(nothing=float32 .*unexpected keyword.*Pass example="):
         sparsifier.compact_({"nothing": x})
-    monkeypatch.setattr("deadband.compaction.compact._seconds", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("deadband.compaction.compact.seconds_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         sparsifier.compact_()
     assert torch.equal(model(x), expected)

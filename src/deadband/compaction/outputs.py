@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deadband.compaction.check import Check, Masks, SkipError
+from deadband.compaction.examples import guess_example, outputs_of
 from deadband.compaction.graph import Graph, Group
 from deadband.compaction.plan import union, without
 from deadband.compaction.resize import Example, Resize, folds_into_bias, layout_of, output_widths, shared_parameters
 from deadband.layers.hooks import take_input
-from deadband.running.copies import copy_arguments
+from deadband.running.copies import copy_arguments, copy_model
 
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 RUNS = 4  # on other inputs for each of the variations of parameters: what is constant by accident hardly stays so
 
 
@@ -100,6 +103,30 @@ def coupled_outputs(model: nn.Module, names: Iterable[str], example: Example) ->
                 for each in sets[name]:
                     sets[each] = sets[name]
     return list({id(each): each for each in sets.values()}.values())
+
+
+def norms_behind(model: nn.Module, layers: set[nn.Module], example: Example | None) -> dict[nn.Module, list[nn.Module]]:
+    """The batch normalizations that take what a layer gives as it is, by layer; none if no arguments are known."""
+    found: dict[nn.Module, list[nn.Module]] = {layer: [] for layer in layers}
+    if not any(isinstance(module, NORMS) for module in model.modules()):
+        return found
+    copied = copy_model(model)
+    ours = dict(zip(copied.modules(), model.modules(), strict=True))
+    outputs: list[tuple[Any, nn.Module]] = []
+
+    def take(module: nn.Module, args: tuple) -> None:
+        for output, layer in outputs:
+            if output is args[0]:
+                found[layer].append(ours[module])
+
+    for module, own in ours.items():
+        if own in layers:
+            module.register_forward_hook(lambda _, args, output, own=own: outputs.append((output, own)))
+        elif isinstance(own, NORMS):
+            module.register_forward_pre_hook(take)
+    with contextlib.suppress(ValueError):  # none is found, then
+        outputs_of(copied, example or guess_example(copied))
+    return {layer: list(dict.fromkeys(norms)) for layer, norms in found.items()}
 
 
 def _reason_to_leave(module: nn.Module, shared: set[nn.Module]) -> str | None:

@@ -83,7 +83,7 @@ def _reason_to_leave(model: nn.Module, name: str, shared: set[nn.Module]) -> str
         return "it gathers its input already"
     if getattr(module, "groups", 1) > 1:
         return "a convolution in groups needs all of its channels"
-    if layout is None or layout.inputs is None or "weight" not in module._parameters:
+    if layout is None or layout.inputs is None or layout.gates:
         return f"{type(module).__name__} cannot lose input features; nn.Linear, nn.Conv1d to 3d and Conv1D can"
     if type(module._parameters.get("weight")) is not nn.Parameter:
         return "its weight is not a plain parameter"

@@ -653,7 +653,7 @@ class ActivationSparsifier:
 
     def _example_call(self, example: Any) -> tuple[tuple, dict[str, Any]]:
         """The arguments of a call, positional and by keyword, from what `compact_` was given or from the one seen."""
-        from deadband.compaction.compact import as_call, few_rows
+        from deadband.compaction.examples import as_call, few_rows
 
         if example is not None:
             return as_call(example)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from deadband.compaction.compact import as_call, flops_of, outputs_of, seconds_of
+from deadband.compaction.compact import flops_of, seconds_of
+from deadband.compaction.examples import as_call, outputs_of
 from deadband.layers.tensors import holders, matrices, remove_parametrizations, underlying, unwrapped
 from deadband.layers.transaction import all_or_nothing
 from deadband.masks import ranks
@@ -204,19 +205,19 @@ class BaseSparsifier(abc.ABC):
                 raise ConfigError(f"config has an unknown key {key!r}; expected {close[0]!r}?")
 
     def _check_mask(self, info: Mapping[str, Any], mask: Any, tensor: Tensor) -> None:
-        shape, name = self.mask_shape(tensor, info["module"]), info["tensor_fqn"]
+        shape, name = self.whole_mask(tensor, info["module"]).shape, info["tensor_fqn"]
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
             got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ConfigError(f"the mask of {name!r} is {got}; expected a tensor of shape {list(shape)}")
 
-    def mask_shape(self, tensor: Tensor, module: nn.Module) -> torch.Size:
-        """The shape of a tensor's mask."""
-        return tensor.shape
+    def whole_mask(self, tensor: Tensor, module: nn.Module) -> Tensor:
+        """A mask that drops nothing."""
+        return torch.ones_like(tensor, requires_grad=False)
 
     def _prepare(self, *args: Any, **kwargs: Any) -> None:
         for group in self.groups:
             tensor = getattr(group["module"], group["tensor_name"])
-            self._put(group, group.get("mask", torch.ones_like(tensor, requires_grad=False)))
+            self._put(group, group.get("mask", self.whole_mask(tensor, group["module"])))
 
     def _find_holders(self) -> None:
         """Find where the tensor of each group is, more than one place if it is tied."""
@@ -253,9 +254,7 @@ class BaseSparsifier(abc.ABC):
         if not self.enable_mask_update:
             return
         if not self._masked():
-            what = (
-                "its masks are squashed; call prepare() again" if self.groups else "call prepare(model, config) first"
-            )
+            what = "its masks are squashed; prepare it again" if self.groups else "call prepare(model, config) first"
             raise ValueError(f"{type(self).__name__}.step(): {what}")
         for group in self.groups:
             self.check_group(**group)
@@ -352,9 +351,8 @@ class BaseSparsifier(abc.ABC):
         outputs_of(dense, call)
         mine.squash_mask()
         its.unprepare()
-        return PruningReport(
-            zeros, (flops_of(dense, call), flops_of(dense, call, shares)), seconds_of(dense, masked, call)
-        )
+        flops = flops_of(dense, call), flops_of(dense, call, shares)
+        return PruningReport(zeros, flops, seconds_of(dense, masked, call))
 
     def _copied(self) -> tuple[nn.Module, Any]:
         """A copy of the model, and of this sparsifier for it."""
@@ -384,10 +382,8 @@ class BaseSparsifier(abc.ABC):
         if not inplace:
             module = copy.deepcopy(module)
         for name, child in list(module.named_children()):
-            if (
-                module_contains_param(child, parameterization)
-                and parametrize.type_before_parametrizations(child) in mapping
-            ):
+            kind = parametrize.type_before_parametrizations(child)
+            if kind in mapping and module_contains_param(child, parameterization):
                 module._modules[name] = swap_module(child, mapping)
             elif not isinstance(child, nn.ModuleDict) or name != "parametrizations":
                 self.convert(child, mapping, True, parameterization)

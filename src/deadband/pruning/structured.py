@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from deadband.compaction.compact import CompactionReport, as_call, compact_, few_rows, guess_example, outputs_of
-from deadband.compaction.outputs import coupled_outputs
+from deadband.compaction.compact import CompactionReport, compact_
+from deadband.compaction.examples import as_call, few_rows, guess_example
+from deadband.compaction.outputs import NORMS, coupled_outputs, norms_behind
 from deadband.compaction.resize import Example
 from deadband.layers.tensors import underlying
 from deadband.layers.transaction import all_or_nothing
@@ -74,27 +74,21 @@ class BaseStructuredSparsifier(BaseSparsifier):
             return [name for name in module._flat_weights_names if name.startswith("weight_")]
         return ["weight"]
 
-    def mask_shape(self, tensor: Tensor, module: nn.Module) -> torch.Size:
-        """One entry per row."""
+    def whole_mask(self, tensor: Tensor, module: nn.Module) -> Tensor:
+        """A mask that drops nothing: one entry per row."""
         if tensor.dim() < 2:
             raise ConfigError(f"a tensor of shape {list(tensor.shape)} has no rows; expected two dimensions or more")
-        return torch.Size([tensor.shape[int(is_transposed(module))]])
+        return torch.ones(tensor.shape[int(is_transposed(module))], dtype=torch.bool, device=tensor.device)
 
     def _find_holders(self) -> None:
         super()._find_holders()
-        self._norms = _norms_behind(self.model, {group["module"] for group in self.groups}, self._given)
+        self._norms = norms_behind(self.model, {group["module"] for group in self.groups}, self._given)
         for group in self.groups:
             self._holders[group["tensor_fqn"]] += [(norm, "weight") for norm in self._norms[group["module"]]]
 
-    def _prepare(self, *args: Any, **kwargs: Any) -> None:
-        for group in self.groups:
-            tensor = getattr(group["module"], group["tensor_name"])
-            shape = self.mask_shape(tensor, group["module"])
-            self._put(group, group.get("mask", torch.ones(shape, dtype=torch.bool, device=tensor.device)))
-
     def _put(self, group: dict[str, Any], mask: Tensor) -> None:
         module, name, tensor_fqn = group["module"], group["tensor_name"], group["tensor_fqn"]
-        places = [place for place in self._holders[tensor_fqn] if not isinstance(place[0], _NORMS)]
+        places = [place for place in self._holders[tensor_fqn] if not isinstance(place[0], NORMS)]
         held = [(each, its_name, int(is_transposed(each))) for each, its_name in places]
         bias = name.replace("weight", "bias")
         if group.get("prune_bias", True) and bias != name:
@@ -163,33 +157,6 @@ class BaseStructuredSparsifier(BaseSparsifier):
             elif group["tensor_name"] == "weight":
                 outputs[name] = mask
         return {name: mask for name, mask in outputs.items() if name not in left}, left
-
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
-def _norms_behind(model: nn.Module, layers: set[nn.Module], given: Example | None) -> dict[nn.Module, list[nn.Module]]:
-    """The batch normalizations that take what a layer gives as it is, by layer."""
-    found: dict[nn.Module, list[nn.Module]] = {layer: [] for layer in layers}
-    if not any(isinstance(module, _NORMS) for module in model.modules()):
-        return found
-    copied = copy_model(model)
-    ours = dict(zip(copied.modules(), model.modules(), strict=True))
-    outputs: list[tuple[Any, nn.Module]] = []
-
-    def take(module: nn.Module, args: tuple) -> None:
-        for output, layer in outputs:
-            if output is args[0]:
-                found[layer].append(ours[module])
-
-    for module, own in ours.items():
-        if own in layers:
-            module.register_forward_hook(lambda _, args, output, own=own: outputs.append((output, own)))
-        elif isinstance(own, _NORMS):
-            module.register_forward_pre_hook(take)
-    with contextlib.suppress(ValueError):  # none is found, then
-        outputs_of(copied, given or guess_example(copied))
-    return {layer: list(dict.fromkeys(norms)) for layer, norms in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ criteria
