@@ -333,6 +333,28 @@ def compaction(result: Result) -> str:
     return table(["compacted to half", "batch", "threads", "dense ms", "masked ms", "compacted ms", "speed"], lines)
 
 
+def pruning(result: Result) -> str:
+    counted = [row for row in result["rows"] if "equal" in row]
+    parts = [
+        f"Masks of {row['equal']} of {row['configurations']} random configurations are torch's bit for bit."
+        for row in counted
+    ]
+    steps = [row for row in result["rows"] if "torch" in row.get("seconds", {})]
+    lines = [
+        (row["what"].replace(" x ", " × "), str(row["threads"]),
+         *(f"{row['seconds'][name]:.2f}" for name in ("torch", "deadband")), times(row["speed"])) for row in steps
+    ]  # fmt: skip
+    parts.append(table(["", "threads", "torch s", "deadband s", "speed"], lines))
+    models = [row for row in result["rows"] if "pruned" in row.get("seconds", {})]
+    lines = [
+        (row["what"], str(row["threads"]), *(f"{row['seconds'][name] * 1e3:.2f}" for name in ("dense", "pruned")),
+         times(row["speed"]), *(times(row[what][0] / row[what][1]) for what in ("flops", "parameters")))
+        for row in models
+    ]  # fmt: skip
+    head = ["half pruned", "threads", "dense ms", "pruned ms", "speed", "fewer FLOPs", "fewer parameters"]
+    return "\n\n".join([*parts, table(head, lines)])
+
+
 def demo(result: Result) -> str:
     first = result["rows"][0]
     lines = [
@@ -516,6 +538,15 @@ of one `x * mask`.
 `benchmarks/compaction.py`, float32: half of the hidden features masked, then removed.
 """,
         compaction,
+    ),
+    (
+        "pruning",
+        "Pruning",
+        """
+`benchmarks/pruning.py`, float32: masks and `step` of `WeightNormSparsifier` over 200 layers of 1024 × 1024 beside
+torch.ao.pruning's class; half of the channels or neurons by `SaliencyPruner`, removed by `prune()`, batch 1.
+""",
+        pruning,
     ),
 ]  # scripts, title, what it shows, how
 

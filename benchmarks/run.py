@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 NAMES = (
     "overheads", "kernels", "ratios", "prefill", "first_token", "several_tokens", "decode", "rounding", "allocation",
-    "quality", "sparsifier", "compaction", "memory",
+    "quality", "sparsifier", "compaction", "pruning", "memory",
 )  # fmt: skip
 
 

@@ -226,3 +226,32 @@ def test_a_state_of_torchs_is_loaded_and_stays_whole():
     back.prepare(fresh, config=None)
     back.load_state_dict(sparsifier.state_dict())
     assert torch.equal(fresh[0].parametrizations.weight[0].mask, expected)
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.3, 0.5, 0.77])
+def test_torch_nn_utils_prune_has_the_same_masks(amount):
+    from torch.nn.utils import prune
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 20))
+
+    def masks(sparsifier, kept=model, config=None):
+        copied = copy.deepcopy(kept)
+        sparsifier.prepare(copied, config)
+        sparsifier.step()
+        return [state["mask"] for state in sparsifier.state.values()]
+
+    expected = copy.deepcopy(model)
+    for layer in expected:
+        prune.l1_unstructured(layer, "weight", amount)
+    found = masks(ours.WeightNormSparsifier(amount, (1, 1)))
+    assert all(torch.equal(mask, layer.weight_mask) for mask, layer in zip(found, expected, strict=True))
+    expected = copy.deepcopy(model)
+    prune.global_unstructured([(layer, "weight") for layer in expected], prune.L1Unstructured, amount=amount)
+    found = masks(ours.WeightNormSparsifier(amount, (1, 1), scope="global"))
+    assert all(torch.equal(mask, layer.weight_mask) for mask, layer in zip(found, expected, strict=True))
+    expected = copy.deepcopy(model)
+    for layer in expected:
+        prune.ln_structured(layer, "weight", int(amount * len(layer.weight)), n=1, dim=0)
+    found = masks(ours.SaliencyPruner({"sparsity_level": amount}))
+    assert all(torch.equal(mask, layer.weight_mask[:, 0].bool()) for mask, layer in zip(found, expected, strict=True))
