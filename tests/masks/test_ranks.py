@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from deadband import pruning
 from deadband.masks import aggregate, mask, reduce
 from deadband.masks.sparsifier import ActivationSparsifier, LayerError
 
@@ -126,6 +127,24 @@ OPTIONS = {
 }
 
 
+class RandomWeights(pruning.BaseSparsifier):
+    """Draws a mask, on each rank by itself."""
+
+    def update_mask(self, module, tensor_name, tensor_fqn, **group):
+        self.state[tensor_fqn]["mask"].copy_(torch.rand_like(getattr(module, tensor_name)) > 0.5)
+
+
+def prune_weights(rank):
+    torch.manual_seed(100 + rank)
+    model = DistributedDataParallel(network())
+    sparsifier = RandomWeights()
+    sparsifier.prepare(model, [{"tensor_fqn": "*.weight"}])
+    sparsifier.step()
+    model(batches(rank)[0]).sum().backward()
+    sparsifier.squash_mask()
+    return {"masks": [state["mask"] for state in sparsifier.state.values()], "weight": model.module[0].weight.detach()}
+
+
 def train_with_all(rank):
     return {
         f"{name} {features}": train(rank, options, features)
@@ -169,3 +188,10 @@ def test_sharded_models_agree_too(tmp_path):
 @pytest.mark.slow
 def test_ranks_may_stay_on_their_own(tmp_path):
     on_two_ranks(alone, tmp_path)
+
+
+def test_masks_of_weights_are_those_of_the_first_rank(tmp_path):
+    one, other = on_two_ranks(prune_weights, tmp_path)
+    assert all(torch.equal(*pair) for pair in zip(one["masks"], other["masks"], strict=True))
+    assert torch.equal(one["weight"], other["weight"])
+    assert 0 < one["masks"][0].mean() < 1
