@@ -114,8 +114,9 @@ def test_what_cannot_be_is_named():
     with pytest.raises(ValueError, match="no data named 'y'"):
         sparsifier.squash_mask(names=["x", "y"])
     assert sparsifier.get_data("x") is not None
-    with pytest.raises(NotImplementedError, match="add_data"):
-        sparsifier.prepare(nn.Linear(1, 1))
+    for method in (sparsifier.prepare, sparsifier.unprepare, sparsifier.report, sparsifier.hold_zeros):
+        with pytest.raises(NotImplementedError, match="add_data"):
+            method(nn.Linear(1, 1))
     with pytest.raises(AssertionError, match="norm"):
         DataNormSparsifier(norm="L3")
 

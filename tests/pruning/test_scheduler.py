@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_what_cannot_be_is_named():
         def get_sl(self):
             return [0.5]
 
-    with pytest.raises(ValueError, match="gave 1 levels"):
+    with pytest.raises(ValueError, match="got 1 levels"):
         TooFew(sparsifier_of(0.5, 0.5))
 
 
@@ -168,3 +169,21 @@ def test_a_schedule_of_data_and_its_return():
 
     with pytest.raises(ValueError, match=r"names \['d'\]"):
         Stranger(made(), "sparsity_level")
+
+
+def test_code_written_for_torchs_schedulers_runs(recwarn):
+    class Theirs(BaseScheduler):
+        def get_sl(self):
+            if not self._get_sl_called_within_step:
+                warnings.warn("use get_last_sl()", stacklevel=2)
+            return [level / 2 for level in self.base_sl]
+
+    scheduler = Theirs(sparsifier_of(0.5))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="get_last_sl"):
+        assert scheduler.get_sl() == [0.25]
+    saved = Theirs(sparsifier_of(0.5, 0.5)).state_dict()
+    with pytest.raises(ValueError, match="expected 1"):
+        scheduler.load_state_dict(saved)
+    assert scheduler.base_sl == [0.5]
+    assert scheduler.get_last_sl() == [0.25]

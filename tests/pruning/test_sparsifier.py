@@ -778,3 +778,119 @@ def test_fake_sparsity_says_which_shape_it_expects():
     with pytest.raises(AssertionError, match=r"\[2\]"):
         FakeSparsity(torch.ones(3))(torch.ones(2))
     assert FakeSparsity(torch.ones(3)).state_dict() == {}
+
+
+class Halved(nn.Module):
+    """A user's own way to apply a mask, with a buffer of its own."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.register_buffer("kept", mask.bool())
+
+    def forward(self, x):
+        return x * self.kept
+
+
+class Replacing(BaseSparsifier):
+    """Puts a new mask in the place of the old one."""
+
+    def update_mask(self, module, tensor_name, **group):
+        module.parametrizations[tensor_name][0].mask = torch.zeros_like(getattr(module, tensor_name))
+
+
+def test_masks_of_the_users_own_are_squashed_too():
+    model = mlp()
+    sparsifier = prepared(model, [{"tensor_fqn": "0.weight", "parametrization": Halved, "mask": torch.zeros(16, 8)}])
+    model.double()
+    sparsifier.squash_mask()
+    assert type(model[0]) is nn.Linear
+    assert not model[0].weight.any()
+    sparsifier = Replacing()
+    sparsifier.prepare(model, [{"tensor_fqn": "2.0.weight"}])
+    sparsifier.step()
+    sparsifier.step()
+    sparsifier.squash_mask()
+    assert not model[2][0].weight.any()
+    with torch.device("meta"):
+        model = mlp()
+    sparsifier = prepared(model)
+    sparsifier.step()
+    model.to_empty(device="cpu")
+    sparsifier.squash_mask()
+    assert type(model[0]) is nn.Linear
+
+
+def test_unprepare_takes_only_its_own_off():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    x = torch.randn(2, 8)
+    expected = model(x)
+    first, second = prepared(model), prepared(model, sparse_block_shape=(1, 1))
+    for sparsifier in (first, second):
+        sparsifier.step()
+    first.report(x)
+    first.unprepare()
+    assert len(model[1].parametrizations.weight) == 1
+    assert (model[1].weight == 0).float().mean() == 0.5
+    second.unprepare()
+    assert type(model[1]) is nn.Linear
+    assert torch.allclose(model(x), expected)
+    assert len(model[0].parametrizations.weight) == 1
+
+
+def test_a_state_of_fewer_settings_takes_the_defaults():
+    from torch.ao.pruning import WeightNormSparsifier as Theirs
+
+    model = mlp()
+    theirs = Theirs(sparsity_level=0.25)
+    theirs.prepare(model, None)
+    sparsifier = prepared(mlp(), sparsity_level=0.9)
+    sparsifier.load_state_dict(theirs.state_dict())
+    sparsifier.step()
+    assert sparsifier.state["0.weight"]["mask"].mean() == 0.75
+
+
+def test_loading_that_fails_half_way_leaves_the_sparsifier_whole(monkeypatch):
+    sparsifier = prepared(mlp(), [{"tensor_fqn": "0.weight"}])
+    other = prepared(mlp())
+    other.step()
+    monkeypatch.setattr(WeightNormSparsifier, "_put", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sparsifier.load_state_dict(other.state_dict())
+    monkeypatch.undo()
+    assert [group["tensor_fqn"] for group in sparsifier.groups] == ["0.weight"]
+    sparsifier.step()
+    sparsifier.squash_mask()
+
+
+@pytest.mark.parametrize("level", ["x", None, float("nan"), torch.tensor(0.5)])
+def test_a_level_that_is_no_number_is_named_before_masks_change(level):
+    sparsifier = prepared(mlp(), [{"tensor_fqn": "0.weight"}, {"tensor_fqn": "2.0.weight", "sparsity_level": level}])
+    with pytest.raises(ValueError, match=r"2\.0\.weight: sparsity_level"):
+        sparsifier.step()
+    assert (sparsifier.state["0.weight"]["mask"] == 1).all()
+
+
+def test_nothing_to_prune_is_nothing_to_do():
+    sparsifier = prepared(mlp(), [])
+    sparsifier.step()
+    sparsifier.squash_mask()
+
+
+def test_lists_of_the_users_own_stay_lists(tmp_path):
+    sparsifier = prepared(mlp(), [{"tensor_fqn": "0.weight", "rows": [0, 1]}])
+    sparsifier.save(tmp_path / "masks")
+    sparsifier.load(tmp_path / "masks")
+    assert sparsifier.groups[0]["rows"] == [0, 1]
+    assert sparsifier.groups[0]["sparse_block_shape"] == (1, 4)
+
+
+def test_a_state_that_names_both_sides_of_a_tie_is_one_mask():
+    model = Tied()
+    sparsifier = prepared(model, [{"tensor_fqn": "head.weight"}])
+    sparsifier.step()
+    saved = sparsifier.state_dict()
+    saved["state"]["embed.weight"] = saved["state"]["head.weight"]
+    fresh = prepared(Tied(), [{"tensor_fqn": "head.weight"}])
+    fresh.load_state_dict(saved)
+    assert len(fresh.groups) == 1
+    assert len(fresh.model.head.parametrizations.weight) == 1

@@ -514,3 +514,205 @@ def test_batch_norm_behind_a_layer_is_masked_with_it_and_comes_back():
     assert type(model[0][1]) is nn.BatchNorm2d
     with torch.no_grad():
         assert (model[0][:2](x)[:, gone] != 0).any()
+
+
+# ---------------------------------------------------------------------------------- what hardly ever shows, and misfits
+
+
+class Chosen(BaseStructuredSparsifier):
+    """Drops the rows that `drop` names."""
+
+    def update_mask(self, module, tensor_name, drop=(), **group):
+        getattr(module.parametrizations, tensor_name)[0].mask[list(drop)] = False
+
+
+class Called(nn.Module):
+    """Two layers and a reader, put together by a function."""
+
+    def __init__(self, function, width=24):
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(8, width), nn.Linear(8, width), nn.Linear(width, 3)
+        self.function = function
+
+    def forward(self, *args):
+        return self.out(self.function(self, *args))
+
+
+def choose(model, config, example, prune_bias=True):
+    """The masked model and the pruned one."""
+    pruner = Chosen({"prune_bias": prune_bias})
+    pruner.prepare(model, config, example)
+    pruner.step()
+    masked = copy.deepcopy(model)
+    pruner.prune(example)
+    return masked, pruner
+
+
+def agree(masked, model, *args):
+    with torch.no_grad():
+        return close(model(*args), masked(*args))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_another_layer_hardly_ever_adds_stays(seed):
+    torch.manual_seed(seed)
+    model = Called(lambda m, x: torch.relu(m.a(x) + m.b(x)), 64).eval()
+    nn.init.constant_(model.a.bias, -1.0)
+    x = torch.randn(512, 8)
+    masked, pruner = choose(model, [{"tensor_fqn": "b.weight", "drop": range(60)}], x)
+    assert agree(masked, model, torch.randn(4096, 8))
+    assert model.a.out_features == 64
+    assert "b" in pruner.compaction.left
+
+
+@pytest.mark.parametrize(
+    ("function", "example", "others"),
+    [
+        (
+            lambda m, x, mask: m.a(x).masked_fill(mask[:, None], 1.0),
+            torch.zeros(4, dtype=torch.bool),
+            torch.tensor([True, False]),
+        ),
+        (lambda m, x, kept: m.a(x) * kept[:, None], torch.ones(4, dtype=torch.int64), torch.tensor([1, 0])),
+        (lambda m, x, t: m.a(x) + t[:, None], torch.zeros(4, dtype=torch.int64), torch.tensor([0, 1])),
+        (lambda m, x, k: m.a(x) + k, 0.0, 1.0),
+    ],
+)
+def test_arguments_that_are_no_floats_vary_too(function, example, others):
+    torch.manual_seed(0)
+    model = Called(function).eval()
+    config = [{"tensor_fqn": "a.weight", "drop": [1, 4, 5]}]
+    masked, _ = choose(model, config, (torch.randn(4, 8), example), prune_bias=False)
+    assert agree(masked, model, torch.randn(2, 8), others)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_an_example_of_one_step_says_nothing_of_the_next(kind):
+    torch.manual_seed(0)
+    model = Recurrent(kind, batch_first=True).eval()
+    names = [f"rnn.weight_{name}_l0" for name in ("ih", "hh")]
+    rows = [unit + 9 * gate for unit in (0, 3) for gate in range({nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}[kind])]
+    for prune_bias in (False, True):
+        smaller = copy.deepcopy(model)
+        config = [{"tensor_fqn": name, "drop": rows} for name in names]
+        masked, _ = choose(smaller, config, torch.randn(2, 1, 5), prune_bias)
+        assert agree(masked, smaller, torch.randn(2, 7, 5))
+        assert smaller.rnn.hidden_size == (7 if prune_bias else 9)
+
+
+def test_rows_of_an_embedding_are_no_outputs():
+    for rows in (8, 10):
+        model = nn.Sequential(nn.Embedding(rows, 8), nn.Linear(8, 3)).eval()
+        masked, pruner = choose(model, [{"tensor_fqn": "0.weight", "drop": [0, 1]}], torch.randint(0, 8, (2, 5)))
+        assert agree(masked, model, torch.arange(rows)[None])
+        assert "rows" in pruner.compaction.left["0"]
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.rnn, self.out = (
+            nn.Linear(5, 8),
+            nn.Linear(8, 6),
+            nn.LSTM(6, 4, batch_first=True),
+            nn.Linear(4, 2),
+        )
+        self.idle = nn.Linear(6, 6)
+
+    def forward(self, x):
+        h = self.two(self.one(x).relu()).relu()
+        self.idle(h[:0])
+        packed = nn.utils.rnn.pack_padded_sequence(h, [3, 2], batch_first=True)
+        return self.out(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+
+def test_packed_and_empty_inputs_only_keep_their_own_layers_whole():
+    torch.manual_seed(0)
+    model = Packed().eval()
+    config = [{"tensor_fqn": "one.weight", "drop": [0, 5]}, {"tensor_fqn": "two.weight", "drop": [1]}]
+    masked, pruner = choose(model, config, torch.randn(2, 3, 5))
+    assert agree(masked, model, torch.randn(2, 3, 5))
+    assert model.two.in_features in (6, 8)
+
+
+class Auxiliary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.out, self.aux = nn.Linear(5, 8), nn.Linear(8, 2), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.one(x).relu()
+        return (self.out(h), self.aux(h)) if self.training else self.out(h)
+
+
+def test_a_layer_that_only_training_calls_still_works():
+    model = Auxiliary().eval()
+    masked, _ = choose(model, [{"tensor_fqn": "one.weight", "drop": [0, 5]}], torch.randn(2, 5))
+    x = torch.randn(3, 5)
+    assert agree(masked, model, x)
+    assert agree(masked.train(), model.train(), x)
+
+
+class Normed(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def add_in_place(model, x):
+    x = model.a(x)
+    y = model.b(x)
+    y += x
+    return model.norm(y)
+
+
+@pytest.mark.parametrize("function", [add_in_place, lambda m, x: m.norm(m.a(x)) + m.norm(m.b(m.a(x)))])
+def test_batch_norm_of_something_else_is_not_masked(function):
+    model = Normed(function).eval()
+    pruner = Chosen({})
+    pruner.prepare(model, [{"tensor_fqn": "b.weight", "drop": [0]}], example=torch.randn(2, 3, 5, 5))
+    assert type(model.norm) is nn.BatchNorm2d
+
+
+def test_batch_norm_over_time_is_not_masked():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(5), nn.Linear(6, 2)).eval()
+    masked, _ = choose(model, [{"tensor_fqn": "0.weight", "drop": [0]}], torch.randn(3, 5, 4))
+    assert agree(masked, model, torch.randn(2, 5, 4))
+    with pytest.raises(ValueError, match="example"):
+        Chosen({}).prepare(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), None, example=torch.randn(2, 3))
+
+
+def test_tied_biases_and_transposed_convolutions_keep_their_bias():
+    model = Called(lambda m, x: m.a(x) * m.b(x)).eval()
+    model.b.bias = model.a.bias
+    bias = model.b.bias.detach().clone()
+    masked, _ = choose(model, [{"tensor_fqn": "a.weight", "drop": [0]}], torch.randn(4, 8))
+    assert torch.equal(model.b.bias, bias)
+    assert agree(masked, model, torch.randn(4, 8))
+    for outputs in (3, 5):
+        model = nn.Sequential(nn.ConvTranspose2d(3, outputs, 2), nn.ReLU()).eval()
+        masked, pruner = choose(model, [{"tensor_fqn": "0.weight", "drop": [0]}], torch.randn(1, 3, 4, 4))
+        assert agree(masked, model, torch.randn(2, 3, 4, 4))
+        assert "0" in pruner.compaction.left
+
+
+def test_a_state_loaded_over_itself_changes_nothing(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 10, 10)
+    model = warmed(nn.Sequential(block(3, 9, padding=1), nn.Conv2d(9, 4, 3)), x)
+    pruner = RandomRows({})
+    pruner.prepare(model, [{"tensor_fqn": "0.0.weight"}], example=x)
+    pruner.step()
+    pruner.load_state_dict(pruner.state_dict())
+    pruner.save(tmp_path / "masks")
+    pruner.load(tmp_path / "masks")
+    expected = model(x)
+    pruner.prune()
+    assert close(model(x), expected)
+    assert model[0][0].out_channels == 6
+    assert pruner.groups == []
+    assert not model._forward_pre_hooks

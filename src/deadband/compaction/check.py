@@ -93,19 +93,21 @@ class Check:
         model = copy.deepcopy(self.model).eval()
         return model if self.dtype is None else model.to(self.dtype)
 
-    def arguments(self, noise: torch.Generator | None = None) -> Example:
-        """A copy of the example, with floats moved at random if there is a generator."""
+    def arguments(self, noise: torch.Generator | None = None, discrete: bool = False) -> Example:
+        """A copy of the example; with a generator floats move at random, and with `discrete` whole numbers, too."""
 
         def fresh(value: Any) -> Any:
+            if noise is not None and isinstance(value, float):
+                return value + float(torch.rand((), generator=noise))
             if not isinstance(value, Tensor):
                 return copy.deepcopy(value)
             value = value.detach().clone()
-            if not value.is_floating_point():
+            value = value.to(self.dtype) if value.is_floating_point() else value
+            if noise is None or value.is_nested or value.layout is not torch.strided or not value.numel():
                 return value
-            value = value.to(self.dtype)
-            if noise is None or value.is_nested or value.layout is not torch.strided:
-                return value
-            return value + _random(value, noise) * (_spread(value) + 0.1)
+            if value.is_floating_point():
+                return value + _random(value, noise) * (_spread(value) + 0.1)
+            return _other_numbers(value, noise) if discrete and not value.is_complex() else value
 
         return tree_map(fresh, self.example)
 
@@ -126,25 +128,35 @@ class Check:
             resizes: what each layer is cut down to, from the model with its parameters of then and the arguments; it
                 may run the model, and raises `SkipError` for parameters that it cannot be told from.
         """
-        for seed in (None, 0, 1):
+        for seed, discrete in ((None, False), (0, False), (1, True)):
             model, noise = self.variation(seed)
-            arguments = self.arguments(noise)
+            arguments = self.arguments(noise, discrete)
             try:
                 with masking(model, masks):
                     expected = self.run(model, copy_arguments(arguments))
+                trains = seed is None and self._runs_in_training(model, arguments)
             except Exception:
                 if seed is None:
                     raise
                 continue  # the variation is none that this model can take
             try:
                 apply_(model, resizes(model, arguments))
-                found = self.run(model, arguments)
+                found = self.run(model, copy_arguments(arguments))
+                if trains and not self._runs_in_training(model, arguments):
+                    return False  # a layer that only training calls
             except SkipError:
                 continue
             except Exception:
                 return False
             if len(found) != len(expected) or not all(map(self._close, found, expected)):
                 return False
+        return True
+
+    def _runs_in_training(self, model: nn.Module, arguments: Example) -> bool:
+        try:
+            self.run(copy.deepcopy(model).train(), copy_arguments(arguments))
+        except Exception:
+            return False
         return True
 
     def variation(self, seed: int | None) -> tuple[nn.Module, torch.Generator | None]:
@@ -173,6 +185,15 @@ def _spread(values: Tensor) -> float:
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform between -1 and 1."""
     return torch.rand(like.shape, generator=generator).mul_(2).sub_(1).to(like)
+
+
+def _other_numbers(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Whole numbers or bools drawn from those that are there, and from 0 and 1 if there are no others."""
+    known = values.unique()
+    if values.dtype == torch.bool or (int(known[0]) >= 0 and int(known[-1]) <= 1):
+        known = torch.tensor([0, 1])
+    chosen = torch.randint(len(known), values.shape, generator=generator)
+    return known.to("cpu")[chosen].to(values)
 
 
 @torch.no_grad()

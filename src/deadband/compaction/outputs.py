@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,7 @@ from deadband.compaction.examples import guess_example, outputs_of
 from deadband.compaction.graph import Graph, Group
 from deadband.compaction.plan import union, without
 from deadband.compaction.resize import Example, Resize, folds_into_bias, layout_of, output_widths, shared_parameters
-from deadband.layers.hooks import take_input
-from deadband.running.copies import copy_arguments, copy_model
+from deadband.running.copies import copy_model
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 RUNS = 4  # on other inputs for each of the variations of parameters: what is constant by accident hardly stays so
@@ -52,12 +50,12 @@ def find_outputs(model: nn.Module, outputs: Masks, example: Example) -> OutputsP
     if check.dtype is None:
         failed = "the model runs neither in float64 nor in float32, which checks are made in"
         return OutputsPlan({}, {}, left | dict.fromkeys(masks, failed))
-    constants = _Constants(check)
     try:
+        constants = _Constants(check, masks)
         tied = {name for name, module in model.named_modules() if module in shared}
         groups = _propose(check, masks, constants, tied)
     except Exception as error:
-        failed = f"Torch-Pruning cannot follow this model ({type(error).__name__}: {error})"
+        failed = f"what reads them cannot be found ({type(error).__name__}: {error})"
         return OutputsPlan({}, {}, left | dict.fromkeys(masks, failed))
     check.cleared |= _per_feature(model, groups)  # as what they make of a constant depends on their parameters
     chosen = _sound(check, groups)
@@ -106,27 +104,42 @@ def coupled_outputs(model: nn.Module, names: Iterable[str], example: Example) ->
 
 
 def norms_behind(model: nn.Module, layers: set[nn.Module], example: Example | None) -> dict[nn.Module, list[nn.Module]]:
-    """The batch normalizations that take what a layer gives as it is, by layer; none if no arguments are known."""
+    """The batch normalizations that take what a layer gives as it is, and nothing else, by layer.
+
+    Without an example, arguments are guessed; none are found where that fails.
+    """
     found: dict[nn.Module, list[nn.Module]] = {layer: [] for layer in layers}
     if not any(isinstance(module, NORMS) for module in model.modules()):
         return found
+    if example is None:
+        try:
+            example = guess_example(copy_model(model))
+        except ValueError:
+            return found
     copied = copy_model(model)
     ours = dict(zip(copied.modules(), model.modules(), strict=True))
-    outputs: list[tuple[Any, nn.Module]] = []
+    outputs: list[tuple[Tensor, int, nn.Module]] = []
+    calls: dict[nn.Module, list[nn.Module | None]] = {}
+
+    def give(module: nn.Module, args: tuple, output: object) -> None:
+        features = 2 if isinstance(module, nn.Linear) else getattr(getattr(module, "weight", None), "ndim", 0)
+        if isinstance(output, Tensor) and output.dim() == features:
+            outputs.append((output, output._version, ours[module]))
 
     def take(module: nn.Module, args: tuple) -> None:
-        for output, layer in outputs:
-            if output is args[0]:
-                found[layer].append(ours[module])
+        same = (layer for output, version, layer in outputs if output is args[0] and output._version == version)
+        calls.setdefault(ours[module], []).append(next(same, None))
 
     for module, own in ours.items():
         if own in layers:
-            module.register_forward_hook(lambda _, args, output, own=own: outputs.append((output, own)))
+            module.register_forward_hook(give)
         elif isinstance(own, NORMS):
             module.register_forward_pre_hook(take)
-    with contextlib.suppress(ValueError):  # none is found, then
-        outputs_of(copied, example or guess_example(copied))
-    return {layer: list(dict.fromkeys(norms)) for layer, norms in found.items()}
+    outputs_of(copied, example)
+    for norm, given in calls.items():
+        if len(given) == 1 and given[0] is not None:
+            found[given[0]].append(norm)
+    return found
 
 
 def _reason_to_leave(module: nn.Module, shared: set[nn.Module]) -> str | None:
@@ -140,7 +153,7 @@ def _reason_to_leave(module: nn.Module, shared: set[nn.Module]) -> str | None:
 
 
 class _Constants:
-    """Which input features of layers are the same everywhere, whatever goes into the model.
+    """Which input features of layers are the same everywhere, whatever goes into the model and whatever others give.
 
     Attributes:
         constant: by layer, bool [in]: True where a feature has one value for given parameters.
@@ -148,56 +161,88 @@ class _Constants:
         value: float64 [in], with the model's own parameters.
     """
 
-    def __init__(self, check: Check) -> None:
+    def __init__(self, check: Check, masks: Masks) -> None:
         self.constant: dict[str, Tensor] = {}
         self.zero: dict[str, Tensor] = {}
-        self.value: dict[str, Tensor] = {}
+        self.value = {name: low for name, (low, _) in _observe(check, check.fresh(), [check.arguments()]).items()}
         for seed in (None, 0, 1, 2):
             model, noise = check.variation(seed)
             noise = torch.Generator().manual_seed(99) if noise is None else noise
-            inputs = [check.arguments(), *(check.arguments(noise) for _ in range(RUNS))]
-            try:
-                seen = _observe(check, model, inputs)
-            except Exception:
-                if seed is None:
-                    raise
-                continue
-            if seed is None:
-                self.value = {name: (low + high) / 2 for name, (low, high) in seen.items()}
-            for name, (low, high) in seen.items():
+            inputs = [check.arguments(), *(check.arguments(noise, run % 2 > 0) for run in range(RUNS))]
+            for name, (low, high) in _observe(check, model, inputs, masks, noise).items():
                 size = torch.maximum(low.abs(), high.abs())
                 same = high - low <= (1e-9 if check.dtype == torch.float64 else 1e-5) * size
                 zero = size == 0
                 self.constant[name] = self.constant.get(name, same) & same
                 self.zero[name] = self.zero.get(name, zero) & zero
+        self.constant = {name: each for name, each in self.constant.items() if name in self.value}
 
 
-def _observe(check: Check, model: nn.Module, inputs: Sequence[Example]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The least and the largest value of each input feature of each layer that can lose some, float64 [in]."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+Ranges = dict[str, tuple[Tensor, Tensor]]
+
+
+def _observe(
+    check: Check,
+    model: nn.Module,
+    inputs: Sequence[Example],
+    masks: Masks | None = None,
+    noise: torch.Generator | None = None,
+) -> Ranges:
+    """The least and the largest value of each input feature of each layer that can lose some, float64 [in].
+
+    With `noise`, whatever other features of layers are, they are moved far at random: what is constant then is so by
+    the way in which it is computed. Inputs that the model does not take are passed over. Layers whose input is no plain
+    tensor are left out, as are NaN, which show nothing.
+    """
+    seen: Ranges = {}
+    other: set[str] = set()  # layers with other inputs than plain tensors
     with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
             layout = layout_of(module)
             if layout is not None and layout.inputs is not None:
-                hooks.enter_context(_watching(name, module, seen))
-        for arguments in inputs:
-            check.run(model, copy_arguments(arguments))
-    return seen
+                hooks.enter_context(_watching(name, module, seen, other))
+            if noise is not None and masks is not None and layout is not None and not layout.per_feature:
+                kept = masks.get(name, torch.ones(getattr(module, layout.outputs), dtype=torch.bool))
+                hooks.callback(module.register_forward_hook(_Moving(module, kept, noise)).remove)
+        for index, arguments in enumerate(inputs):
+            try:
+                check.run(model, arguments)
+            except Exception:
+                if not index:
+                    raise
+    return {name: each for name, each in seen.items() if name not in other}
+
+
+class _Moving:
+    """A forward hook that moves output features of a layer far, in either direction, where a mask keeps them."""
+
+    def __init__(self, module: nn.Module, kept: Tensor, noise: torch.Generator) -> None:
+        spatial = len(module.kernel_size) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 0
+        self.kept, self.noise = kept.view(-1, *[1] * spatial), noise
+
+    def __call__(self, module: nn.Module, args: tuple, output: object) -> object:
+        if not isinstance(output, Tensor) or output.is_nested:
+            return None  # of a recurrent layer
+        far = torch.randn(output.shape, generator=self.noise).to(output) * (10 * output.abs().mean() + 1)
+        return output + torch.where(self.kept.to(output.device), far, 0)
 
 
 @contextlib.contextmanager
-def _watching(name: str, module: nn.Module, seen: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+def _watching(name: str, module: nn.Module, seen: Ranges, other: set[str]) -> Iterator[None]:
     spatial = len(module.kernel_size) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 0
 
     def watch(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = take_input(type(module).__name__, args, kwargs)
-        if not isinstance(x, Tensor) or x.is_nested or not x.numel():
-            raise SkipError(f"{name} has no plain tensor as its input")
-        rows = x.detach().double().movedim(-1 - spatial, -1).flatten(0, -2)
-        low, high = (rows, rows) if rows.dim() == 1 else rows.aminmax(dim=0)
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(x, Tensor) or x.is_nested or not x.numel() or x.layout is not torch.strided:
+            other.add(name)
+            return
+        rows = x.detach().double().movedim(-1 - spatial, -1).reshape(-1, x.shape[-1 - spatial])
+        unknown = rows.isnan()
+        low = rows.masked_fill(unknown, torch.inf).amin(0).cpu()
+        high = rows.masked_fill(unknown, -torch.inf).amax(0).cpu()
         if name in seen:
             low, high = torch.minimum(low, seen[name][0]), torch.maximum(high, seen[name][1])
-        seen[name] = low.cpu(), high.cpu()
+        seen[name] = low, high
 
     handle = module.register_forward_pre_hook(watch, with_kwargs=True)
     try:
@@ -219,11 +264,10 @@ def _propose(check: Check, masks: Masks, constants: _Constants, tied: set[str]) 
         if producer not in graph.graph.module2node:
             continue
         dropped = set((~mask).nonzero()[:, 0].tolist())
-        graph.masks = {layer: ~constant for layer, constant in constants.constant.items()}
+        # state that goes from step to step of a recurrent layer is not shown where there is one step
+        known = constants.zero if isinstance(check.model.get_submodule(name), nn.RNNBase) else constants.constant
+        graph.masks = {layer: ~constant for layer, constant in known.items()}
         group = graph.group(producer, dropped)
-        if group is not None and _has_others(check.model, group, masks):  # they could be constant by accident
-            graph.masks = {layer: ~zero for layer, zero in constants.zero.items()}
-            group = graph.group(producer, dropped)
         if group is None:
             continue
         graph.take(group)
@@ -231,15 +275,6 @@ def _propose(check: Check, masks: Masks, constants: _Constants, tied: set[str]) 
         if each.group.outputs:
             chosen.append(each)
     return chosen
-
-
-def _has_others(model: nn.Module, group: Group, masks: Masks) -> bool:
-    """Whether some outputs in a group are not dropped by the masks."""
-    for name, indices in group.outputs.items():
-        layout, mask = layout_of(model.get_submodule(name)), masks.get(name)
-        if layout is not None and not layout.per_feature and (mask is None or bool(mask[sorted(indices)].any())):
-            return True
-    return False
 
 
 def _keeping_one(graph: Graph, producer: nn.Module, group: Group, constants: _Constants, model: nn.Module) -> _Chosen:

@@ -44,8 +44,15 @@ def in_shape_of(matrix: Tensor, tensor: Tensor, module: nn.Module | None = None)
     return matrix.T.contiguous() if is_transposed(module) else matrix.reshape(shape)
 
 
-def check_blocks(name: str, block: Sequence[int], zeros_per_block: int, scope: str = "tensor") -> None:
+def check_level(name: str, level: object) -> None:
+    """A ValueError that names the tensor if its level is no number."""
+    if not isinstance(level, (int, float)) or isinstance(level, bool) or math.isnan(level):
+        raise ValueError(f"{name}: sparsity_level={level!r}; expected a number, in defaults or config")
+
+
+def check_blocks(name: str, level: object, block: Sequence[int], zeros_per_block: int, scope: str = "tensor") -> None:
     """A ValueError that names the tensor if its configuration cannot be."""
+    check_level(name, level)
     whole = [type(size) is int and size > 0 for size in block] if isinstance(block, Sequence) else []
     if whole != [True, True]:
         raise ValueError(f"{name}: sparse_block_shape={block!r}; expected (rows, columns), both at least 1")
@@ -75,7 +82,7 @@ def block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:
 
 def infinite_if_nan(scores: Tensor) -> Tensor:
     """Scores with infinity for NaN: what is not known is not dropped."""
-    return scores.nan_to_num(math.inf, math.inf) if scores.sum().isnan() else scores
+    return scores.nan_to_num(math.inf, math.inf) if scores.is_meta or scores.sum().isnan() else scores
 
 
 def count_of(level: float, blocks: int, *, all_may_go: bool = False) -> int:
@@ -152,5 +159,5 @@ def block_mask(scores: Tensor, kept: Tensor, block: Sequence[int], zeros_per_blo
         scores = F.pad(scores, (0, across * wide - width, 0, down * tall - height), value=math.inf)
     entries = scores.view(down, tall, across, wide).transpose(1, 2).reshape(down, across, -1)
     inner = keep_largest(entries, tall * wide - zeros_per_block).view(down, across, tall, wide).transpose(1, 2)
-    inner = inner | spread if kept.any() else inner
+    inner = inner | spread if kept.is_meta or kept.any() else inner
     return inner.reshape(down * tall, across * wide)[:height, :width]

@@ -144,7 +144,7 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     last = _smallest(scores, size - count + 1)
     keep = scores >= last
     surplus = keep.sum(-1, keepdim=True) - count
-    if not surplus.any():
+    if not scores.is_meta and not surplus.any():
         return keep
     equal = scores == last
     return keep & ~(equal & (equal.cumsum(-1) > equal.sum(-1, keepdim=True) - surplus))
@@ -168,7 +168,7 @@ def _among_few(scores: Tensor, count: int) -> Tensor:
 def _smallest(scores: Tensor, k: int) -> Tensor:
     """The k-th smallest of each row, [..., 1]: of a long one, among those that share its leading 16 bits."""
     size = scores.shape[-1]
-    if scores.numel() != size or size < _MANY or scores.dtype != torch.float32:
+    if scores.numel() != size or size < _MANY or scores.dtype != torch.float32 or scores.is_meta:
         return scores.kthvalue(k, dim=-1, keepdim=True).values
     bits = scores.reshape(-1).view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> 16  # as whole numbers in the order of the floats

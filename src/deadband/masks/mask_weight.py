@@ -53,7 +53,7 @@ class FakeStructuredSparsity(_Mask):
         """`x` with masked rows set to zero."""
         if self.mask.shape != x.shape[self.dim : self.dim + 1]:
             raise AssertionError(f"the mask has shape {list(self.mask.shape)}; expected one per row of {list(x.shape)}")
-        return torch.where(self.mask.view([-1 if dim == self.dim else 1 for dim in range(x.dim())]), x, 0)
+        return torch.where((self.mask != 0).view([-1 if dim == self.dim else 1 for dim in range(x.dim())]), x, 0)
 
 
 def unmasked(module: nn.Module, tensor_name: str) -> Tensor:

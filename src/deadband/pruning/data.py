@@ -36,9 +36,11 @@ class BaseDataSparsifier(BaseSparsifier):
         for name, data in data_list or ():
             self.add_data(name, data)
 
-    def prepare(self, model: Any, config: Any = None) -> None:
-        """Not for data: see `add_data`."""
-        raise NotImplementedError("a data sparsifier has no model to prepare; call add_data(name, tensor)")
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for data, as are other methods that need a model."""
+        raise NotImplementedError("a data sparsifier has no model; call add_data, squash_mask and state_dict")
+
+    unprepare = report = hold_zeros = convert = save = load = prepare
 
     def add_data(self, name: str, data: Any, reuse_mask: bool = True, **config: Any) -> Tensor:
         """Take a Tensor, Parameter, nn.Embedding or nn.EmbeddingBag in, which stays where it is; returns it masked.
@@ -180,7 +182,8 @@ class DataNormSparsifier(BaseDataSparsifier):
 
     def check_group(self, **group: Any) -> None:
         """A ValueError that names the data if their configuration cannot be."""
-        check_blocks(group["tensor_fqn"], group["sparse_block_shape"], group["zeros_per_block"])
+        blocks = group["sparse_block_shape"], group["zeros_per_block"]
+        check_blocks(group["tensor_fqn"], group["sparsity_level"], *blocks)
 
     def update_mask(  # type: ignore[override]
         self,

@@ -16,6 +16,7 @@ class _Scheduler(abc.ABC):
     """Counts steps and sets values: the first when it is made, for epoch 0."""
 
     last_epoch: int
+    _get_sl_called_within_step = _get_sp_called_within_step = False
 
     def _begin(self, sparsifier: BaseSparsifier, last_epoch: int, verbose: bool) -> None:
         self.last_epoch, self.verbose = last_epoch, verbose
@@ -29,16 +30,19 @@ class _Scheduler(abc.ABC):
             warnings.warn("scheduler.step() came before sparsifier.step(); call sparsifier.step() first", stacklevel=2)
         self._step_count += 1
         self.last_epoch += 1
-        self._update()
+        self._get_sl_called_within_step = self._get_sp_called_within_step = True
+        try:
+            self._update()
+        finally:
+            self._get_sl_called_within_step = self._get_sp_called_within_step = False
         sparsifier.enable_mask_update = True
         if self.verbose:
-            print(f"epoch {self.last_epoch if epoch is None else epoch}: {self._values()}")
+            print(f"epoch {self.last_epoch if epoch is None else epoch}: {getattr(self, self._last)}")
+
+    _last: str  # the attribute with the values that were set last
 
     @abc.abstractmethod
     def _update(self) -> None: ...
-
-    @abc.abstractmethod
-    def _values(self) -> Any: ...
 
     @abc.abstractmethod
     def _set(self, values: Any) -> None: ...
@@ -50,8 +54,8 @@ class _Scheduler(abc.ABC):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where another scheduler was; the sparsifier gets its values."""
+        self._set(state_dict[self._last])
         vars(self).update(state_dict)
-        self._set(self._values())
 
 
 class BaseScheduler(_Scheduler):
@@ -100,15 +104,14 @@ class BaseScheduler(_Scheduler):
         """The levels that were set last."""
         return self._last_sl
 
-    _values = get_last_sl
+    _last = "_last_sl"
 
     def _update(self) -> None:
-        levels = list(self.get_sl())
-        if len(levels) != len(self._groups()):
-            raise ValueError(f"get_sl() gave {len(levels)} levels; expected {len(self._groups())}, one per group")
-        self._set(levels)
+        self._set(list(self.get_sl()))
 
     def _set(self, values: list[float]) -> None:
+        if len(values) != len(self._groups()):
+            raise ValueError(f"got {len(values)} levels; expected {len(self._groups())}, one per group")
         for group, level in zip(self._groups(), values, strict=True):
             group["sparsity_level"] = level
         self._last_sl = list(values)
@@ -195,7 +198,7 @@ class BaseDataScheduler(_Scheduler):
         if not isinstance(data_sparsifier, BaseDataSparsifier):
             raise TypeError(f"got a {type(data_sparsifier).__name__}; expected a deadband.pruning.BaseDataSparsifier")
         self.data_sparsifier, self.schedule_param = data_sparsifier, schedule_param
-        self.base_param = self._values()
+        self.base_param = self._current()
         self._begin(data_sparsifier, last_epoch, verbose)
 
     @abc.abstractmethod
@@ -206,7 +209,9 @@ class BaseDataScheduler(_Scheduler):
         """The values that were set last."""
         return self._last_param
 
-    def _values(self) -> dict[str, Any]:
+    _last = "_last_param"
+
+    def _current(self) -> dict[str, Any]:
         return {name: each.get(self.schedule_param) for name, each in self.data_sparsifier.data_groups.items()}
 
     def _update(self) -> None:
@@ -218,9 +223,4 @@ class BaseDataScheduler(_Scheduler):
             raise ValueError(f"get_schedule_param() names {sorted(unknown)}; the sparsifier has {sorted(groups)}")
         for name, value in values.items():
             groups[name][self.schedule_param] = value
-        self._last_param = self._values()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where another scheduler was; the data get its values."""
-        vars(self).update(state_dict)
-        self._set(self._last_param)
+        self._last_param = self._current()

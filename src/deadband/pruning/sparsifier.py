@@ -36,7 +36,7 @@ from deadband.running.copies import copy_model
 from deadband.tensor_files import read_tensors, write_tensors
 
 _FROM_NAME = ("module", "module_fqn", "tensor_name")
-_OF_MODEL = ("model", "config", "_holders", "_call", "_given", "_norms", "_remember")
+_OF_MODEL = ("model", "config", "_holders", "_made", "_call", "_given", "_norms", "_remember")
 _KEY, VERSION = "deadband.pruning", 1
 
 
@@ -78,6 +78,7 @@ class BaseSparsifier(abc.ABC):
     """
 
     supported: tuple[type[nn.Module], ...] = (nn.Linear,)
+    parametrization: Any = FakeSparsity
 
     def __init__(self, defaults: dict[str, Any] | None = None) -> None:
         self.defaults: dict[str, Any] = dict(defaults or {})
@@ -86,6 +87,7 @@ class BaseSparsifier(abc.ABC):
         self.enable_mask_update = True
         self._step_count = 0
         self._holders: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._made: dict[str, list[nn.Module]] = {}
 
     @abc.abstractmethod
     def update_mask(self, module: nn.Module, tensor_name: str, **kwargs: Any) -> None:
@@ -100,7 +102,11 @@ class BaseSparsifier(abc.ABC):
     def __getstate__(self) -> dict[str, Any]:
         groups = [{key: value for key, value in group.items() if key != "module"} for group in self.groups]
         kept = {key: value for key, value in vars(self).items() if key not in _OF_MODEL}
-        return kept | {"groups": groups}  # a prepared model cannot be pickled, and is not ours
+        return kept | {
+            "groups": groups,
+            "_holders": {},
+            "_made": {},
+        }  # a prepared model cannot be pickled, and is not ours
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         made = memo[id(self)] = type(self).__new__(type(self))
@@ -148,7 +154,7 @@ class BaseSparsifier(abc.ABC):
             raise
 
     def _forget(self, groups: list[dict[str, Any]]) -> None:
-        self.groups, self.state, self._holders = groups, defaultdict(TensorState), {}
+        self.groups, self.state, self._holders, self._made = groups, defaultdict(TensorState), {}, {}
 
     def make_config_from_model(self, model: nn.Module) -> None:
         """Name the tensors of all layers of exactly the supported classes: a container's own ones first."""
@@ -228,10 +234,18 @@ class BaseSparsifier(abc.ABC):
 
     def _put(self, group: dict[str, Any], mask: Tensor) -> None:
         """Put a mask on the tensor of a group, and on whatever is tied to it."""
-        made = group.get("parametrization", FakeSparsity)(mask)
-        self.state[group["tensor_fqn"]]["mask"] = mask
-        for holder, name in self._holders[group["tensor_fqn"]]:
-            parametrize.register_parametrization(holder, name, made)
+        tensor_fqn, kind = group["tensor_fqn"], group.get("parametrization", self.parametrization)
+        self.state[tensor_fqn]["mask"] = mask
+        made: dict[tuple, nn.Module] = {}  # one for all places, unless these need others
+        for holder, name in self._holders[tensor_fqn]:
+            settings = self.settings_of(holder, name)
+            made[settings] = made[settings] if settings in made else kind(mask, *settings)
+            parametrize.register_parametrization(holder, name, made[settings])
+        self._made[tensor_fqn] = list(made.values())
+
+    def settings_of(self, module: nn.Module, name: str) -> tuple[Any, ...]:
+        """What the parametrization of a tensor takes beside the mask."""
+        return ()
 
     def _masked(self) -> list[dict[str, Any]]:
         """The groups whose tensors this sparsifier masks."""
@@ -239,8 +253,8 @@ class BaseSparsifier(abc.ABC):
 
     def _is_masked(self, group: Mapping[str, Any]) -> bool:
         lists: Any = getattr(group.get("module"), "parametrizations", {})
-        mask, name = self.state[group["tensor_fqn"]].get("mask"), group["tensor_name"]
-        return name in lists and any(getattr(each, "mask", None) is mask for each in lists[name])
+        made, name = self._made.get(group["tensor_fqn"], ()), group["tensor_name"]
+        return name in lists and any(each is own for each in lists[name] for own in made)
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
@@ -253,7 +267,7 @@ class BaseSparsifier(abc.ABC):
         self._step_count += 1
         if not self.enable_mask_update:
             return
-        if not self._masked():
+        if not self._masked() and not (hasattr(self, "model") and not self.groups):
             what = "its masks are squashed; prepare it again" if self.groups else "call prepare(model, config) first"
             raise ValueError(f"{type(self).__name__}.step(): {what}")
         for group in self.groups:
@@ -314,8 +328,13 @@ class BaseSparsifier(abc.ABC):
         with all_or_nothing(touched, values if leave_parametrized else ()):
             for group in groups:
                 for module, name in self._holders[group["tensor_fqn"]]:
-                    if parametrize.is_parametrized(module, name):
+                    lists: Any = module.parametrizations if parametrize.is_parametrized(module, name) else {}
+                    own = [each for each in lists[name] if each in self._made[group["tensor_fqn"]]] if lists else []
+                    if own and (leave_parametrized or len(own) == len(lists[name])):
                         remove_parametrizations(module, name, leave_parametrized)
+                    for index in reversed(range(len(lists[name]) if name in lists else 0)):
+                        if lists[name][index] in own:
+                            del lists[name][index]
 
     def hold_zeros(self, optimizer: torch.optim.Optimizer) -> Any:
         """After each step of an optimizer, set what masks drop to zero again, with its momentum; returns a handle.
@@ -413,12 +432,12 @@ class BaseSparsifier(abc.ABC):
         """
         if not hasattr(self, "model"):
             raise ValueError("call prepare(model, config) before load_state_dict")
-        groups, masks = [], {}
+        groups, masks, keys = [], {}, set()
         named = {group["tensor_fqn"]: group for group in state_dict["groups"]}
         for name in dict.fromkeys([*named, *state_dict["state"]]):
             info = get_arg_info_from_tensor_fqn(self.model, name)
             try:
-                tensor, _ = tensor_at(self.model, info)
+                tensor, key = tensor_at(self.model, info)
             except ValueError as error:
                 if strict:
                     raise RuntimeError(f"the state has a mask of {name!r}: {error}") from None
@@ -428,24 +447,35 @@ class BaseSparsifier(abc.ABC):
                 torch.ones_like(tensor) if mask is None else mask.to_dense() if mask.is_sparse else mask.clone()
             )
             self._check_mask(info, masks[name], tensor)
-            groups.append({**copy.deepcopy(dict(named.get(name, self.defaults))), **info})
-        was, had = self.groups, self.state
+            if key not in keys:  # tied tensors have one mask
+                groups.append({**copy.deepcopy({**self.defaults, **named.get(name, {})}), **info})
+            keys.add(key)
+        before = self.groups, self.state, self._holders, self._made
         gone = [group for group in self._masked() if group["tensor_fqn"] not in masks]
-        self.groups = groups
-        self._find_holders()
-        with all_or_nothing(module for group in [*was, *groups] for module in self._touched(group)):
-            self._take_off(gone, leave_parametrized=False)
-            self.state = defaultdict(TensorState)
-            for group in groups:
-                name = group["tensor_fqn"]
-                loaded = masks[name].to(getattr(group["module"], group["tensor_name"]).device)
-                self.state[name].update(had.get(name, {}))
-                if self._is_masked(group):
-                    self.state[name]["mask"].data = loaded
-                else:
-                    self._put(group, loaded)
-                others = state_dict["state"].get(name, {}).items()
-                self.state[name].update({key: copy.deepcopy(value) for key, value in others if key != "mask"})
+        touched = [module for group in self.groups for module in self._touched(group)]
+        try:
+            self.groups, self.state = groups, defaultdict(TensorState)
+            self._holders, self._made = {**self._holders}, {**self._made}
+            self._find_holders()
+            with all_or_nothing([*touched, *(module for group in groups for module in self._touched(group))]):
+                self._take_off(gone, leave_parametrized=False)
+                for group in groups:
+                    self._take_over(group, masks[group["tensor_fqn"]], before[1], state_dict["state"])
+        except BaseException:
+            self.groups, self.state, self._holders, self._made = before
+            raise
+
+    def _take_over(self, group: dict[str, Any], mask: Tensor, had: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+        """Give a group a mask that was loaded, and what else its state holds."""
+        name = group["tensor_fqn"]
+        mask = mask.to(getattr(group["module"], group["tensor_name"]).device)
+        if self._is_masked(group):
+            self.state[name]["mask"] = had[name]["mask"]
+            self.state[name]["mask"].data = mask
+        else:
+            self._put(group, mask)
+        others = saved.get(name, {}).items()
+        self.state[name].update({key: copy.deepcopy(value) for key, value in others if key != "mask"})
 
     def save(self, path: str | os.PathLike) -> None:
         """Write masks, groups and defaults as safetensors, all or nothing; masks of zeros and ones take a byte each."""
@@ -473,7 +503,7 @@ class BaseSparsifier(abc.ABC):
         """
         about, masks = read_tensors(path, _KEY, "masks of a sparsifier", VERSION)
         try:
-            state, groups, defaults = ({**about["state"]}, _tuples(about["groups"]), _tuples(about["defaults"]))
+            state, groups, defaults = {**about["state"]}, [*map(self._typed, about["groups"])], about["defaults"]
             for name, mask in masks.items():
                 state[name] = {**state[name], "mask": mask.to(getattr(torch, about["dtypes"][name]))}
             if sorted(state) != sorted(masks) or sorted(group["tensor_fqn"] for group in groups) != sorted(masks):
@@ -481,11 +511,11 @@ class BaseSparsifier(abc.ABC):
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} is damaged: {error!r}") from None
         self.load_state_dict({"state": state, "groups": groups}, strict)
-        self.defaults = defaults
+        self.defaults = self._typed(defaults)
 
-
-def _tuples(value: Any) -> Any:
-    """A JSON value with tuples, as configurations have, for lists inside of objects."""
-    if isinstance(value, dict):
-        return {key: tuple(each) if isinstance(each, list) else each for key, each in value.items()}
-    return [_tuples(each) for each in value]
+    def _typed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings from JSON, with tuples where the defaults have them."""
+        return {
+            key: tuple(each) if isinstance(self.defaults.get(key), tuple) and isinstance(each, list) else each
+            for key, each in values.items()
+        }

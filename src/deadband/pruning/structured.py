@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from deadband.compaction.compact import CompactionReport, compact_
 from deadband.compaction.examples import as_call, few_rows, guess_example
-from deadband.compaction.outputs import NORMS, coupled_outputs, norms_behind
+from deadband.compaction.outputs import coupled_outputs, norms_behind
 from deadband.compaction.resize import Example
-from deadband.layers.tensors import underlying
+from deadband.layers.tensors import holders, underlying
 from deadband.layers.transaction import all_or_nothing
 from deadband.masks.blocks import is_transposed
 from deadband.masks.mask import keep_largest
 from deadband.masks.mask_weight import FakeStructuredSparsity, unmasked
 from deadband.masks.watch import RememberCall
-from deadband.pruning.names import ConfigError
+from deadband.pruning.names import ConfigError, module_to_fqn
 from deadband.pruning.sparsifier import BaseSparsifier
 from deadband.running.copies import copy_arguments, copy_model
+
+_WITH_BIAS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
 
 
 class BaseStructuredSparsifier(BaseSparsifier):
@@ -41,6 +42,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
     """
 
     supported = (nn.Linear, nn.Conv2d, nn.LSTM)
+    parametrization = FakeStructuredSparsity
 
     def __init__(self, defaults: dict[str, Any] | None = None, patterns: Any = None) -> None:
         if patterns is not None:
@@ -59,8 +61,12 @@ class BaseStructuredSparsifier(BaseSparsifier):
         self._given = None if example is None else as_call(example)
         super().prepare(model, config)
         self._call = None
-        self._remember = RememberCall(self._remember_call)
-        self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
+        self._remember = self.model.register_forward_pre_hook(RememberCall(self._remember_call), with_kwargs=True)
+
+    def _take_off(self, groups: Iterable[dict[str, Any]], leave_parametrized: bool) -> None:
+        super()._take_off(groups, leave_parametrized)
+        if not self._masked():
+            self._remember.remove()
 
     def _remember_call(self, args: tuple, kwargs: dict) -> None:
         try:
@@ -82,28 +88,30 @@ class BaseStructuredSparsifier(BaseSparsifier):
 
     def _find_holders(self) -> None:
         super()._find_holders()
-        self._norms = norms_behind(self.model, {group["module"] for group in self.groups}, self._given)
+        places = holders(self.model)
+        norms = norms_behind(self.model, {group["module"] for group in self.groups}, self._given)
         for group in self.groups:
-            self._holders[group["tensor_fqn"]] += [(norm, "weight") for norm in self._norms[group["module"]]]
+            module, name = group["module"], group["tensor_name"]
+            bias = name.replace("weight", "bias")
+            if (
+                not group.get("prune_bias", True)
+                or bias == name
+                or not (isinstance(module, _WITH_BIAS) or is_transposed(module))
+            ):
+                continue
+            behind = [(module, bias), *((norm, each) for norm in norms[module] for each in ("weight", "bias"))]
+            alone = [place for place in behind if len(places.get(id(underlying(*place)), ())) == 1]  # not tied
+            self._holders[group["tensor_fqn"]] = [*self._holders[group["tensor_fqn"]], *alone]
 
-    def _put(self, group: dict[str, Any], mask: Tensor) -> None:
-        module, name, tensor_fqn = group["module"], group["tensor_name"], group["tensor_fqn"]
-        places = [place for place in self._holders[tensor_fqn] if not isinstance(place[0], NORMS)]
-        held = [(each, its_name, int(is_transposed(each))) for each, its_name in places]
-        bias = name.replace("weight", "bias")
-        if group.get("prune_bias", True) and bias != name:
-            behind = [(module, bias), *((norm, each) for norm in self._norms[module] for each in ("weight", "bias"))]
-            held += [(each, its_name, 0) for each, its_name in behind if underlying(each, its_name) is not None]
-        self.state[tensor_fqn]["mask"] = mask
-        self._holders[tensor_fqn] = [(each, its_name) for each, its_name, _ in held]
-        kind = group.get("parametrization", FakeStructuredSparsity)
-        for each, its_name, dim in held:
-            parametrize.register_parametrization(each, its_name, kind(mask, dim) if dim else kind(mask))
+    def settings_of(self, module: nn.Module, name: str) -> tuple[Any, ...]:
+        """The dimension that counts rows, where it is not the first."""
+        return (1,) if is_transposed(module) and name == "weight" else ()
 
     def dropped(self, group: Mapping[str, Any], tensor: Tensor) -> Tensor:
         """The rows of a weight, or the entries of a bias, that the mask drops."""
         dim = int(is_transposed(group["module"]) and tensor.dim() > 1)
-        return ~self.state[group["tensor_fqn"]]["mask"].view([-1 if each == dim else 1 for each in range(tensor.dim())])
+        gone = self.state[group["tensor_fqn"]]["mask"] == 0
+        return gone.view([-1 if each == dim else 1 for each in range(tensor.dim())])
 
     def prune(self, example: Any = None) -> nn.Module:
         """Squash the masks and remove the rows that they drop, with what reads them, in place: see `compact_`.
@@ -134,6 +142,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
             self.squash_mask()
             self.compaction = compact_(self.model, {}, call, outputs=outputs)
         self.compaction.left.update(left)
+        self._forget([])
         return self.model
 
     def _example(self) -> Example:
@@ -147,14 +156,17 @@ class BaseStructuredSparsifier(BaseSparsifier):
         outputs: dict[str, Tensor] = {}
         left: dict[str, str] = {}
         for group in groups:
-            module, mask, name = group["module"], self.state[group["tensor_fqn"]]["mask"], group["module_fqn"]
+            module, mask = group["module"], self.state[group["tensor_fqn"]]["mask"] != 0
+            name = module_to_fqn(self.model, module) or ""
             if isinstance(module, nn.RNNBase):
                 units = mask.view(-1, module.hidden_size).any(0)
                 outputs[name] = outputs[name] | units if name in outputs else units
                 named = {each["tensor_name"] for each in groups if each["module"] is module}
                 if missing := set(self.tensors_of(module)) - named:
                     left[name] = f"a unit goes where all weights drop it, and config does not name {sorted(missing)}"
-            elif group["tensor_name"] == "weight":
+            elif isinstance(module, nn.Embedding) or group["tensor_name"] != "weight":
+                left[name] = f"the rows of {group['tensor_name']} are not its outputs"
+            else:
                 outputs[name] = mask
         return {name: mask for name, mask in outputs.items() if name not in left}, left
 

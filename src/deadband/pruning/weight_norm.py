@@ -83,7 +83,8 @@ class WeightNormSparsifier(BaseSparsifier):
 
     def check_group(self, **group: Any) -> None:
         """A ValueError that names the tensor if its configuration cannot be."""
-        check_blocks(group["tensor_fqn"], group["sparse_block_shape"], group["zeros_per_block"], group["scope"])
+        blocks = group["sparse_block_shape"], group["zeros_per_block"], group["scope"]
+        check_blocks(group["tensor_fqn"], group["sparsity_level"], *blocks)
 
     def before_step(self) -> None:
         """Choose among the blocks of all tensors whose scope is global, by the shares that they ask for."""
@@ -184,7 +185,7 @@ class NearlyDiagonalSparsifier(BaseSparsifier):
     def check_group(self, **group: Any) -> None:
         """A ValueError that names the tensor if its configuration cannot be."""
         width, shape = group["nearliness"], list(unmasked(group["module"], group["tensor_name"]).shape)
-        if len(shape) != 2 or (width > 0 and (width % 2 == 0 or width // 2 >= min(shape))):
+        if len(shape) != 2 or type(width) is not int or (width > 0 and (width % 2 == 0 or width // 2 >= min(shape))):
             what = f"{group['tensor_fqn']}: nearliness={width!r} for a tensor of shape {shape}"
             raise ValueError(f"{what}; expected a matrix, and an odd number less than twice its shorter side")
 
