@@ -65,10 +65,13 @@ def check_blocks(name: str, level: object, block: Sequence[int], zeros_per_block
         raise ValueError(f"{name}: scope={scope!r}; expected one of {', '.join(SCOPES)}")
 
 
+_FEW = 16  # entries of a block, up to which they are added one place after the other
+
+
 def block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:
     """The mean of each block's scores [rows, columns], of what is inside the matrix at its edges; NaN is infinite."""
     (height, width), (tall, wide) = scores.shape, block
-    if height % tall or width % wide:
+    if height % tall or width % wide or tall * wide > _FEW:
         scores = F.avg_pool2d(scores[None, None], (tall, wide), (tall, wide), ceil_mode=True)[0, 0]
     elif tall * wide > 1:  # the same sums in the same order, many at once
         entries = scores.unflatten(1, (-1, wide)).unflatten(0, (-1, tall))
