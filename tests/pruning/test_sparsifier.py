@@ -660,13 +660,18 @@ def test_a_compiled_model_is_one_graph_and_sees_later_steps():
     torch.testing.assert_close(exported(x), model(x))
 
 
-def test_averaged_models_and_data_parallel_wrappers():
-    model = mlp()
-    averaged = torch.optim.swa_utils.AveragedModel(model)
-    sparsifier = prepared(nn.DataParallel(model), [{"tensor_fqn": "0.weight"}])
+def test_averaged_models_and_wrappers_for_parallel_training():
+    model, x = mlp(), torch.randn(3, 8)
+    sparsifier = prepared(nn.DataParallel(torch.compile(model, backend="eager")), [{"tensor_fqn": "0.weight"}])
     assert sparsifier.model is model
     sparsifier.step()
-    del averaged
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    expected = model(x)
+    assert torch.equal(averaged(x), expected)
+    sparsifier.squash_mask()
+    assert torch.equal(model(x), expected)
+    assert torch.equal(averaged(x), expected)
 
 
 def test_convert_puts_other_classes_in_place_with_hooks_and_mode():

@@ -146,6 +146,16 @@ def test_convolutions_with_batch_norm_padding_and_pooling(padding, bias, pool):
         assert pruner.compaction.flops[1] < 0.8 * pruner.compaction.flops[0]
 
 
+@pytest.mark.parametrize("prune_bias", [True, False])
+def test_pooling_with_padding_and_inputs_without_a_batch(prune_bias):
+    torch.manual_seed(0)
+    x = torch.randn(3, 14, 14)
+    model = nn.Sequential(nn.Conv2d(3, 9, 3), nn.Sigmoid(), nn.AvgPool2d(3, padding=1), nn.Conv2d(9, 6, 3))
+    expected, model, _ = pruned(warmed(model, x), x, [{"tensor_fqn": "0.weight"}], prune_bias)
+    assert close(model(x), expected)
+    assert close(model(torch.stack([x, x])), torch.stack([expected, expected]))
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,9 +1,9 @@
-"""Tensors of modules by name, be they parametrized or tied."""
+"""Tensors of modules by name, be they parametrized or tied; and modules that take the place of others."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,6 +59,27 @@ def remove_parametrizations(module: nn.Module, name: str, leave_parametrized: bo
     body = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
     module.__class__ = type(kind.__name__, kind.__bases__, body)
     parametrize.remove_parametrizations(module, name, leave_parametrized)
+
+
+def module_contains_param(module: nn.Module, parametrization: type[nn.Module]) -> bool:
+    """Whether a tensor of `module` has a parametrization of that class."""
+    lists: Any = module.parametrizations if parametrize.is_parametrized(module) else {}
+    return any(isinstance(each, parametrization) for every in lists.values() for each in every)
+
+
+def swap_module(module: nn.Module, mapping: Mapping[type[nn.Module], Any]) -> nn.Module:
+    """What `mapping` makes of a module by `from_dense` or `from_float` of a class, with hooks, mode and device."""
+    kind: Any = mapping.get(parametrize.type_before_parametrizations(module))
+    if kind is None:
+        return module
+    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+    if len(devices) > 1:
+        raise ValueError(f"a module's tensors are on {sorted(map(str, devices))}; expected one device")
+    made = (kind.from_dense if hasattr(kind, "from_dense") else kind.from_float)(module)
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        for hooks in (name, f"{name}_with_kwargs"):
+            getattr(made, hooks).update(getattr(module, hooks))
+    return made.train(module.training).to(*devices)
 
 
 def matrices(model: nn.Module, pattern: str = "*", exclude: str | Sequence[str] = ()) -> list[str]:

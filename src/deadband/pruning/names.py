@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from deadband.layers.tensors import matrices, underlying
 
@@ -39,27 +38,6 @@ def get_arg_info_from_tensor_fqn(model: nn.Module, tensor_fqn: str) -> dict[str,
     module_fqn, _, tensor_name = tensor_fqn.rpartition(".")
     module = fqn_to_module(model, module_fqn)
     return {"module_fqn": module_fqn, "module": module, "tensor_name": tensor_name, "tensor_fqn": tensor_fqn}
-
-
-def module_contains_param(module: nn.Module, parametrization: type[nn.Module]) -> bool:
-    """Whether a tensor of `module` has a parametrization of that class."""
-    lists: Any = module.parametrizations if is_parametrized(module) else {}
-    return any(isinstance(each, parametrization) for every in lists.values() for each in every)
-
-
-def swap_module(module: nn.Module, mapping: Mapping[type[nn.Module], Any]) -> nn.Module:
-    """What `mapping` makes of a module by `from_dense` or `from_float` of a class, with hooks, mode and device."""
-    kind: Any = mapping.get(type_before_parametrizations(module))
-    if kind is None:
-        return module
-    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
-    if len(devices) > 1:
-        raise ConfigError(f"a module's tensors are on {sorted(map(str, devices))}; expected one device")
-    made = (kind.from_dense if hasattr(kind, "from_dense") else kind.from_float)(module)
-    for name in ("_forward_pre_hooks", "_forward_hooks"):
-        for hooks in (name, f"{name}_with_kwargs"):
-            getattr(made, hooks).update(getattr(module, hooks))
-    return made.train(module.training).to(*devices)
 
 
 def near(name: str, names: Iterable[str]) -> str:

@@ -19,16 +19,22 @@ from torch.nn.utils import parametrize
 
 from deadband.compaction.compact import flops_of, seconds_of
 from deadband.compaction.examples import as_call, outputs_of
-from deadband.layers.tensors import holders, matrices, remove_parametrizations, underlying, unwrapped
+from deadband.layers.tensors import (
+    holders,
+    matrices,
+    module_contains_param,
+    remove_parametrizations,
+    swap_module,
+    underlying,
+    unwrapped,
+)
 from deadband.layers.transaction import all_or_nothing
 from deadband.masks import ranks
 from deadband.masks.mask_weight import FakeSparsity
 from deadband.pruning.names import (
     ConfigError,
     get_arg_info_from_tensor_fqn,
-    module_contains_param,
     near,
-    swap_module,
     tensor_at,
 )
 from deadband.pruning.report import PruningReport
@@ -267,7 +273,7 @@ class BaseSparsifier(abc.ABC):
         self._step_count += 1
         if not self.enable_mask_update:
             return
-        if not self._masked() and not (hasattr(self, "model") and not self.groups):
+        if not self._masked() and getattr(self, "config", None) != []:
             what = "its masks are squashed; prepare it again" if self.groups else "call prepare(model, config) first"
             raise ValueError(f"{type(self).__name__}.step(): {what}")
         for group in self.groups:
@@ -297,19 +303,16 @@ class BaseSparsifier(abc.ABC):
             KeyError: a group lacks such a key; nothing is squashed then.
         """
         masked = self._masked()
-        kept: list[tuple[Any, str, dict[str, Any]]] = []
+        kept: dict[Any, dict[str, dict[str, Any]]] = {}
         for group in masked:
             keys = [*(params_to_keep or ()), *(params_to_keep_per_layer or {}).get(group["module_fqn"], ())]
             if unknown := [key for key in keys if key not in group]:
                 raise KeyError(f"{group['tensor_fqn']} has no {unknown[0]!r} to keep; {near(unknown[0], group)}")
-            kept.append((group["module"], group["tensor_name"], {key: group[key] for key in keys}))
+            if keys:
+                kept.setdefault(group["module"], {})[group["tensor_name"]] = {key: group[key] for key in keys}
         self._take_off(masked, leave_parametrized=True)
-        tensors = [module for module, _, params in kept if params]
-        for module, name, params in kept:
-            if params and tensors.count(module) == 1:
-                module.sparse_params = params
-            elif params:  # of several tensors, by name
-                module.sparse_params = {**getattr(module, "sparse_params", {}), name: params}
+        for module, params in kept.items():  # of several tensors, by their names
+            module.sparse_params = params if len(params) > 1 else next(iter(params.values()))
 
     def unprepare(self) -> None:
         """Take the masks off again: the weights are what they are without them."""

@@ -93,15 +93,12 @@ class BaseStructuredSparsifier(BaseSparsifier):
         for group in self.groups:
             module, name = group["module"], group["tensor_name"]
             bias = name.replace("weight", "bias")
-            if (
-                not group.get("prune_bias", True)
-                or bias == name
-                or not (isinstance(module, _WITH_BIAS) or is_transposed(module))
-            ):
-                continue
-            behind = [(module, bias), *((norm, each) for norm in norms[module] for each in ("weight", "bias"))]
+            behind = [(norm, each) for norm in norms[module] for each in ("weight", "bias")]
+            if bias != name and (isinstance(module, _WITH_BIAS) or is_transposed(module)):
+                behind.append((module, bias))
             alone = [place for place in behind if len(places.get(id(underlying(*place)), ())) == 1]  # not tied
-            self._holders[group["tensor_fqn"]] = [*self._holders[group["tensor_fqn"]], *alone]
+            if group.get("prune_bias", True):
+                self._holders[group["tensor_fqn"]] = [*self._holders[group["tensor_fqn"]], *alone]
 
     def settings_of(self, module: nn.Module, name: str) -> tuple[Any, ...]:
         """The dimension that counts rows, where it is not the first."""
@@ -132,9 +129,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
         """
         masked = self._masked()
         if not masked:
-            raise ValueError(
-                f"{type(self).__name__}.prune(): nothing is masked; call prepare(model, config) and step()"
-            )
+            raise ValueError(f"{type(self).__name__}.prune(): nothing is masked; call prepare() and step()")
         call = self._example() if example is None else as_call(example)
         outputs, left = self._outputs(masked)
         touched = [module for group in masked for module in self._touched(group)]
