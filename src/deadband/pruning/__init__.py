@@ -1,5 +1,6 @@
 """Pruning of weights, data and structure: what torch.ao.pruning had beside ActivationSparsifier, repaired."""
 
+from deadband.layers.tensors import module_contains_param, swap_module
 from deadband.masks.mask_weight import FakeSparsity, FakeStructuredSparsity
 from deadband.pruning.data import BaseDataSparsifier, DataNormSparsifier
 from deadband.pruning.names import fqn_to_module, get_arg_info_from_tensor_fqn, module_to_fqn
@@ -29,5 +30,7 @@ __all__ = [
     "WeightNormSparsifier",
     "fqn_to_module",
     "get_arg_info_from_tensor_fqn",
+    "module_contains_param",
     "module_to_fqn",
+    "swap_module",
 ]
