@@ -726,3 +726,62 @@ def test_a_state_loaded_over_itself_changes_nothing(tmp_path):
     assert model[0][0].out_channels == 6
     assert pruner.groups == []
     assert not model._forward_pre_hooks
+
+
+# -------------------------------------------------------------------------------------------------- layers that scatter
+
+
+class Wide(nn.Module):
+    """Convolutions and linear layers on streams, of a size at which computing half of them pays."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.inner, self.outer = block(64, 64, padding=1), block(64, 64, padding=1)[:2]
+        self.proj, self.out = nn.Linear(64, 1024), nn.Linear(1024, 512)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.relu(x + self.outer(self.inner(x)))
+        h = self.proj(x.mean((2, 3)))
+        return self.out(F.layer_norm(h, (1024,)))
+
+
+@pytest.mark.parametrize("prune_bias", [True, False])
+def test_rows_on_a_stream_are_not_computed_though_they_stay(prune_bias):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    model = warmed(Wide(), x)
+    dense = copy.deepcopy(model)
+    expected, model, pruner = pruned(model, x, [{"tensor_fqn": "*.0.weight"}, {"tensor_fqn": "out.weight"}], prune_bias)
+    report = pruner.compaction
+    assert close(model(x), expected)
+    assert report.scattered == {"outer.0": 21, "out": 170}
+    assert report.outputs["inner.0"] in (20, 21)
+    assert set(report.left) <= {"inner.0"}
+    assert model.outer[0].out_channels == 43
+    assert model.out(torch.randn(3, 5, 1024)).shape == (3, 5, 512)
+    assert model(x).shape == (2, 512)
+    assert "scattered" in str(report)
+    fresh = deadband.load_compact_(copy.deepcopy(dense), model.state_dict())
+    assert close(fresh(x), expected)
+    for changed in (copy.deepcopy(model), model):
+        changed.bfloat16()
+        assert changed(x.bfloat16()).dtype == torch.bfloat16
+    model.float().train()(x).sum().backward()
+    assert model.outer[0].weight.grad.shape == (43, len(model.inner[0].weight), 3, 3)
+    state = fresh.state_dict()
+    state["out.made"] = state["out.made"] + 10**6
+    with pytest.raises(ValueError, match=r"out\.made"):
+        deadband.load_compact_(copy.deepcopy(dense), state)
+
+
+def test_small_layers_and_layers_that_drop_everything_are_computed_whole():
+    x = torch.randn(2, 6)
+    expected, model, pruner = pruned(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 4)).eval(), x, None)
+    assert close(model(x), expected)
+    assert not pruner.compaction.scattered
+    model = nn.Sequential(nn.Linear(512, 512), nn.LayerNorm(512)).eval()
+    masked, pruner = choose(model, [{"tensor_fqn": "0.weight", "drop": range(512)}], torch.randn(2, 512))
+    assert agree(masked, model, torch.randn(3, 512))
+    assert type(model[0]) is nn.Linear

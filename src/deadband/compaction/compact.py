@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deadband.compaction.examples import call, outputs_of
-from deadband.compaction.resize import Example, Gathered, Resize, apply_, clear_rows_, layout_of
+from deadband.compaction.resize import SCATTERED, Example, Gathered, Resize, apply_, clear_rows_, layout_of
 from deadband.layers.transaction import all_or_nothing
 from deadband.running.copies import copy_arguments, copy_model
 from deadband.running.forward import evaluating
@@ -35,6 +35,7 @@ class CompactionReport:
         seconds: median latency of one call on the example; before is the dense model, without masks.
         removed: masked input features that are gone, along with what made them, by layer.
         outputs: masked output features that are gone, along with what read them, by layer.
+        scattered: masked output features that are not computed any more, but are still there, as constants, by layer.
         gathered: masked input features that are still made, but not read, by layer.
         left: why a layer is as it was, by layer.
         note: why producers stay whole that might have shrunk; empty if none do.
@@ -48,6 +49,7 @@ class CompactionReport:
     left: dict[str, str]
     note: str = ""
     outputs: dict[str, int] = dataclasses.field(default_factory=dict)
+    scattered: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -61,8 +63,8 @@ class CompactionReport:
         for name, old, new in rows:
             shown = (f"{value:18,.3f}" if isinstance(value, float) else f"{value:18,}" for value in (old, new))
             lines.append("  ".join([f"{name:12}", *shown, f"{old / new:5.2f}x" if new else ""]).rstrip())
-        for what, counts in (("outputs", self.outputs), ("removed", self.removed), ("gathered", self.gathered)):
-            lines += [f"{what:12}  {count:18,}  {name}" for name, count in counts.items()]
+        for what in ("outputs", "scattered", "removed", "gathered"):
+            lines += [f"{what:12}  {count:18,}  {name}" for name, count in getattr(self, what).items()]
         lines += [f"{'left':12}  {name}: {reason}" for name, reason in self.left.items()]
         return "\n".join(lines + [f"{'note':12}  {self.note}"] * bool(self.note))
 
@@ -86,7 +88,8 @@ def compact_(
     The rows of the weight of a layer in `outputs` become zero, so that what it gives there is constant: its bias, or
     what normalization and activations make of that. Where nothing else reads them they go, with the columns of what
     reads them; a constant that is not zero goes into the bias of the reader, or, if it has none or pads its input with
-    zeros, one such feature stays and takes over from all others. Elsewhere they stay, and the report says so.
+    zeros, one such feature stays and takes over from all others. Elsewhere they stay, and the report says so; a large
+    layer does not compute them, but puts constants in their places (`ScatteredLinear`, ...).
 
     Outputs are those of the model in eval mode with `torch.where(mask, x, 0)` in front of each masked layer. Modules
     keep their identity, hooks, device and dtype; parameters that shrink are new objects without a gradient, so make
@@ -124,7 +127,7 @@ def compact_(
         ((178, 46), {'2': 12})
     """
     from deadband.compaction.graph import require_torch_pruning
-    from deadband.compaction.outputs import find_outputs
+    from deadband.compaction.outputs import find_outputs, find_scattered
     from deadband.compaction.plan import find_plan
 
     if producers or outputs:
@@ -140,24 +143,35 @@ def compact_(
     plan = find_plan(
         smaller, {name: mask[_kept(first.resizes, name, mask)] for name, mask in masks.items()}, example, producers
     )
-    changed = [model.get_submodule(name) for name in {*outputs, *first.resizes, *plan.resizes}]
-    with all_or_nothing(
-        changed, values=[value for name in outputs for value in model.get_submodule(name).parameters()]
-    ):
+    apply_(smaller, plan.resizes)
+    rest = {name: _of_kept(first.resizes, name, mask) for name, mask in outputs.items() if name in first.left}
+    scattered = find_scattered(smaller, rest, example)
+    resizes = [first.resizes, plan.resizes, scattered]
+    changed = [model.get_submodule(name) for name in {*outputs, *(name for each in resizes for name in each)}]
+    values = [value for name in outputs for value in model.get_submodule(name).parameters()]
+    with all_or_nothing(changed, values=values):
         clear_rows_(model, outputs)
-        apply_(model, first.resizes)
-        apply_(model, plan.resizes)
+        for each in resizes:
+            apply_(model, each)
         compacted = copy_model(model)  # calls may leave something behind in the model, which is not the user's
+        left = {name: reason for name, reason in first.left.items() if name not in scattered}
         return CompactionReport(
             parameters=(_count(dense), _count(compacted)),
             flops=(flops_of(dense, example), flops_of(compacted, example)),
             seconds=seconds_of(dense, compacted, example),
             removed=plan.removed,
             gathered=plan.gathered,
-            left=first.left | plan.left,
+            left=left | plan.left,
             note=plan.note,
             outputs=first.removed,
+            scattered={name: int((~rest[name]).sum()) for name in scattered},
         )
+
+
+def _of_kept(resizes: Mapping[str, Resize], name: str, mask: Tensor) -> Tensor:
+    """A mask of outputs, of those that are still there."""
+    kept = resizes[name].outputs if name in resizes else None
+    return mask if kept is None else mask[kept]
 
 
 def _kept(resizes: Mapping[str, Resize], name: str, mask: Tensor) -> Tensor:
@@ -272,7 +286,13 @@ def _shape_of(module: nn.Module, prefix: str, found: Mapping[str, Any]) -> Resiz
         return torch.arange(size) if attribute is not None and size < getattr(module, attribute) else None
 
     kept = found.get(f"{prefix}kept") if layout.gathered is not None else None
-    to = Resize(narrowed(layout.outputs, layout.out_dim), narrowed(layout.inputs, layout.in_dim), kept)
+    made, rest = (found.get(f"{prefix}{name}") if type(module) in SCATTERED else None for name in ("made", "rest"))
+    outputs = narrowed(layout.outputs, layout.out_dim)
+    if made is not None and rest is not None:
+        outputs = torch.arange(len(rest)) if len(rest) < getattr(module, layout.outputs) else None
+        if made.dtype != torch.int64 or made.dim() != 1 or not all(0 <= index < len(rest) for index in made.tolist()):
+            raise ValueError(f"{prefix}made is {made}; expected int64 indices below {len(rest)}")
+    to = Resize(outputs, narrowed(layout.inputs, layout.in_dim), kept, made=made)
     if kept is not None:
         width = sys.maxsize if isinstance(module, Gathered) else getattr(module, layout.inputs or "")
         if kept.dtype != torch.int64 or kept.dim() != 1 or not all(0 <= index < width for index in kept.tolist()):

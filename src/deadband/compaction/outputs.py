@@ -13,7 +13,15 @@ from deadband.compaction.check import Check, Masks, SkipError
 from deadband.compaction.examples import guess_example, outputs_of
 from deadband.compaction.graph import Graph, Group
 from deadband.compaction.plan import union, without
-from deadband.compaction.resize import Example, Resize, folds_into_bias, layout_of, output_widths, shared_parameters
+from deadband.compaction.resize import (
+    SCATTERED,
+    Example,
+    Resize,
+    folds_into_bias,
+    layout_of,
+    output_widths,
+    shared_parameters,
+)
 from deadband.running.copies import copy_model
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -71,6 +79,27 @@ def find_outputs(model: nn.Module, outputs: Masks, example: Example) -> OutputsP
             left[name] = f"{dropped - removed.get(name, 0)} of {dropped} output features: {what}"
     values = _observe(check, check.fresh(), [check.arguments()])
     return OutputsPlan(_resizes(model, chosen, values), removed, left)
+
+
+def find_scattered(model: nn.Module, outputs: Masks, example: Example) -> dict[str, Resize]:
+    """Which of the layers with dropped outputs that have to stay need not compute them; their weights are zero."""
+    shared = shared_parameters(model)
+    modules = {name: model.get_submodule(name) for name in outputs}
+    chosen = {
+        name: Resize(made=mask.nonzero()[:, 0])
+        for name, mask in outputs.items()
+        if type(modules[name]) in SCATTERED and modules[name] not in shared and _pays(modules[name], mask)
+    }
+    check = Check(model, example, {name: outputs[name] for name in chosen}) if chosen else None
+    return chosen if check is not None and check.same({}, lambda *_: chosen) else {}
+
+
+def _pays(module: nn.Module, mask: Tensor) -> bool:
+    """Whether what is saved is worth a copy of the output: by count, checked on some layers by the clock."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    saved = int((~mask).sum()) * (weight.numel() // len(weight))  # products for each position
+    return bool(mask.any()) and saved >= 64 * len(mask) and (weight.dim() > 2 or saved >= 2**17)
 
 
 def coupled_outputs(model: nn.Module, names: Iterable[str], example: Example) -> list[set[str]]:

@@ -69,6 +69,65 @@ class GatheredConv3d(Gathered, nn.Conv3d):
     feature_dim = -4
 
 
+# ------------------------------------------------------------------------------------------------ layers that scatter
+
+
+class Scattered(nn.Module):
+    """A layer that makes some of its output features, and puts constants in the places of the others.
+
+    Made in place from its dense class, as `Gathered` is. The state dict has two more entries: `made` (int64 [features
+    made]) and `rest` ([all features]), the constants.
+    """
+
+    made: Tensor
+    rest: Tensor
+    feature_dim: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The dense layer's forward, with all features."""
+        return self._scatter(super().forward(input))
+
+    def _scatter(self, y: Tensor) -> Tensor:
+        if y.is_nested:
+            return map_nested(y, lambda _, part: self._scatter(part))
+        shape = list(y.shape)
+        shape[self.feature_dim] = len(self.rest)
+        rest = self.rest.to(y.dtype).view(-1, *[1] * (-1 - self.feature_dim)).expand(shape)
+        return rest.clone(memory_format=torch.contiguous_format).index_copy_(self.feature_dim, self.made, y)
+
+
+class ScatteredLinear(Scattered, nn.Linear):
+    """`nn.Linear` that makes a part of its output; made by `compact_` where the output has to stay whole."""
+
+    feature_dim = -1
+
+
+class ScatteredConv1d(Scattered, nn.Conv1d):
+    """`nn.Conv1d` that makes a part of its channels."""
+
+    feature_dim = -2
+
+
+class ScatteredConv2d(Scattered, nn.Conv2d):
+    """`nn.Conv2d` that makes a part of its channels."""
+
+    feature_dim = -3
+
+
+class ScatteredConv3d(Scattered, nn.Conv3d):
+    """`nn.Conv3d` that makes a part of its channels."""
+
+    feature_dim = -4
+
+
+SCATTERED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: ScatteredLinear,
+    nn.Conv1d: ScatteredConv1d,
+    nn.Conv2d: ScatteredConv2d,
+    nn.Conv3d: ScatteredConv3d,
+}
+
+
 def __getattr__(name: str) -> Any:
     """GatheredConv1D, for transformers' Conv1D: made when it is needed, as importing transformers takes a second."""
     if name != "GatheredConv1D":
@@ -170,6 +229,7 @@ class Resize:
     kept: Tensor | None = None
     constants: Tensor | None = None  # [inputs before] the values of input features that go
     into: int | None = None  # the constant feature that stays
+    made: Tensor | None = None  # [k] int64: what is made of the output features that stay; the others become constants
 
 
 def resize_(module: nn.Module, to: Resize) -> None:
@@ -203,6 +263,15 @@ def resize_(module: nn.Module, to: Resize) -> None:
             assert layout.gathered is not None
             change_class_(layer, layout.gathered)
         layer.register_buffer("kept", to.kept.to(layer.weight.device))
+    if to.made is not None:
+        made, bias = to.made.to(layer.weight.device), layer.bias
+        rest = layer.weight.new_zeros(len(layer.weight)) if bias is None else bias.detach().clone()
+        layer.weight = _select(layer.weight, 0, made)
+        layer.bias = None if bias is None else _select(bias, 0, made)
+        setattr(layer, layout.outputs, len(made))
+        change_class_(layer, SCATTERED[type(layer)])
+        layer.register_buffer("made", made)
+        layer.register_buffer("rest", rest.index_fill(0, made, 0))
 
 
 def _weight(layer: Any) -> Any:
