@@ -738,7 +738,7 @@ class Wide(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 64, 3, padding=1)
         self.inner, self.outer = block(64, 64, padding=1), block(64, 64, padding=1)[:2]
-        self.proj, self.out = nn.Linear(64, 1024), nn.Linear(1024, 512)
+        self.proj, self.out = nn.Linear(64, 1024), nn.Linear(1024, 1024)
 
     def forward(self, x):
         x = self.stem(x)
@@ -756,12 +756,12 @@ def test_rows_on_a_stream_are_not_computed_though_they_stay(prune_bias):
     expected, model, pruner = pruned(model, x, [{"tensor_fqn": "*.0.weight"}, {"tensor_fqn": "out.weight"}], prune_bias)
     report = pruner.compaction
     assert close(model(x), expected)
-    assert report.scattered == {"outer.0": 21, "out": 170}
+    assert report.scattered == {"outer.0": 21, "out": 341}
     assert report.outputs["inner.0"] in (20, 21)
     assert set(report.left) <= {"inner.0"}
     assert model.outer[0].out_channels == 43
-    assert model.out(torch.randn(3, 5, 1024)).shape == (3, 5, 512)
-    assert model(x).shape == (2, 512)
+    assert model.out(torch.randn(3, 5, 1024)).shape == (3, 5, 1024)
+    assert model(x).shape == (2, 1024)
     assert "scattered" in str(report)
     fresh = deadband.load_compact_(copy.deepcopy(dense), model.state_dict())
     assert close(fresh(x), expected)

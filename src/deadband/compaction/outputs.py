@@ -90,16 +90,19 @@ def find_scattered(model: nn.Module, outputs: Masks, example: Example) -> dict[s
         for name, mask in outputs.items()
         if type(modules[name]) in SCATTERED and modules[name] not in shared and _pays(modules[name], mask)
     }
-    check = Check(model, example, {name: outputs[name] for name in chosen}) if chosen else None
-    return chosen if check is not None and check.same({}, lambda *_: chosen) else {}
+    if not chosen:
+        return {}
+    check = Check(model, example, {name: outputs[name] for name in chosen})
+    chosen = {name: each for name, each in chosen.items() if name in check.called}
+    return chosen if check.same({}, lambda *_: chosen) else {}
 
 
 def _pays(module: nn.Module, mask: Tensor) -> bool:
-    """Whether what is saved is worth a copy of the output: by count, checked on some layers by the clock."""
+    """Whether what is saved is worth a copy of the output, by count."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     saved = int((~mask).sum()) * (weight.numel() // len(weight))  # products for each position
-    return bool(mask.any()) and saved >= 64 * len(mask) and (weight.dim() > 2 or saved >= 2**17)
+    return bool(mask.any()) and saved >= 64 * len(mask) and (weight.dim() > 2 or saved >= 2**18)
 
 
 def coupled_outputs(model: nn.Module, names: Iterable[str], example: Example) -> list[set[str]]:
@@ -200,7 +203,7 @@ class _Constants:
             inputs = [check.arguments(), *(check.arguments(noise, run % 2 > 0) for run in range(RUNS))]
             for name, (low, high) in _observe(check, model, inputs, masks, noise).items():
                 size = torch.maximum(low.abs(), high.abs())
-                same = high - low <= (1e-9 if check.dtype == torch.float64 else 1e-5) * size
+                same = (high - low <= (1e-9 if check.dtype == torch.float64 else 1e-5) * size) & (low <= high)
                 zero = size == 0
                 self.constant[name] = self.constant.get(name, same) & same
                 self.zero[name] = self.zero.get(name, zero) & zero
