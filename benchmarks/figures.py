@@ -352,7 +352,14 @@ def pruning(result: Result) -> str:
         for row in models
     ]  # fmt: skip
     head = ["half pruned", "threads", "dense ms", "pruned ms", "speed", "fewer FLOPs", "fewer parameters"]
-    return "\n\n".join([*parts, table(head, lines)])
+    parts.append(table(head, lines))
+    lines = [
+        (row["what"].replace(" x ", " × "), str(row["threads"]),
+         *(f"{row['seconds'][name] * 1e3:.3f}" for name in ("dense", "half")), times(row["speed"]))
+        for row in result["rows"] if "half" in row.get("seconds", {})
+    ]  # fmt: skip
+    parts.append(table(["half computed, half constant", "threads", "dense ms", "half ms", "speed"], lines))
+    return "\n\n".join(parts)
 
 
 def demo(result: Result) -> str:

@@ -2,7 +2,8 @@
 
 Masks: random configurations of block shapes, zeros per block and levels that torch supports, in float32. Step: one
 `step` of `WeightNormSparsifier` over 200 layers of 1024 x 1024, each class in turn. Latency: half of the channels by
-`SaliencyPruner`, removed by `prune()`, at batch 1 against the dense model, in turn.
+`SaliencyPruner`, removed by `prune()`, at batch 1 against the dense model, in turn. Scattering: layers that compute
+every other of their outputs and put zeros in the places of the others.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from torch.ao import pruning as torchs
 
 from deadband import pruning
+from deadband.compaction.resize import Resize, resize_
 from deadband.running.forward import threads
 from deadband.running.timing import interleave, median
 
@@ -140,6 +142,23 @@ def latency(name: str, dense: nn.Module, x: torch.Tensor, rounds: int, counts: l
         }  # fmt: skip
 
 
+def scattering(rounds: int, count: int):
+    """Whether computing half of the outputs pays, where all of them have to be there."""
+    image = 1, 64, 56, 56
+    layers = [(nn.Linear(side, side), (rows, side)) for side in (256, 512, 768, 1024, 2048) for rows in (1, 64)]
+    layers += [(nn.Conv2d(64, 64, 3, padding=1), image), (nn.Conv2d(64, 256, 1), image)]
+    for dense, shape in layers:
+        half, x = copy.deepcopy(dense), torch.randn(shape)
+        resize_(half, Resize(made=torch.arange(0, len(dense.weight), 2)))
+        calls = {"dense": functools.partial(dense, x), "half": functools.partial(half, x)}
+        with threads(count), torch.inference_mode():
+            times = interleave(calls, rounds=rounds, what="scattering", progress=False)
+        seconds = {key: median(values) for key, values in times.items()}
+        name = f"{type(dense).__name__} {' x '.join(map(str, dense.weight.shape))} on {' x '.join(map(str, shape))}"
+        print(f"scattering, {name}, {count} threads: {seconds['dense'] / seconds['half']:.2f}x")
+        yield {"what": name, "threads": count, "seconds": seconds, "speed": seconds["dense"] / seconds["half"]}
+
+
 def main() -> None:
     options = parser(__doc__).parse_args()
     torch.manual_seed(0)
@@ -150,6 +169,8 @@ def main() -> None:
     rows += latency("ResNet-18-like, each layer by itself", resnet(), image, rounds, options.threads)
     rows += latency("ResNet-18-like, layers on a stream alike", resnet(), image, rounds, options.threads, coupled=True)
     rows += latency("MLP", mlp(), torch.randn(1, 784), 4 * rounds, options.threads)
+    for count in options.threads:
+        rows += scattering(40 * options.rounds, count)
     save("pruning", rows)
 
 

@@ -264,14 +264,19 @@ def resize_(module: nn.Module, to: Resize) -> None:
             change_class_(layer, layout.gathered)
         layer.register_buffer("kept", to.kept.to(layer.weight.device))
     if to.made is not None:
-        made, bias = to.made.to(layer.weight.device), layer.bias
-        rest = layer.weight.new_zeros(len(layer.weight)) if bias is None else bias.detach().clone()
-        layer.weight = _select(layer.weight, 0, made)
-        layer.bias = None if bias is None else _select(bias, 0, made)
-        setattr(layer, layout.outputs, len(made))
-        change_class_(layer, SCATTERED[type(layer)])
-        layer.register_buffer("made", made)
-        layer.register_buffer("rest", rest.index_fill(0, made, 0))
+        _scatter_(layer, layout, to.made.to(layer.weight.device))
+
+
+def _scatter_(layer: Any, layout: Layout, made: Tensor) -> None:
+    """Make of the outputs of a layer those at `made` alone, and constants of the others: their bias."""
+    bias = layer.bias
+    rest = layer.weight.new_zeros(len(layer.weight)) if bias is None else bias.detach().clone()
+    layer.weight = _select(layer.weight, 0, made)
+    layer.bias = None if bias is None else _select(bias, 0, made)
+    setattr(layer, layout.outputs, len(made))
+    change_class_(layer, SCATTERED[type(layer)])
+    layer.register_buffer("made", made)
+    layer.register_buffer("rest", rest.index_fill(0, made, 0))
 
 
 def _weight(layer: Any) -> Any:
