@@ -728,6 +728,27 @@ def test_a_state_loaded_over_itself_changes_nothing(tmp_path):
     assert not model._forward_pre_hooks
 
 
+class Even(nn.Module):
+    """Pads what has an odd size."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 9, 3), nn.Conv2d(9, 4, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.out(F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2)))
+
+
+def test_padding_that_the_example_does_not_show():
+    torch.manual_seed(0)
+    model = Even().eval()
+    masked, _ = choose(
+        model, [{"tensor_fqn": "conv.weight", "drop": [1, 4]}], torch.randn(2, 3, 8, 8), prune_bias=False
+    )
+    assert agree(masked, model, torch.randn(2, 3, 9, 7))
+
+
 # -------------------------------------------------------------------------------------------------- layers that scatter
 
 

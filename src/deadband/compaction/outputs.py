@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from deadband.compaction.check import Check, Masks, SkipError
 from deadband.compaction.examples import guess_example, outputs_of
@@ -201,6 +202,7 @@ class _Constants:
             model, noise = check.variation(seed)
             noise = torch.Generator().manual_seed(99) if noise is None else noise
             inputs = [check.arguments(), *(check.arguments(noise, run % 2 > 0) for run in range(RUNS))]
+            inputs += [_shorter(check.arguments(), dim) for dim in (-1, -2)]  # padding may depend on the size
             for name, (low, high) in _observe(check, model, inputs, masks, noise).items():
                 size = torch.maximum(low.abs(), high.abs())
                 same = (high - low <= (1e-9 if check.dtype == torch.float64 else 1e-5) * size) & (low <= high)
@@ -243,6 +245,17 @@ def _observe(
                 if not index:
                     raise
     return {name: each for name, each in seen.items() if name not in other}
+
+
+def _shorter(arguments: Example, dim: int) -> Example:
+    """Arguments whose tensors of three and more dimensions are one shorter along one of them."""
+
+    def cut(value: object) -> object:
+        if not isinstance(value, Tensor) or value.is_nested or value.layout is not torch.strided or value.dim() < 3:
+            return value
+        return value.narrow(dim, 0, max(value.shape[dim] - 1, 1))
+
+    return tree_map(cut, arguments)
 
 
 class _Moving:
