@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from deadband.compaction.resize import Example, Resize, apply_, copy_rows_, layout_of
+from deadband.compaction.resize import Example, Resize, apply_, copy_rows_, layout_of, spatial_dims
 from deadband.layers.hooks import take_input, with_input
 from deadband.ops.nested import padded
 from deadband.ops.skipping import apply_mask
@@ -43,10 +43,8 @@ def masking(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
         for name, mask in masks.items():
             module = model.get_submodule(name)
             weight: Any = module.weight
-            spatial = weight.dim() - 2 if hasattr(module, "kernel_size") else 0
-            handles.append(
-                module.register_forward_pre_hook(_Masking(mask.to(weight.device), spatial), with_kwargs=True)
-            )
+            mask_input = _Masking(mask.to(weight.device), spatial_dims(module))
+            handles.append(module.register_forward_pre_hook(mask_input, with_kwargs=True))
         yield
     finally:
         for handle in handles:

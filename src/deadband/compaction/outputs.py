@@ -22,6 +22,7 @@ from deadband.compaction.resize import (
     layout_of,
     output_widths,
     shared_parameters,
+    spatial_dims,
 )
 from deadband.running.copies import copy_model
 
@@ -262,8 +263,7 @@ class _Moving:
     """A forward hook that moves output features of a layer far, in either direction, where a mask keeps them."""
 
     def __init__(self, module: nn.Module, kept: Tensor, noise: torch.Generator) -> None:
-        spatial = len(module.kernel_size) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 0
-        self.kept, self.noise = kept.view(-1, *[1] * spatial), noise
+        self.kept, self.noise = kept.view(-1, *[1] * spatial_dims(module)), noise
 
     def __call__(self, module: nn.Module, args: tuple, output: object) -> object:
         if not isinstance(output, Tensor) or output.is_nested:
@@ -274,7 +274,7 @@ class _Moving:
 
 @contextlib.contextmanager
 def _watching(name: str, module: nn.Module, seen: Ranges, other: set[str]) -> Iterator[None]:
-    spatial = len(module.kernel_size) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 0
+    spatial = spatial_dims(module)
 
     def watch(module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)

@@ -206,6 +206,11 @@ def output_widths(model: nn.Module) -> dict[str, int]:
     return {name: getattr(module, layout.outputs) for name, (module, layout) in layouts.items() if layout is not None}
 
 
+def spatial_dims(module: nn.Module) -> int:
+    """How many dimensions follow that of the features in a layer's input and output: those of a convolution."""
+    return len(module.kernel_size) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 0
+
+
 def shared_parameters(model: nn.Module) -> set[nn.Module]:
     """The modules of `model` that hold a parameter which another of its modules holds, too."""
     held = [(id(value), module) for module in model.modules() for value in module._parameters.values()]

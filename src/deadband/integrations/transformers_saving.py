@@ -32,7 +32,6 @@ from deadband.integrations.transformers import BUFFERS, DeadbandConfig, Deadband
 from deadband.layers.quantized import QuantizedMatrix, QuantizedTable, unmake_quantized_, untie_table_
 from deadband.layers.sites import how_computed, shape_of
 from deadband.layers.sparse import SparseSite
-from deadband.masks.mask_weight import masked_state_dict
 from deadband.sparsify.config import SparsityConfig, config_of
 
 NOTE = " (quantised weights: import deadband before loading them)"
@@ -42,6 +41,8 @@ def _save_pretrained(original: Callable[..., None], model: Any, *args: Any, **kw
     existing = getattr(model, "hf_quantizer", None)
     config = None if getattr(model, "_hf_peft_config_loaded", False) else config_of(model)
     if config is None and not (isinstance(existing, DeadbandQuantizer) or is_ours(_quantization_of(model))):
+        from deadband.masks.mask_weight import masked_state_dict  # what imports transformers need not wait for it
+
         if kwargs.get("state_dict") is None and (masked := masked_state_dict(model)) is not None:
             kwargs["state_dict"] = masked
         original(model, *args, **kwargs)

@@ -90,8 +90,9 @@ def infinite_if_nan(scores: Tensor) -> Tensor:
 
 def count_of(level: float, blocks: int, *, all_may_go: bool = False) -> int:
     """How many of so many blocks a level drops: the nearest count, but unless `all_may_go` not all below 1."""
-    most = blocks if level >= 1 or all_may_go else blocks - 1
-    return min(max(round(level * blocks), 0), most) if level < 1 else blocks
+    if level >= 1:
+        return blocks
+    return min(max(round(level * blocks), 0), blocks if all_may_go else blocks - 1)
 
 
 def kept_blocks(

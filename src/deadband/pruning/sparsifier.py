@@ -42,7 +42,7 @@ from deadband.running.copies import copy_model
 from deadband.tensor_files import read_tensors, write_tensors
 
 _FROM_NAME = ("module", "module_fqn", "tensor_name")
-_OF_MODEL = ("model", "config", "_holders", "_made", "_call", "_given", "_norms", "_remember")
+_OF_MODEL = ("model", "config", "_holders", "_made", "_call", "_given", "_remember")
 _KEY, VERSION = "deadband.pruning", 1
 
 
