@@ -1,6 +1,7 @@
 """The operators, each with its torch reference, and their backends."""
 
-import deadband.ops.cpu  # noqa: F401  (it registers itself)
+import deadband.ops.cpu
+import deadband.ops.gpu  # noqa: F401  (both register themselves)
 from deadband.ops.linear import dense_linear, quantized_linear, sparse_linear
 
 __all__ = ["dense_linear", "quantized_linear", "sparse_linear"]
