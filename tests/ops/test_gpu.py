@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from operators import allowed_error, error_against_float64, random_operands, random_weight
 from torch.nn import functional as F
 
-from deadband.ops import fused, gpu, linear
+from deadband.ops import fused, linear
 from deadband.ops.cpu import SPARSE_ROWS
+from deadband.ops.gpu import operators as gpu
 from deadband.ops.gpu.tiles import DEFAULTS, Tile, table, tile_for
 from deadband.ops.skipping import fill, keep_mask
 from deadband.quantization import FORMATS

@@ -142,6 +142,16 @@ def _list_kept(
 
 
 @triton.jit
+def _scaled(own, total, layer, tile, group, inside, OUTPUTS: tl.constexpr):
+    """The sums of a group's codes, [ROWS, STEP, OUTPUTS], with its scales, and of its entries with its minimums."""
+    at = group * layer.out_features
+    scaled = own * _of_outputs(layer.scales + at, layer, tile, inside, OUTPUTS)[None, None, :]
+    if layer.minimum is not None:
+        scaled += total[:, :, None] * _of_outputs(layer.minimum + at, layer, tile, inside, OUTPUTS)[None, None, :]
+    return scaled
+
+
+@triton.jit
 def _sums(
     x, layer, limits, tile, split, kept_inputs, rows, in_features,
     ROWS: tl.constexpr, STEP: tl.constexpr, OUTPUTS: tl.constexpr, UNROLL: tl.constexpr, CHUNK: tl.constexpr,
@@ -181,12 +191,7 @@ def _sums(
                     if layer.minimum is not None:
                         total += entries
             if layer.group_size > 0:
-                scales = layer.scales + start // GROUP * layer.out_features
-                sums += own * _of_outputs(scales, layer, tile, start < in_features, OUTPUTS)[None, None, :]
-                if layer.minimum is not None:
-                    minimum = layer.minimum + start // GROUP * layer.out_features
-                    least = _of_outputs(minimum, layer, tile, start < in_features, OUTPUTS)
-                    sums += total[:, :, None] * least[None, None, :]
+                sums += _scaled(own, total, layer, tile, start // GROUP, start < in_features, OUTPUTS)
             else:
                 sums = own
     result = tl.sum(sums, 1)
