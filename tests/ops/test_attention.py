@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from operators import DTYPES, ISAS, before_a_wall, compiled, instruction_set
 
 from deadband.ops import kernels
-from deadband.ops.attention import attend, attend_reference
+from deadband.ops.attention import attend, attend_in_steps, attend_reference
 from deadband.running.forward import threads
 
 
@@ -67,6 +67,10 @@ def test_against_float64(isa, groups, heads, size, value_size, tokens, room, sof
     assert bool(((y.double() - expected).abs() <= allowed(expected, given_[2], dtype)).all())
     reference = attend_reference(*given_, scaling, softcap).double()
     assert bool(((reference - expected).abs() <= allowed(expected, given_[2], dtype)).all())
+    steps = attend_in_steps(*given_, scaling, softcap).double()
+    # beside the result, the query that was scaled, scores and their softmax are rounded
+    rounded = 0 if dtype is torch.float32 else 8 * torch.finfo(dtype).eps * float(given_[2].float().abs().max())
+    assert bool(((steps - expected).abs() <= allowed(expected, given_[2], dtype) + rounded).all())
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 BLOCK = 64
@@ -22,16 +24,23 @@ class Store:
     """Keys and values of all layers of one sequence, with room to grow: what the compiled graph reads and writes.
 
     Keys lie as [1, heads, head_dim, capacity], so that the scores of many tokens are computed side by side.
+
+    Args:
+        keys, values: of each layer, for so many tokens.
+        length: of the sequence.
+        shelf: where memory comes from, and goes back to; without one it is new.
     """
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], length: int) -> None:
+    def __init__(self, keys: list[Tensor], values: list[Tensor], length: int, shelf: Shelf | None = None) -> None:
         self.length = length
+        self.shelf = shelf
         self.capacity = 0
         self.owner: Any = None  # the decoder that reads and writes here
         self.intact = True  # whether every layer of the cache still has its keys and values here
         self.sliding = False  # whether a layer of the cache forgets what is outside of its window
         self.keys, self.values = keys, values
         self.inputs: list[Tensor] = []
+        self._returned: Any = None  # what gives memory back to the shelf once this is gone
         self.reserve(length + BLOCK)
 
     def reserve(self, length: int) -> None:
@@ -39,17 +48,52 @@ class Store:
         if length <= self.capacity:
             return
         capacity = max(2 * BLOCK, 1 << (length - 1).bit_length())
-        self.keys = [grown(each, 3, capacity) for each in self.keys]
-        self.values = [grown(each, 2, capacity) for each in self.values]
+        held = self.inputs
+        shelved = self.shelf.take(capacity) if self.shelf is not None else [None] * (2 * len(self.keys))
+        places = iter(shelved)
+        with torch.inference_mode(False), torch.no_grad():  # memory that later sequences may write to as well
+            self.keys = [grown(each, 3, capacity, next(places)) for each in self.keys]
+            self.values = [grown(each, 2, capacity, next(places)) for each in self.values]
         self.inputs = [*self.keys, *self.values]
+        if self.shelf is not None:
+            if held:
+                self.shelf.give(self.capacity, held)
+                self._returned.detach()
+            self._returned = weakref.finalize(self, self.shelf.give, capacity, self.inputs)
         self.capacity = capacity
 
 
-def grown(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """The tensor, longer by zeros along `dim`."""
+class Shelf:
+    """Memory of finished sequences for the next ones: a CUDA graph knows its tensors by their addresses."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.free: dict[int, list[list[Tensor]]] = {}
+
+    def take(self, capacity: int) -> Sequence[Tensor | None]:
+        """Tensors of a sequence of that capacity whose memory nobody else looks at, or as many times None."""
+        free = self.free.get(capacity, ())
+        for place, tensors in enumerate(free):
+            if not any(_shared(each) for each in tensors):
+                return self.free[capacity].pop(place)
+        return [None] * (2 * self.layers)
+
+    def give(self, capacity: int, tensors: list[Tensor]) -> None:
+        """Take back what a sequence no longer needs."""
+        self.free.setdefault(capacity, []).append(tensors)
+
+
+def _shared(tensor: Tensor) -> bool:
+    """Whether there are views of it, or other tensors in its memory."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2  # its own, and the one asked
+
+
+def grown(tensor: Tensor, dim: int, size: int, place: Tensor | None = None) -> Tensor:
+    """The tensor, longer by zeros along `dim`; in `place`, if given."""
     shape = list(tensor.shape)
     shape[dim] = size
-    grown = tensor.new_zeros(shape)  # zeros, as what is masked is still multiplied by a weight of zero
+    # zeros, as what is masked is still multiplied by a weight of zero
+    grown = tensor.new_zeros(shape) if place is None else place.zero_()
     grown.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
     return grown
 
@@ -134,7 +178,7 @@ def layer_classes() -> dict[type, type]:
     }
 
 
-def attach(cache: Any, owner: Any = None) -> Store:
+def attach(cache: Any, owner: Any = None, shelf: Shelf | None = None) -> Store:
     """Move the states of a DynamicCache into a new Store, in place."""
     length = cache.get_seq_length()
     keys, values = [], []
@@ -145,7 +189,7 @@ def attach(cache: Any, owner: Any = None) -> Store:
         missing = length - key.shape[2]  # what a sliding window has forgotten; masked in every case
         keys.append(nn.functional.pad(key.transpose(2, 3), (missing, 0)))
         values.append(nn.functional.pad(value, (0, 0, missing, 0)))
-    store = Store(keys, values, length)
+    store = Store(keys, values, length, shelf)
     store.owner = owner
     store.sliding = any(layer.is_sliding for layer in cache.layers)
     twins = layer_classes()

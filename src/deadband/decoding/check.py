@@ -66,29 +66,29 @@ def filled_cache(config: Any, template: Template, length: int, dtype: torch.dtyp
     generator = torch.Generator().manual_seed(length)
     cache = DynamicCache(config=config)
     for index, (keys, values) in enumerate(template):
-        drawn = torch.randint(keys.shape[2], (2, length), generator=generator)
+        drawn = torch.randint(keys.shape[2], (2, length), generator=generator).to(keys.device)
         cache.update(keys[:, :, drawn[0]].to(dtype), values[:, :, drawn[1]].to(dtype), index)
     return cache
 
 
-def tokens_of(config: Any, rows: int) -> Tensor:
+def tokens_of(config: Any, rows: int, device: torch.device) -> Tensor:
     """So many tokens to decode at once."""
-    return (1 + torch.arange(rows)).view(1, -1) % config.vocab_size
+    return (1 + torch.arange(rows, device=device)).view(1, -1) % config.vocab_size
 
 
 def check_step(model: Any, template: Template, rows: int = 1) -> None:
     """A NotCapturedError where `Step` of `rows` tokens is not what the model does; in float32 if memory allows it."""
     config = model.config.get_text_config()
-    step = Step(model)
+    step, device = Step(model), template[0][0].device
     exact = exact_products() if _bits(model) == 4 else contextlib.nullcontext()
     with _in_float32(model) as dtype, exact:
 
         def by_step(store: Store) -> Tensor:
-            position = store.length + torch.arange(rows)
-            blocks = torch.empty((store.length + rows - 1) // BLOCK + 1)
+            position = store.length + torch.arange(rows, device=device)
+            blocks = torch.empty((store.length + rows - 1) // BLOCK + 1, device=device)
             try:
                 with own_attention(model):
-                    return step(tokens_of(config, rows), position, blocks, store.keys, store.values)
+                    return step(tokens_of(config, rows, device), position, blocks, store.keys, store.values)
             except NotCapturedError:
                 raise
             except Exception as error:  # the model alone can do it: `compare` ran it before
@@ -121,7 +121,7 @@ def compare(
     Nothing is skipped meanwhile. At its thresholds a bfloat16 model amplifies rounding, as entries change sides: on
     random weights of 1 B parameters at 0.5, logits differ by 0.45 between two of transformers' own caches.
     """
-    token = tokens_of(config, rows)
+    token = tokens_of(config, rows, template[0][0].device)
     name = cache_argument(model)
     limit = LIMITS.get(dtype, 0.1)
     if (bits := _bits(model)) is not None:
@@ -147,7 +147,8 @@ def _in_float32(model: nn.Module) -> Iterator[torch.dtype]:
     """
     own = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
     extra = 4 * sum(each.numel() for each in model.parameters() if each.is_floating_point() and each.dtype == own)
-    if own == torch.float32 or extra > _free_memory() / 2:
+    device = next(model.parameters()).device
+    if own == torch.float32 or extra > _free_memory(device) / 2:
         yield own
         return
     data = [(each, each.data) for each in model.parameters()]
@@ -166,7 +167,9 @@ def _in_float32(model: nn.Module) -> Iterator[torch.dtype]:
             parameter.data = before
 
 
-def _free_memory() -> int:
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))

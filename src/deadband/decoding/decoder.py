@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deadband.decoding.breakeven import tune_
-from deadband.decoding.cache import BLOCK, Store, attach, layer_classes
+from deadband.decoding.cache import BLOCK, Shelf, Store, attach, layer_classes
 from deadband.decoding.check import Template, check_step, compare, tokens_of
+from deadband.decoding.cuda_graph import GraphedStep, cuda_capture
 from deadband.decoding.graph import PASSES, GraphPass, NotCapturedError, capture, compile_graph
 from deadband.decoding.state import KeptState, changed, hooked, state_of
 from deadband.layers.scope import in_scope
@@ -87,7 +88,7 @@ def prepare_decode_(
     `DecodeWarning` says why, and the model decodes as it did.
 
     Args:
-        model: a causal language model of transformers, on the CPU, or a module around one (a PeftModel, what
+        model: a causal language model of transformers, on the CPU or one GPU, or a module around one (a PeftModel, what
             `torch.compile` returned): then the one inside is prepared.
         tokens: with more than 1 a second graph is made, for 2 to so many tokens at once (8 at most) that continue one
             sequence: what `generate` has a model verify with `assistant_model` or `prompt_lookup_num_tokens`. All of
@@ -259,15 +260,17 @@ class Decoder:
     def _compile(self, model: Any, passes: Sequence[GraphPass]) -> None:
         from transformers import DynamicCache, GenerationConfig
 
-        devices = {parameter.device.type for parameter in model.parameters()}
-        if devices != {"cpu"}:
-            raise NotCapturedError(f"the model has to be on the CPU, and is on {', '.join(sorted(devices))}")
+        devices = {str(parameter.device) for parameter in model.parameters()}
+        self.device = model.device
+        if len(devices) != 1 or self.device.type not in ("cpu", "cuda"):
+            where = ", ".join(sorted(devices))
+            raise NotCapturedError(f"the model has to be on the CPU or on one GPU, and is on {where}")
         if (name := hooked(model)) is not None:
             raise NotCapturedError(_HOOKED.format(name))
         if "forward" in model.__dict__:
             raise NotCapturedError(_BYPASSED)
         config = model.config.get_text_config()
-        prompt = torch.arange(BLOCK // 2).view(1, -1) % config.vocab_size
+        prompt = torch.arange(BLOCK // 2, device=self.device).view(1, -1) % config.vocab_size
         argument = cache_argument(model)
         with evaluating(model):
             with contextlib.suppress(Exception):  # it may leave state behind that a forward by hand does not
@@ -293,6 +296,8 @@ class Decoder:
             self.state = state_of(model)
             self.sites = list(sparse_sites(model).values())
             self.rows = self.current_rows()
+            self.positions, self.blocks = _lengths(1024, self.device)
+            self.shelf = Shelf(len(layers)) if _has_graphs(self.device) else None
             self.run = self._compile_for(1, model, cache, template, passes)
             if self.tokens > 1:
                 self.run_few = self._compile_for(self.tokens, model, cache, template, passes)
@@ -315,9 +320,11 @@ class Decoder:
         def run(*inputs: Any) -> Any:
             return compiled(*weights, *inputs)
 
+        if _has_graphs(self.device):
+            run = GraphedStep(run, cuda_capture)
         config = model.config.get_text_config()
         for count in {min(rows, 2), rows}:
-            token = tokens_of(config, count)
+            token = tokens_of(config, count, self.device)
             compare(model, config, template, model.dtype, lambda store: self._logits(run, store, token), count)  # noqa: B023
         return run
 
@@ -325,10 +332,12 @@ class Decoder:
         length = store.length
         end = length + token.shape[1]
         store.reserve(end)
-        if end > len(_positions):
-            _extend_positions(end)
-        blocks = max((end - 1) // BLOCK + 1, 2)
-        (logits,) = run(token, _positions[length:end], _blocks[:blocks], *store.inputs)
+        if end > len(self.positions):
+            self.positions, self.blocks = _lengths(2 * end, self.device)
+        # a CUDA graph is of one shape: it looks at all that there is room for
+        room = end if store.shelf is None else store.capacity
+        blocks = max((room - 1) // BLOCK + 1, 2)
+        (logits,) = run(token, self.positions[length:end], self.blocks[:blocks], *store.inputs)
         return logits
 
     def current_rows(self) -> list[int]:
@@ -426,7 +435,7 @@ class Decoder:
             return None
         reason = self._why_not_attached(model, cache)
         if reason is None:
-            attach(cache, self)
+            attach(cache, self, self.shelf)
         return reason
 
     def _why_not_attached(self, model: Any, cache: Any) -> str | None:
@@ -492,7 +501,7 @@ def _why_not_these_arguments(kwargs: dict[str, Any], token: Any, cache: Any) -> 
             if not isinstance(value, Tensor) or value.shape != (1, length + count) or not value.all():
                 return "attention_mask has padding, or is not of the cache's length"
         elif name in _POSITIONS:
-            expected = length if count == 1 else torch.arange(length, length + count)
+            expected = length if count == 1 else torch.arange(length, length + count, device=token.device)
             if not isinstance(value, Tensor) or not bool((value == expected).all()):
                 return f"{name} are not the cache's length"
         elif name == "logits_to_keep":
@@ -521,14 +530,16 @@ def _in_words(error: Exception) -> str:
 
 _POSITIONS = ("position_ids", "cache_position")
 _TRUE = ("use_cache", "return_dict")
-_positions = torch.arange(1024)
-_blocks = torch.empty(1024 // BLOCK + 2)
 
 
-def _extend_positions(length: int) -> None:
-    global _positions, _blocks
-    _positions = torch.arange(2 * length)
-    _blocks = torch.empty(2 * length // BLOCK + 2)
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _lengths(most: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions of so many tokens, and what says by its size how many blocks to look at."""
+    with torch.inference_mode(False):
+        return torch.arange(most, device=device), torch.empty(most // BLOCK + 2, device=device)
 
 
 def _state_of(layer: Any) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from deadband.decoding.cache import BLOCK, Store, grown
 from deadband.decoding.compiler_paths import any_folder
 from deadband.decoding.fusion import fuse_gated_mlps, fuse_linears, pack_layers, supply
-from deadband.ops.attention import attend
+from deadband.ops.attention import attend, attend_in_steps
 from deadband.ops.linear import COUNTS, quantized_linear, sparse_linear
 from deadband.running.forward import cache_argument
 
@@ -97,7 +97,7 @@ def _attend(
     is_causal: Any = None,  # so has it this
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a token or a few on deadband's kernel, which reads the cache as it lies."""
+    """Attention of a token or a few: on CPUs on deadband's kernel, which reads the cache as it lies."""
     assert _trace is not None
     name = type(module).__name__
     unknown = [name for name, each in others.items() if each is not None and not _harmless(name, each)]
@@ -116,7 +116,7 @@ def _attend(
     batch, heads, rows, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
     few = () if rows == 1 else (rows,)
-    mixed = attend(
+    mixed = (attend if query.device.type == "cpu" else attend_in_steps)(
         query.transpose(1, 2).reshape(*few, heads, size).to(value.dtype),
         key[0].transpose(1, 2),
         value[0],
@@ -225,9 +225,11 @@ def give_counts(graph: torch.fx.GraphModule) -> None:
     if not uncounted:
         return
     with graph.graph.inserting_before(uncounted[0]):
-        counts = graph.graph.call_function(torch.ops.aten.zeros.default, ([COUNTS],), {"dtype": torch.int64})
-    with next(node.meta["val"] for node in uncounted).fake_mode:
-        counts.meta["val"] = torch.zeros(COUNTS, dtype=torch.int64)
+        value = uncounted[0].meta["val"]
+        settings = {"dtype": torch.int64, "device": value.device}
+        counts = graph.graph.call_function(torch.ops.aten.zeros.default, ([COUNTS],), settings)
+    with value.fake_mode:
+        counts.meta["val"] = torch.zeros(COUNTS, **settings)
     for node in uncounted:
         node.args = (*node.args[:-1], counts)
 
@@ -257,13 +259,21 @@ def own_attention(model: nn.Module) -> Iterator[None]:
             configs[key]._attn_implementation = name
 
 
+# Sizes of the example that a graph is captured of. No two may be equal, nor be a number of rows: standalone_compile
+# takes sizes that are equal in the example for the same size in every call, without a word (torch 2.13).
+_BLOCKS, _ROOM = 11, 13
+
+
 def capture(model: Any, store: Store, rows: int = 1) -> torch.export.ExportedProgram:
     """The graph of one token, or of 2 to `rows`: inputs are weights, tokens, positions and the tensors of `store`."""
     dynamic = torch.export.Dim.DYNAMIC
     few = None if rows == 1 else torch.export.Dim("rows", min=2, max=rows)
-    arguments = (torch.zeros(1, rows, dtype=torch.int64), BLOCK + 7 + torch.arange(rows), torch.empty(3))
+    device = store.keys[0].device
+    position = BLOCK + 7 + torch.arange(rows, device=device)
+    blocks = torch.empty(_BLOCKS, device=device)
+    arguments = (torch.zeros(1, rows, dtype=torch.int64, device=device), position, blocks)
     sizes = (None, None) if few is None else ({1: few}, {0: few})
-    keys, values = ([grown(each, dim, 5 * BLOCK) for each in tensors]
+    keys, values = ([grown(each, dim, _ROOM * BLOCK) for each in tensors]
                     for tensors, dim in ((store.keys, 3), (store.values, 2)))  # fmt: skip
     with torch.no_grad(), own_attention(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")

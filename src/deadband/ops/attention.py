@@ -45,6 +45,24 @@ def attend_reference(
 operators.impl("attend", attend_reference, "CompositeExplicitAutograd")
 
 
+def attend_in_steps(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float, softcap: float
+) -> Tensor:
+    """The same in steps that a compiler for GPUs sees: products in the dtype of keys and values, softmax in float32.
+
+    The heads of a group are rows of one product, so that keys and values are read once.
+    """
+    *rows, heads, size = query.shape
+    groups, tokens = values.shape[:2]
+    own = (query * scaling).reshape(*rows, groups, heads // groups, size).movedim(-3, 0).reshape(groups, -1, size)
+    scores = (own @ keys).float()
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.view(groups, *rows, heads // groups, tokens) + mask[..., None, :]
+    mixed = torch.softmax(scores, -1).to(values.dtype).view(groups, -1, tokens) @ values
+    return mixed.view(groups, *rows, heads // groups, -1).movedim(0, -3).reshape(*rows, heads, -1)
+
+
 @torch.library.register_fake("deadband::attend", lib=operators)
 def _fake(query, keys, values, mask, scaling, softcap):
     shapes = [list(each.shape) for each in (query, keys, values, mask)]

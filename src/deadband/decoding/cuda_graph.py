@@ -1,0 +1,83 @@
+"""A compiled step as CUDA graphs: one launch a token, instead of one for each kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Replay = Callable[[], None]
+
+
+class GraphedStep:
+    """A function of (token, position, blocks, *memory), replayed from a graph wherever it knows the memory.
+
+    A graph is captured when a memory is met for the second time: the first call compiles what is not compiled, which
+    cannot happen while a graph is captured. Graphs of memory that was not met for the longest time are dropped.
+
+    Args:
+        run: the function; returns a tensor in a tuple, and writes to its memory.
+        capture: what makes a function that does the same again, of one without arguments; `cuda_capture` on a GPU.
+        most: graphs that are kept.
+    """
+
+    def __init__(
+        self, run: Callable[..., Sequence[Tensor]], capture: Callable[[Callable[[], None]], Replay], most: int = 8
+    ) -> None:
+        self.run, self.capture, self.most = run, capture, most
+        self.graphs: dict[tuple[int, ...], _Graph | None] = {}
+
+    def __call__(self, token: Tensor, position: Tensor, blocks: Tensor, *memory: Tensor) -> tuple[Tensor]:
+        """What `run` returns; the tensor is the caller's."""
+        key = (token.shape[1], blocks.shape[0], *(each.data_ptr() for each in memory))
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return (self.run(token, position, blocks, *memory)[0],)
+        graph = self.graphs.pop(key)  # and to the end: the dictionary is in the order of use
+        if graph is None:
+            graph = _Graph(self.run, self.capture, token.clone(), position.clone(), blocks, memory)
+        self.graphs[key] = graph
+        while len(self.graphs) > self.most:
+            del self.graphs[next(iter(self.graphs))]
+        graph.token.copy_(token)
+        graph.position.copy_(position)
+        graph.replay()
+        return (graph.result.clone(),)
+
+
+class _Graph:
+    """A captured call, with the tensors that it reads and writes."""
+
+    result: Tensor
+
+    def __init__(
+        self,
+        run: Callable[..., Sequence[Tensor]],
+        capture: Callable[[Callable[[], None]], Replay],
+        token: Tensor,
+        position: Tensor,
+        blocks: Tensor,
+        memory: Sequence[Tensor],
+    ) -> None:
+        self.token, self.position, self.memory = token, position, memory  # kept, as the graph has their addresses
+
+        def call() -> None:
+            self.result = run(token, position, blocks, *memory)[0]
+
+        self.replay = capture(call)
+
+
+def cuda_capture(call: Callable[[], None]) -> Replay:
+    """Capture what `call` does on the current device as a CUDA graph, without doing it."""
+    from deadband.ops.gpu.launch import own_counters
+
+    graph: Any = torch.cuda.CUDAGraph()
+    with own_counters(torch.device("cuda", torch.cuda.current_device())) as counters, torch.cuda.graph(graph):
+        call()
+
+    def replay(graph: Any = graph, counters: Tensor = counters) -> None:  # the graph has the counters' address
+        graph.replay()
+
+    return replay
