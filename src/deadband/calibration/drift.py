@@ -43,15 +43,21 @@ _LEAST_MARGIN = 0.02
 
 
 class Spread:
-    """The fraction skipped of every `JUDGED_ROWS` rows in turn, across calls."""
+    """The fraction skipped of every `JUDGED_ROWS` rows in turn, across calls; on the rows' device until it is read."""
 
     def __init__(self) -> None:
-        self.skipped: list[float] = []
+        self.whole: list[Tensor] = []
         self.rest = torch.zeros(0)
 
     def add(self, rows: Tensor) -> None:
         """Add the fraction skipped of each row, [rows]."""
-        rows = torch.cat([self.rest, rows.float().cpu()])
-        whole = len(rows) // JUDGED_ROWS * JUDGED_ROWS
-        self.skipped += rows[:whole].view(-1, JUDGED_ROWS).mean(1).tolist()
-        self.rest = rows[whole:]
+        rows = torch.cat([self.rest.to(rows.device), rows.float()])
+        end = len(rows) // JUDGED_ROWS * JUDGED_ROWS
+        if end:
+            self.whole.append(rows[:end].view(-1, JUDGED_ROWS).mean(1))
+        self.rest = rows[end:]
+
+    @property
+    def skipped(self) -> list[float]:
+        """The fractions, in their order."""
+        return torch.cat([each.cpu() for each in self.whole]).tolist() if self.whole else []

@@ -15,7 +15,7 @@ from deadband.calibration.drift import Spread
 from deadband.calibration.watcher import InputWatcher, require_reached
 from deadband.layers.rule import Rule
 from deadband.layers.sites import shape_of, weight_bytes, weight_sample
-from deadband.ops.observe import FIRST_NONFINITE, Statistics, observe
+from deadband.ops.observe import FIRST_NONFINITE, Statistics, observe, observe_on_device
 from deadband.ops.skipping import fill
 
 EDGES = (np.arange(FIRST_NONFINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
@@ -248,17 +248,39 @@ class _Observer(InputWatcher):
         super().__init__()
         self.rules, self.sites, self.masked = rules, sites, masked
         self.spreads = {name: Spread() for name in rules}
+        self.gathered = dict[str, tuple[list[Tensor], bool]]()  # of sites whose input is on a GPU
+
+    def watch(self, model: nn.Module, batches: Iterable[Any], names: list[str], what: str, progress: bool) -> None:
+        super().watch(model, batches, names, what, progress)
+        for name, (sums, discrete) in self.gathered.items():
+            histogram, rows, total, squares = (each.cpu().numpy() for each in sums)
+            self.sites[name].add((histogram, rows, total, squares), discrete)
+        self.gathered.clear()
 
     def see(self, name: str, x: Tensor) -> Tensor | None:
         rule = self.rules[name]
         plain = rule.scale is None and rule.center is None and not rule.relative
-        delta = self.look(name, x, lambda rows: observe(rule.compared(rows), rule.scale), shared=plain)
-        self.sites[name].add(delta, plain and x.dtype == torch.bfloat16)
+        discrete = plain and x.dtype == torch.bfloat16
+        if _stays(x.device):
+            found = self.look(name, x, lambda rows: observe_on_device(rule.compared(rows), rule.scale), shared=plain)
+            before, same = self.gathered.get(name, (None, True))
+            sums = [each.clone() for each in found] if before is None else before
+            if before is not None:
+                torch._foreach_add_(sums, list(found))
+            self.gathered[name] = sums, same and discrete
+        else:
+            delta = self.look(name, x, lambda rows: observe(rule.compared(rows), rule.scale), shared=plain)
+            self.sites[name].add(delta, discrete)
         if not self.masked:
             return None
         keep = rule.keep(x)
         self.spreads[name].add(1 - self.rows(name, keep).float().mean(-1))
         return fill(x, keep, rule.center)
+
+
+def _stays(device: torch.device) -> bool:
+    """Whether sums are kept there until all batches were seen. A copy for each call would have the GPU wait."""
+    return device.type == "cuda"
 
 
 class _SkippedMeans(InputWatcher):
