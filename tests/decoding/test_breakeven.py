@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+import torch
 from torch import nn
 
 from deadband.decoding import breakeven
@@ -54,7 +55,7 @@ def test_every_format_is_measured(weights):
 def test_each_kind_is_measured_once(own_cache, monkeypatch):
     calls = []
 
-    def measured(kind):
+    def measured(kind, device):
         calls.append(kind)
         return {1: 0.2, 2: 0.5, 4: math.inf, 8: math.inf}
 
@@ -72,7 +73,7 @@ def test_each_kind_is_measured_once(own_cache, monkeypatch):
 
 @needs_kernels
 def test_layers_skip_only_where_it_pays(monkeypatch):
-    monkeypatch.setattr(breakeven, "measure", lambda kind: {1: 0.2, 2: 0.4, 4: 0.6, 8: math.inf})
+    monkeypatch.setattr(breakeven, "measure", lambda kind, device: {1: 0.2, 2: 0.4, 4: 0.6, 8: math.inf})
     tuned = model()
     for site, expected in zip(sparse_sites(tuned).values(), (0.1, 0.5, math.nan), strict=True):
         site.expected = expected
@@ -85,3 +86,12 @@ def test_without_sparse_layers():
     assert break_even(nn.Linear(2, 2)) == {}
     layer = nn.Linear(2, 2)
     assert tune_(layer) is layer
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", [None, "int8", "int4-g64-zp"])
+def test_on_a_gpu(weights):
+    kind = Kind.of(sparse_sites(model(weights).to(torch.bfloat16))["0"])
+    limits = measure(kind, "cuda")
+    assert all(0 <= least <= GRID[-1] or least == math.inf for least in limits.values())
+    assert len(break_even(model(weights).cuda())) == 2

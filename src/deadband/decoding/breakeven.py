@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,17 @@ from deadband.layers.formats import empty_weight
 from deadband.layers.quantized import QuantizedMatrix
 from deadband.layers.sites import shape_of, sparse_sites
 from deadband.layers.sparse import SparseSite, tensor_of
-from deadband.ops import kernels
+from deadband.ops import gpu, kernels
 from deadband.ops.cpu import SPARSE_ROWS
 from deadband.ops.linear import dense_linear, quantized_linear, sparse_linear
 from deadband.running.forward import progress_bar
-from deadband.running.timing import interleave, machine, median
+from deadband.running.timing import interleave, machine, median, replayed
 
 ROWS = (1, 2, 4, SPARSE_ROWS)
 """Numbers of tokens that are measured; those between behave like the next larger one."""
 GRID = (0.0, 0.25, 0.5, 0.75, 0.95)
 POOL_BYTES = 96_000_000  # weights take turns, so that they come from memory, or from a shared cache at best
+GPU_POOL_BYTES = 400_000_000  # the largest caches have 50 MB to 256 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,27 +66,40 @@ def break_even(model: nn.Module, *, progress: bool = True) -> dict[Kind, dict[in
 
     Returns:
         For each kind and each of `ROWS`, the sparsity of one token from which skipping is faster; infinity where it
-        never is. Empty without kernels or on other devices than the CPU.
+        never is. Empty without kernels, or where layers are neither on the CPU nor on one GPU. On a GPU, times are
+        those of a CUDA graph: without one, a token takes as long as its launches.
 
     Example:
         >>> break_even(nn.Linear(2, 2))
         {}
     """
-    return _table({Kind.of(site) for site in sparse_sites(model).values() if _on_cpu(site)}, progress)
+    return _table(_measurable(sparse_sites(model).values()), progress)
 
 
-def _on_cpu(site: SparseSite) -> bool:
-    return tensor_of(site).device.type == "cpu" and kernels.library is not None
+def _measurable(sites: Iterable[SparseSite]) -> list[SparseSite]:
+    """Those that kernels skip in; none if they are on several devices."""
+    found = [site for site in sites if _has_kernels(tensor_of(site).device)]
+    return found if len({tensor_of(site).device for site in found}) == 1 else []
 
 
-def _table(wanted: Collection[Kind], progress: bool) -> dict[Kind, dict[int, float]]:
-    kinds = sorted(wanted, key=str)
+def _has_kernels(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return gpu.usable(device)
+    return device.type == "cpu" and kernels.library is not None
+
+
+def _table(sites: Sequence[SparseSite], progress: bool) -> dict[Kind, dict[int, float]]:
+    if not sites:
+        return {}
+    device = tensor_of(sites[0]).device
+    kinds = sorted({Kind.of(site) for site in sites}, key=str)
     path = cache_folder() / "breakeven.json"
     remembered = _read(path)
-    here = remembered.setdefault(_where(), {})
+    here = remembered.setdefault(_where(device), {})
     missing = [kind for kind in kinds if str(kind) not in here]
     for kind in progress_bar(missing, "break-even", progress and bool(missing)):
-        here[str(kind)] = {str(rows): value if math.isfinite(value) else None for rows, value in measure(kind).items()}
+        found = measure(kind, device)
+        here[str(kind)] = {str(rows): value if math.isfinite(value) else None for rows, value in found.items()}
     if missing:
         with contextlib.suppress(OSError):  # then it is measured again next time
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,8 +120,8 @@ def tune_(model: nn.Module, *, progress: bool = False) -> nn.Module:
     Example:
         >>> _ = tune_(model)                                             # doctest: +SKIP
     """
-    sites = [site for site in sparse_sites(model).values() if _on_cpu(site) and not math.isnan(site.expected)]
-    table = _table({Kind.of(site) for site in sites}, progress)
+    sites = [site for site in _measurable(sparse_sites(model).values()) if not math.isnan(site.expected)]
+    table = _table(sites, progress)
     for site in sites:
         limits = table[Kind.of(site)]
         paying = itertools.takewhile(lambda rows: site.expected >= limits[rows], limits)  # noqa: B023
@@ -115,9 +129,10 @@ def tune_(model: nn.Module, *, progress: bool = False) -> nn.Module:
     return model
 
 
-def measure(kind: Kind) -> dict[int, float]:
+def measure(kind: Kind, device: torch.device | str = "cpu") -> dict[int, float]:
     """The break-even sparsity for each of `ROWS`, timed now."""
-    return {rows: _crossing([_gain(kind, rows, sparsity) for sparsity in GRID]) for rows in ROWS}
+    device = torch.device(device)
+    return {rows: _crossing([_gain(kind, rows, sparsity, device) for sparsity in GRID]) for rows in ROWS}
 
 
 def _crossing(gains: list[float]) -> float:
@@ -132,13 +147,14 @@ def _crossing(gains: list[float]) -> float:
     return GRID[last] + share * (GRID[last + 1] - GRID[last])
 
 
-def _gain(kind: Kind, rows: int, sparsity: float) -> float:
+def _gain(kind: Kind, rows: int, sparsity: float, device: torch.device) -> float:
     """Time of the dense product over that of the sparse one."""
     dtype = getattr(torch, kind.dtype)
     x = torch.rand(rows, kind.in_features, dtype=torch.float32).to(dtype)
-    threshold = torch.tensor(float(x.float().quantile(sparsity)) if sparsity else -1.0)
+    threshold = torch.tensor(float(x.float().quantile(sparsity)) if sparsity else -1.0, device=device)
+    x = x.to(device)
     if kind.weights.startswith("int"):
-        weight = empty_weight(kind.out_features, kind.in_features, kind.weights)
+        weight = empty_weight(kind.out_features, kind.in_features, kind.weights, device)
         weight.codes.random_(0, 127), weight.scales.fill_(0.01)
         if weight.minimum is not None:
             weight.minimum.fill_(0.01)
@@ -151,7 +167,7 @@ def _gain(kind: Kind, rows: int, sparsity: float) -> float:
                 limit, None, None, None, False, SPARSE_ROWS, None,
             )  # fmt: skip
     else:
-        stored = torch.rand(kind.in_features, kind.out_features).to(dtype)
+        stored = torch.rand(kind.in_features, kind.out_features, device=device).to(dtype)
         pool = itertools.cycle(_copies(stored))
 
         def run(limit: Tensor | None) -> Any:
@@ -161,20 +177,26 @@ def _gain(kind: Kind, rows: int, sparsity: float) -> float:
             return sparse_linear(x, matrix, None, limit, None, None, None, False, SPARSE_ROWS, None)
 
     with torch.inference_mode():
-        times = interleave({"dense": lambda: run(None), "sparse": lambda: run(threshold)}, rounds=9, progress=False)
+        candidates = {"dense": lambda: run(None), "sparse": lambda: run(threshold)}
+        if device.type == "cuda":
+            candidates = {name: replayed(call, device) for name, call in candidates.items()}
+        times = interleave(candidates, rounds=9, progress=False)
     return median(times["dense"]) / median(times["sparse"])
 
 
 def _copies(tensor: Tensor) -> list[Tensor]:
-    copies = [torch.empty_like(tensor) for _ in range(min(max(POOL_BYTES // max(tensor.nbytes, 1), 2), 64))]
+    pool_bytes = POOL_BYTES if tensor.device.type == "cpu" else GPU_POOL_BYTES
+    copies = [torch.empty_like(tensor) for _ in range(min(max(pool_bytes // max(tensor.nbytes, 1), 2), 64))]
     for each in copies:
         kernels.advise_huge_pages(each)
         each.copy_(tensor)
     return copies
 
 
-def _where() -> str:
+def _where(device: torch.device) -> str:
     about = machine()
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {about['torch']}, deadband {about['deadband']}"
     return f"{about['processor']}, {about['kernels']}, {about['threads']} threads, deadband {about['deadband']}"
 
 

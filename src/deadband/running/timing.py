@@ -49,6 +49,31 @@ def interleave(
     return times
 
 
+def replayed(call: Callable[[], Any], device: torch.device, times: int = 32) -> Callable[[], None]:
+    """A function that does `call` so many times in one CUDA graph, and waits for it: for timing what a GPU does.
+
+    Raises:
+        RuntimeError: something in `call` cannot be captured, such as a copy from the GPU.
+    """
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # what is compiled or allocated at the first call
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph: Any = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(times):
+                call()
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize(device)
+
+    return replay
+
+
 def median(seconds: list[float]) -> float:
     """The median, which a neighbour's burst of work does not move."""
     return statistics.median(seconds)
