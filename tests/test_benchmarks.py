@@ -1,11 +1,14 @@
 """What the scripts in benchmarks/ share."""
 
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from deadband.ops import kernels
 
@@ -55,3 +58,30 @@ def test_results_of_an_instruction_set_have_a_folder_of_their_own(common, monkey
     about = {"processor": "AMD EPYC (family 25 model 17)", "cores": 2, "kept_to": None}
     assert common.results_folder(about).name == "amd-epyc-family-25-model-17-2-cores"
     assert common.results_folder({**about, "kept_to": "x86-64-v3"}).name.endswith("-2-cores-x86-64-v3")
+
+
+def test_the_script_for_gpus_goes_through_without_one(tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed")
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+    done = subprocess.run(
+        [sys.executable, script, "--dry-run", "--out", tmp_path / "some folder"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "some folder" / "gpu.json").read_text())
+    assert found["problems"] == []
+    assert {row["weights"] for row in found["layers"]} == {"fp16", "int4-g64-zp"}
+    assert found["decode"]["sparse"] > 0
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_baseline_with_atomics_is_right(rows):
+    pytest.importorskip("triton", reason="triton is not installed")
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    try:
+        from gpu_atomics import atomics_linear
+    finally:
+        sys.path.pop(0)
+    x, weight = torch.randn(1, 70 * rows).half(), torch.randn(70 * rows, 150).half()
+    y = atomics_linear(x, weight, torch.tensor(0.5))
+    expected = torch.where(x.float().abs() > 0.5, x, 0).double() @ weight.double()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))

@@ -81,7 +81,7 @@ def median(seconds: list[float]) -> float:
 
 def machine() -> dict[str, Any]:
     """What a figure has to be read beside: processor, cores, instruction set, versions, threads."""
-    versions = {name: importlib.metadata.version(name) for name in ("deadband", "torch", "transformers")}
+    versions = {name: _version(name) for name in ("deadband", "torch", "transformers")}
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -91,6 +91,13 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         **versions,
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # deadband from a checkout, on a machine with a GPU
 
 
 def _processor() -> str:
