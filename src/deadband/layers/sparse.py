@@ -15,6 +15,7 @@ from torch.nn.utils import parameters_to_vector, parametrize, prune
 from deadband.layers import scope
 from deadband.layers.memory import empty_on_huge_pages
 from deadband.layers.rule import Rule
+from deadband.layers.tensors import like
 from deadband.ops.gradients import fill_skipped, product, sparse_product
 from deadband.ops.kernels import KERNEL_DTYPES, advise_huge_pages
 from deadband.ops.linear import (
@@ -371,7 +372,8 @@ def make_dense_(module: SparseSite) -> nn.Module:
     if "weight" in module._parameters:
         if isinstance(module.weight, LaidOutWeight):
             cast(Any, module.weight).__class__ = nn.Parameter
-        module.weight.data = module.weight.data.contiguous()
+        with like(module.weight), torch.no_grad():
+            module.weight.data = module.weight.data.contiguous()
     return module
 
 
@@ -412,13 +414,15 @@ def lay_out_(module: SparseSite) -> None:
     matrix = module.matrix_view(weight.data)
     if matrix.dtype not in KERNEL_DTYPES:  # torch multiplies, which it does best with the usual strides
         if not module.stored_in_out and not matrix.is_meta and not matrix.is_contiguous():
-            weight.data = matrix.contiguous()
+            with like(weight), torch.no_grad():
+                weight.data = matrix.contiguous()
         return
     if matrix.is_meta or matrix.t().is_contiguous():
         return
-    stored = empty_on_huge_pages(matrix.shape, (1, matrix.shape[0]), matrix.dtype, matrix.device)
-    stored.copy_(matrix)
-    weight.data = module.matrix_view(stored)
+    with like(weight), torch.no_grad():
+        stored = empty_on_huge_pages(matrix.shape, (1, matrix.shape[0]), matrix.dtype, matrix.device)
+        stored.copy_(matrix)
+        weight.data = module.matrix_view(stored)
 
 
 def change_class_(module: nn.Module, new: type[nn.Module]) -> None:

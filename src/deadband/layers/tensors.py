@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
@@ -98,3 +99,12 @@ def matrices(model: nn.Module, pattern: str = "*", exclude: str | Sequence[str] 
             if value is not None and value.dim() > 1 and fnmatch.fnmatchcase(full, pattern):
                 found += [full] if not any(fnmatch.fnmatchcase(full, each) for each in left_out) else []
     return found
+
+
+def like(parameter: Tensor) -> Any:
+    """A block in which to make a tensor that `parameter.data` is set to.
+
+    What was made under inference mode needs data that was, too: with any other, torch refuses to multiply by it in
+    every mode (2.13: "Inference tensors do not track version counter").
+    """
+    return torch.inference_mode(parameter.is_inference())

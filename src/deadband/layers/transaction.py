@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deadband.layers.tensors import like
+
 
 @contextlib.contextmanager
 def all_or_nothing(modules: Iterable[nn.Module], values: Iterable[Tensor] = ()) -> Iterator[None]:
@@ -59,5 +61,6 @@ class _Before:
         for parameter, kind, shape, strides in self.parameters:
             cast(Any, parameter).__class__ = kind
             if parameter.shape == shape and parameter.stride() != strides:
-                data = torch.empty_strided(shape, strides, dtype=parameter.dtype, device=parameter.device)
-                parameter.data = data.copy_(parameter.data)
+                with like(parameter), torch.no_grad():
+                    data = torch.empty_strided(shape, strides, dtype=parameter.dtype, device=parameter.device)
+                    parameter.data = data.copy_(parameter.data)
