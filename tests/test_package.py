@@ -14,6 +14,15 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
+def test_sparse_layers_do_not_import_triton():
+    code = (
+        "import sys, torch, deadband; m = torch.nn.Sequential(torch.nn.Linear(4, 4)); deadband.sparsify_(m, {'0': 0.1});"
+        "m(torch.ones(1, 4)); print('triton' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_importing_deadband_imports_neither_torch_nor_transformers():
     code = "import sys, deadband; print([n for n in ('torch', 'transformers', 'numpy', 'tqdm') if n in sys.modules])"
     assert python(code) == "[]"

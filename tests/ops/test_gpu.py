@@ -372,6 +372,20 @@ def test_codes_that_do_not_fit():
     assert launch.linears(x, good, (48,), (False,), []) is None
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_weights_of_more_than_two_to_the_31_entries(monkeypatch, compact):
+    cut(monkeypatch, compact=compact)
+    inputs, outputs, stride = 20, 40, 1 << 27  # rows so far apart that a number of 32 bits cannot tell the last
+    memory = torch.empty(inputs * stride, dtype=torch.float16)  # 5 GB of which the system gives what is written
+    weight = memory.view(inputs, stride)[:, :outputs]
+    weight.copy_(torch.randn(inputs, outputs))
+    x = torch.randn(1, inputs).half()
+    y = launch.linears(x, (weight.t(), None, None, None, torch.tensor(0.2), None, None, None), (0,), (False,), [])
+    kept = torch.where(x.abs().float() > 0.2, x, 0)
+    small = weight.clone().t()
+    assert error_against_float64(y, kept, small, None) <= allowed_error(kept, small, None)
+
+
 def test_empty_inputs(device):
     operator = linear.sparse_linear if device.type == "cuda" else gpu.sparse_linear
     rule = on(device, torch.tensor(0.5), None, None, None)

@@ -35,11 +35,12 @@ def inspect(
     tokens: given.Tokens = 8192,
     window: given.Window = 512,
     dtype: given.Dtype = "auto",
+    device: given.Device = "cpu",
     threads: given.Threads = None,
     as_json: given.Json = False,
 ) -> None:
     """How sparse a model is by nature: zeros, tails and channels of each site."""
-    network, batches = load_with_text(model, data, tokens, window, dtype, threads)
+    network, batches = load_with_text(model, data, tokens, window, dtype, device, threads)
     from deadband.calibration import inspection
 
     result = inspection.inspect(network, batches, include=include, exclude=exclude, unreached=unreached)
@@ -58,13 +59,14 @@ def calibrate(
     tokens: given.Tokens = 8192,
     window: given.Window = 512,
     dtype: given.Dtype = "auto",
+    device: given.Device = "cpu",
     threads: given.Threads = None,
     overwrite: given.Overwrite = False,
     as_json: given.Json = False,
 ) -> None:
     """Record what the input of each site looks like."""
     check_output(output, overwrite)
-    network, batches = load_with_text(model, data, tokens, window, dtype, threads)
+    network, batches = load_with_text(model, data, tokens, window, dtype, device, threads)
     from deadband.calibration import calibration
 
     result = calibration.calibrate(
@@ -102,6 +104,7 @@ def sparsify(
     tokens: given.Tokens = 4096,
     window: given.Window = 512,
     dtype: given.Dtype = "auto",
+    device: given.Device = "cpu",
     threads: given.Threads = None,
     overwrite: given.Overwrite = False,
     as_json: given.Json = False,
@@ -120,7 +123,7 @@ def sparsify(
     from deadband.sparsify.sparsify import sparsify_
 
     statistics = Calibration.load(calibration)
-    network, tokenizer = load(model, dtype, threads, for_text=text is not None)
+    network, tokenizer = load(model, dtype, device, threads, for_text=text is not None)
     batches = windows_of(tokenizer, text, tokens, window) if text is not None else None
     passes: dict[str, Any] = {} if batches is None else {"model": network, "batches": batches}
     thresholds = statistics.allocate(sparsity, method, **limits, **passes)
@@ -193,6 +196,7 @@ def generate(
     max_new_tokens: given.NewTokens = 64,
     compile: given.CompileFirst = None,
     dtype: given.Dtype = "auto",
+    device: given.Device = "cpu",
     threads: given.Threads = None,
     as_json: given.Json = False,
 ) -> None:
@@ -200,7 +204,7 @@ def generate(
     if not prompt:
         raise ValueError("the prompt is empty; expected some text to continue")
     prompt = argument_text("the prompt", prompt)
-    network, tokenizer = load(model, dtype, threads)
+    network, tokenizer = load(model, dtype, device, threads)
     from deadband.layers.sites import sparse_sites
     from deadband.sparsify.report import sparsity
 
@@ -238,6 +242,7 @@ def evaluate(
     tokens: given.Tokens = 8192,
     window: given.Window = 512,
     dtype: given.Dtype = "auto",
+    device: given.Device = "cpu",
     threads: given.Threads = None,
     as_json: given.Json = False,
 ) -> None:
@@ -251,7 +256,7 @@ def evaluate(
     check_prompt(protocol, prompt_tokens, window, continuations)
     if names:
         require_harness()
-    network, tokenizer = load(model, dtype, threads, for_text=True)
+    network, tokenizer = load(model, dtype, device, threads, for_text=True)
     from deadband.layers.sites import sparse_sites
 
     if (names or continuations) and not sparse_sites(network):
@@ -345,11 +350,12 @@ def bench(
     compile: given.CompileSparse = True,
     break_even: given.BreakEven = True,
     dtype: given.Dtype = "auto",
+    device: given.Device = "cpu",
     threads: given.Threads = None,
     as_json: given.Json = False,
 ) -> None:
     """Decoding speed of a model as it is, and of the same weights dense in transformers."""
-    network, tokenizer = load(model, dtype, threads)
+    network, tokenizer = load(model, dtype, device, threads)
     from deadband.evaluation.speed import compare_decoding
 
     limits = {}
@@ -391,6 +397,7 @@ def sweep(
     protocol: given.Protocol = "all",
     speed: given.Speed = True,
     dtype: given.Dtype = "auto",
+    device: given.Device = "cpu",
     threads: given.Threads = None,
     overwrite: given.BeginAnew = False,
     as_json: given.Json = False,
@@ -406,7 +413,7 @@ def sweep(
     text = read(data)
     calibration_text = read(calibration_data) if calibration_data is not None else None
     check_runs(names, fractions, protocol)
-    network, tokenizer = load(model, dtype, threads, for_text=True)
+    network, tokenizer = load(model, dtype, device, threads, for_text=True)
     from deadband.evaluation import sweep as program
     from deadband.running.text import python_documentation
 
@@ -493,14 +500,30 @@ def info(as_json: given.Json = False) -> None:
     from deadband.running.timing import machine
 
     slow_by = {str(dtype).removeprefix("torch."): round(products.slow_by(dtype), 1) for dtype in products.NARROW}
-    figures = {**machine(), "available": kernels.available_isas(), "slow_by": slow_by}
+    figures = {**machine(), "available": kernels.available_isas(), "slow_by": slow_by, "gpus": gpus()}
     lines = [f"{name:13} {value}" for name, value in machine().items() if name != "kernels"]
     lines.append(f"{'kernels':13} {figures['kernels'] or kernels.MISSING}")
     if figures["available"]:
         lines.append(f"{'available':13} {', '.join(figures['available'])} (choose with DEADBAND_ISA)")
     times = ", ".join(f"{name} {times}" for name, times in slow_by.items())
+    if figures["gpus"]:
+        lines.append(f"{'gpus':13} {', '.join(figures['gpus'])}")
     lines.append(f"{'products':13} of torch, of many rows: {times} times as long as in float32")
     show(figures, "\n".join(lines), as_json)
+
+
+def gpus() -> list[str]:
+    """Each GPU that torch sees, and what runs there."""
+    import torch
+
+    from deadband.ops import gpu
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        name = torch.cuda.get_device_name(index)
+        works = gpu.usable(torch.device("cuda", index))
+        found.append(f"cuda:{index} {name}, {'kernels in Triton' if works else 'torch alone'}")
+    return found
 
 
 @app.command()
@@ -557,11 +580,11 @@ def chosen_weights(network: Any, sites: list[str], form: str | None, blocks: dic
 
 
 def load_with_text(
-    name: str, data: Path, tokens: int, window: int, dtype: str, threads: int | None
+    name: str, data: Path, tokens: int, window: int, dtype: str, device: str, threads: int | None
 ) -> tuple[Any, list[Any]]:
     """A model, and windows of the text of --data."""
     text = read(data)
-    network, tokenizer = load(name, dtype, threads, for_text=True)
+    network, tokenizer = load(name, dtype, device, threads, for_text=True)
     return network, windows_of(tokenizer, text, tokens, window)
 
 
@@ -572,13 +595,13 @@ def windows_of(tokenizer: Any, text: str, tokens: int, window: int) -> list[Any]
     return token_windows(tokenizer, text, tokens=tokens, window=window)
 
 
-def load(name: str, dtype: str, threads: int | None, *, for_text: bool = False) -> tuple[Any, Any]:
+def load(name: str, dtype: str, device: str, threads: int | None, *, for_text: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer. What is to run many tokens tells where it does so in another dtype than the model's."""
     set_threads(threads)
     from deadband.app.models import load_model, load_tokenizer
     from deadband.ops import products
 
-    network, tokenizer = load_model(name, dtype=dtype), load_tokenizer(name)
+    network, tokenizer = load_model(name, dtype=dtype, device=device), load_tokenizer(name)
     if for_text and (note := products.note(network)):
         print(f"deadband: {note}", file=sys.stderr)
     return network, tokenizer

@@ -15,23 +15,38 @@ GEMMA3 = "gemma-3-270m"
 _CONVERTED = "-2"  # of the folders of converted models; those before had other tokenizers
 
 
-def load_model(name: str, *, dtype: str = "auto") -> Any:
+def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
     """A causal language model in eval mode, from a local folder or the hub.
 
     Raises:
-        ValueError: there is no such model, or the dtype is unknown.
+        ValueError: there is no such model, the dtype is unknown, or there is no such device.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype {dtype!r} is not known; expected auto, float32, bfloat16 or float16")
+    _check_device(device)
     _check_exists(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     except (OSError, RuntimeError, ValueError) as error:  # missing files; other shapes; not a language model
         raise ValueError(f"cannot load model {name!r}: {_first_line(error)}") from error
-    return model.eval()
+    return model.eval().to(device)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is not known; expected cpu, cuda, or cuda:1 and so on") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(
+            f"there is no device {name!r}: torch {torch.__version__} sees {count or 'no'} GPU{'s' * (count > 1)}"
+        )
 
 
 def load_tokenizer(name: str) -> Any:

@@ -13,6 +13,7 @@ Data = Annotated[Path, typer.Option("--data", metavar="FILE", help="A UTF-8 text
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the text to use.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens in one window.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda (a GPU), cuda:1 (the second).")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Number of threads; torch's choice by default.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace the output if it exists.")]
 Unreached = Annotated[

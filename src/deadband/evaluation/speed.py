@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deadband.layers.quantized import QuantizedMatrix
@@ -14,7 +15,7 @@ from deadband.layers.sites import sparse_sites
 from deadband.layers.sparse import tensor_of
 from deadband.ops import kernels
 from deadband.running.greedy_decoding import GreedyDecoder
-from deadband.running.timing import interleave, machine, median
+from deadband.running.timing import interleave, machine, median, replayed
 from deadband.sparsify.report import sparsity
 
 
@@ -57,8 +58,31 @@ def decode_seconds(
 ) -> dict[str, list[float]]:
     """Seconds per decoded token of each model, taking turns token by token."""
     decoders = {name: GreedyDecoder(model, prompt) for name, model in models.items()}
-    steps = {name: decoder.step for name, decoder in decoders.items()}
+    steps = {name: _waited(decoder) for name, decoder in decoders.items()}
     return interleave(steps, rounds=tokens, what=what, progress=progress)
+
+
+def _waited(decoder: GreedyDecoder) -> Callable[[], None]:
+    """A step of it that is over when it returns; a GPU works on after what it was asked for."""
+    device = decoder.tokens[-1].device
+    if device.type != "cuda":
+        return decoder.step
+
+    def step() -> None:
+        decoder.step()
+        torch.cuda.synchronize(device)
+
+    return step
+
+
+def bandwidth_of(device: torch.device) -> float:
+    """Bytes per second that memory gives: of reading it on a CPU, of copying (both ways) on a GPU."""
+    if device.type != "cuda":
+        return kernels.read_bandwidth()
+    source = torch.ones(1 << 28, device=device)
+    target = torch.empty_like(source)
+    seconds = interleave({"": replayed(lambda: target.copy_(source), device, 4)}, rounds=7, progress=False)[""]
+    return 4 * 2 * source.nbytes / median(seconds)
 
 
 def compare_decoding(
@@ -84,7 +108,7 @@ def compare_decoding(
     prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
     times = decode_seconds(models, prompt, tokens=tokens, progress=progress)
     rows = {name: decoding_figures(models[name], seconds) for name, seconds in times.items()}
-    return {"models": rows, "read_bandwidth": kernels.read_bandwidth(), "machine": machine()}
+    return {"models": rows, "read_bandwidth": bandwidth_of(model.device), "machine": machine()}
 
 
 def decoding_figures(model: nn.Module, seconds: list[float]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from deadband.layers import scope
 from deadband.layers.memory import empty_on_huge_pages
 from deadband.layers.rule import Rule
 from deadband.layers.tensors import like
+from deadband.ops.gpu import DTYPES as GPU_DTYPES
 from deadband.ops.gradients import fill_skipped, product, sparse_product
 from deadband.ops.kernels import KERNEL_DTYPES, advise_huge_pages
 from deadband.ops.linear import (
@@ -412,7 +413,7 @@ def lay_out_(module: SparseSite) -> None:
     if type(weight) is nn.Parameter and not module.stored_in_out:
         cast(Any, weight).__class__ = LaidOutWeight
     matrix = module.matrix_view(weight.data)
-    if matrix.dtype not in KERNEL_DTYPES:  # torch multiplies, which it does best with the usual strides
+    if not _read_by_input(matrix):  # torch multiplies, which it does best with the usual strides
         if not module.stored_in_out and not matrix.is_meta and not matrix.is_contiguous():
             with like(weight), torch.no_grad():
                 weight.data = matrix.contiguous()
@@ -423,6 +424,11 @@ def lay_out_(module: SparseSite) -> None:
         stored = empty_on_huge_pages(matrix.shape, (1, matrix.shape[0]), matrix.dtype, matrix.device)
         stored.copy_(matrix)
         weight.data = module.matrix_view(stored)
+
+
+def _read_by_input(matrix: Tensor) -> bool:
+    """Whether there are kernels for its dtype where it is."""
+    return matrix.dtype in (GPU_DTYPES if matrix.device.type == "cuda" else KERNEL_DTYPES)
 
 
 def change_class_(module: nn.Module, new: type[nn.Module]) -> None:

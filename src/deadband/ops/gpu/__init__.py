@@ -7,5 +7,6 @@ operators.py  when they serve, and the registrations
 """
 
 from deadband.ops.gpu.operators import GpuWarning, usable
+from deadband.ops.gpu.tiles import DTYPES
 
-__all__ = ["GpuWarning", "usable"]
+__all__ = ["DTYPES", "GpuWarning", "usable"]

@@ -14,10 +14,9 @@ from torch import Tensor
 from deadband.ops.cpu import is_vector
 from deadband.ops.fused import PARTS
 from deadband.ops.gpu import kernels
-from deadband.ops.gpu.tiles import Tile, tile_for
+from deadband.ops.gpu.tiles import DTYPES, Tile, tile_for
 from deadband.ops.linear import COUNTS, NIBBLES, current_offset
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_ROWS = 16  # of x in a program of the dense product
 
 

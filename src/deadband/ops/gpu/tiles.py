@@ -9,6 +9,11 @@ import json
 import math
 from typing import Any
 
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of x, and of a weight that is not quantised: what the kernels take."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
