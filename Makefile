@@ -18,8 +18,8 @@ test: .venv/ready
 # What depends on transformers, with the oldest version that pyproject.toml allows; the newest meets the slow tests too.
 test-oldest: .venv-oldest/ready
 	$(WORKERS) .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(ON_TRANSFORMERS) -m "not slow"
-ON_TRANSFORMERS := $(addprefix tests/,calibration decoding/test_decoding.py evaluation integrations layers masks/test_ranks.py \
-	quantization running)
+ON_TRANSFORMERS := $(addprefix tests/,calibration decoding/test_decoding.py evaluation integrations layers quantization running) \
+	--ignore tests/evaluation/test_page.py
 
 # The tests of the operators on kernels that stop at whatever AddressSanitizer and UBSan find. Sanitizers of g++; torch
 # throws exceptions, which ASan sees only if the C++ library is there before it. Whole models, which inductor compiles
@@ -27,7 +27,7 @@ ON_TRANSFORMERS := $(addprefix tests/,calibration decoding/test_decoding.py eval
 sanitize: .venv/ready build/sanitize/libdeadband_kernels.so
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" PYTHONMALLOC=malloc \
 	ASAN_OPTIONS=detect_leaks=0 DEADBAND_KERNELS="$(CURDIR)/build/sanitize/libdeadband_kernels.so" \
-	$(BIN)/python -m pytest tests/ops/test_ops.py tests/ops/test_quantized_ops.py tests/ops/test_attention.py \
+	$(WORKERS) $(BIN)/python -m pytest -n 2 tests/ops/test_ops.py tests/ops/test_quantized_ops.py tests/ops/test_attention.py \
 		tests/ops/test_fill.py tests/ops/test_dequantize.py \
 		tests/decoding/test_fusion.py -m "not slow" -k "not same_logits_and_counts"
 

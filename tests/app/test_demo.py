@@ -12,12 +12,14 @@ from deadband.layers.sites import sparse_sites
 @pytest.mark.slow
 @pytest.mark.model
 def test_demo_on_the_real_model(tmp_path, monkeypatch, capsys):
-    """The real run, on less text and with the quicker allocation."""
+    """The real run, on less text, with the quicker allocation, and no more than three models compiled."""
     monkeypatch.setattr(demo, "CALIBRATION_TOKENS", 1024)
     monkeypatch.setattr(demo, "EVALUATION_TOKENS", 512)
     monkeypatch.setattr(demo, "WINDOW", 256)
     monkeypatch.setattr(demo, "METHOD", "uniform")
     monkeypatch.setattr(demo, "DECODE_TOKENS", 4)
+    left, prepare = iter(range(3)), demo.prepare_decode_
+    monkeypatch.setattr(demo, "prepare_decode_", lambda model: model if next(left, None) is None else prepare(model))
     output = tmp_path / "the demo"
     figures = demo.run(output)
     printed = capsys.readouterr().out

@@ -91,7 +91,7 @@ torch.testing.assert_close(run(x)[0], Step()(x))
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's inductor needs a C++ compiler")
 @pytest.mark.skipif(torch.cpu.get_capabilities().get("avx512_f") is not True, reason="needs AVX-512")
-@pytest.mark.parametrize("order", [("avx512", "avx2"), ("avx2", "avx512"), ("avx512", "default")])
+@pytest.mark.parametrize("order", [("avx512", "avx2"), ("avx2", "avx512")])
 def test_one_folder_of_compiled_code_serves_several_instruction_sets(order, tmp_path):
     """torch 2.13's key of a compiled graph does not say for which vectors it was made."""
     for isa in order:
