@@ -19,7 +19,7 @@ from deadband.decoding import decoder as decoding
 from deadband.decoding import graph as decode_graph
 from deadband.decoding.cache import Shelf, Store
 from deadband.decoding.cuda_graph import GraphedStep
-from deadband.decoding.decoder import decode_report, prepare_decode_
+from deadband.decoding.decoder import DecodeWarning, decode_report, is_prepared, prepare_decode_
 from deadband.ops import fused
 from deadband.ops.attention import attend_in_steps
 from deadband.running.greedy_decoding import GreedyDecoder
@@ -159,6 +159,39 @@ def test_a_graph_is_captured_the_second_time_and_the_oldest_is_dropped():
     assert len(captured) == 3
     call(0), call(0)  # dropped since
     assert len(captured) == 4
+
+
+@compiled
+def test_a_graph_that_computes_something_else_is_not_taken(monkeypatch):
+    def capture(call):  # as if the graph had read a position that is not its own
+        def replay():
+            call()
+            (result,) = (cell.cell_contents for cell in call.__closure__ if hasattr(cell.cell_contents, "result"))
+            result.result = result.result + 1
+
+        return replay
+
+    monkeypatch.setattr(decoding, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(decoding, "cuda_capture", capture)
+    model = sparse_model("llama")
+    with pytest.warns(DecodeWarning, match="its logits from a CUDA graph differ by"):
+        prepare_decode_(model)
+    assert not is_prepared(model)
+    assert decode(model, PROMPT, 5).shape == (1, 25)
+
+
+@compiled
+def test_what_cannot_be_captured_decodes_as_before(monkeypatch):
+    def capture(call):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decoding, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(decoding, "cuda_capture", capture)
+    model = sparse_model("llama")
+    expected = decode(model, PROMPT, 5)
+    with pytest.warns(DecodeWarning, match="not permitted when stream is capturing"):
+        prepare_decode_(model)
+    assert torch.equal(decode(model, PROMPT, 5), expected)
 
 
 def test_a_shelf_gives_what_has_the_capacity_and_is_not_in_use():

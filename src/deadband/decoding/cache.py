@@ -63,6 +63,9 @@ class Store:
         self.capacity = capacity
 
 
+_SHELVED = 2  # sequences of a capacity
+
+
 class Shelf:
     """Memory of finished sequences for the next ones: a CUDA graph knows its tensors by their addresses."""
 
@@ -79,8 +82,10 @@ class Shelf:
         return [None] * (2 * self.layers)
 
     def give(self, capacity: int, tensors: list[Tensor]) -> None:
-        """Take back what a sequence no longer needs."""
-        self.free.setdefault(capacity, []).append(tensors)
+        """Take back what a sequence no longer needs; of each capacity, the last few stay."""
+        free = self.free.setdefault(capacity, [])
+        free.append(tensors)
+        del free[:-_SHELVED]
 
 
 def _shared(tensor: Tensor) -> bool:

@@ -32,15 +32,15 @@ class GraphedStep:
     def __call__(self, token: Tensor, position: Tensor, blocks: Tensor, *memory: Tensor) -> tuple[Tensor]:
         """What `run` returns; the tensor is the caller's."""
         key = (token.shape[1], blocks.shape[0], *(each.data_ptr() for each in memory))
-        if key not in self.graphs:
-            self.graphs[key] = None
-            return (self.run(token, position, blocks, *memory)[0],)
-        graph = self.graphs.pop(key)  # and to the end: the dictionary is in the order of use
-        if graph is None:
+        met = key in self.graphs
+        graph = self.graphs.pop(key, None)  # and to the end: the dictionary is in the order of use
+        if met and graph is None:
             graph = _Graph(self.run, self.capture, token.clone(), position.clone(), blocks, memory)
         self.graphs[key] = graph
         while len(self.graphs) > self.most:
             del self.graphs[next(iter(self.graphs))]
+        if graph is None:
+            return (self.run(token, position, blocks, *memory)[0],)
         graph.token.copy_(token)
         graph.position.copy_(position)
         graph.replay()

@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deadband.decoding.breakeven import tune_
 from deadband.decoding.cache import BLOCK, Shelf, Store, attach, layer_classes
-from deadband.decoding.check import Template, check_step, compare, tokens_of
+from deadband.decoding.check import Template, check_step, compare, filled_cache, tokens_of
 from deadband.decoding.cuda_graph import GraphedStep, cuda_capture
 from deadband.decoding.graph import PASSES, GraphPass, NotCapturedError, capture, compile_graph
 from deadband.decoding.state import KeptState, changed, hooked, state_of
@@ -326,7 +326,18 @@ class Decoder:
         for count in {min(rows, 2), rows}:
             token = tokens_of(config, count, self.device)
             compare(model, config, template, model.dtype, lambda store: self._logits(run, store, token), count)  # noqa: B023
+            if self.shelf is not None:
+                store = attach(filled_cache(config, template, BLOCK, model.dtype), shelf=self.shelf)
+                self._check_replay(run, store, token)
         return run
+
+    def _check_replay(self, run: Any, store: Store, token: Tensor) -> None:
+        """A NotCapturedError unless a step gives the same as it is, when it is captured, and when it is replayed."""
+        plain, *others = (self._logits(run, store, token) for _ in range(3))
+        for other in others:
+            error = float((other.float() - plain.float()).norm() / plain.float().norm())
+            if not error <= _REPLAYED:
+                raise NotCapturedError(f"its logits from a CUDA graph differ by {error:.2g} from those without one")
 
     def _logits(self, run: Any, store: Store, token: Tensor) -> Tensor:
         length = store.length
@@ -515,6 +526,7 @@ def _why_not_these_arguments(kwargs: dict[str, Any], token: Any, cache: Any) -> 
     return None
 
 
+_REPLAYED = 1e-5  # kernels of others may add up in any order
 _WITHIN = "inside of deadband.dense or sparse_prefill"
 _HOOKED = "{} has a hook, which a graph would not call"
 _BYPASSED = "the model has a forward on the instance, in the place of its class's"
