@@ -28,7 +28,8 @@ from deadband.ops.gpu import launch
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [1, 3, 31, 64, 100, 257]
 SMALL = Tile(outputs=32, step=4, unroll=2, chunk=128, programs=2)  # many tiles and splits of small layers
-DEVICES = ["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
+DEVICES = [pytest.param("interpreted", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 few = settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -281,7 +282,9 @@ def test_weights_of_skipped_inputs_are_never_met(device, monkeypatch, compact, f
         clean, poisoned = ((codes, weight.scales, weight.minimum) for codes in (weight.codes, other))
     group = 32 if format == "int4-g32-zp" else 0
     rule = (None, torch.tensor(0.2), None, None, None)
-    first, second = (launch.linears(x, (*stored, *rule), (group,), (False,), []) for stored in (clean, poisoned))
+    first, second = (
+        launch.linears(x.to(device), on(device, *stored, *rule), (group,), (False,), []) for stored in (clean, poisoned)
+    )
     assert torch.equal(first, second)
 
 
@@ -289,10 +292,12 @@ def test_weights_of_skipped_inputs_are_never_met(device, monkeypatch, compact, f
 def test_an_entry_at_the_threshold_is_skipped(device, monkeypatch, compact):
     cut(monkeypatch, compact=compact)
     x = torch.tensor([[0.5, -0.5, 0.50390625, -0.25, 0.0, -0.0]])
-    y = gpu.sparse_linear(*on(device, x, torch.eye(6), None, torch.tensor(0.5), None, None, None), False, 4, None)
+    weight = torch.eye(6).to(device)  # equal to itself transposed
+    y = gpu.sparse_linear(x.to(device), weight, None, torch.tensor(0.5).to(device), None, None, None, False, 4, None)
     assert (y != 0).tolist() == [[False, False, True, False, False, False]]
 
 
+@interpreted
 def test_how_inputs_are_split_changes_rounding_alone_and_counters_are_zero_again(monkeypatch):
     counters = torch.zeros(64, dtype=torch.int32)
     monkeypatch.setattr(launch, "_counters", lambda device, count: counters)
@@ -330,6 +335,7 @@ def test_what_kernels_do_not_take_runs_on_torch(device, monkeypatch):
     assert not called
 
 
+@interpreted
 @pytest.mark.parametrize(
     ("wrong", "what"),
     [
@@ -351,6 +357,7 @@ def test_shapes_and_strides_that_are_no_layer(wrong, what):
     assert launch.linears(torch.randn(1, 20), parts, (0,), (False,), []) is None, what
 
 
+@interpreted
 def test_codes_that_do_not_fit():
     weight = random_weight(64, 40, "int4-g32-zp")
     good = [weight.codes, weight.scales, weight.minimum, None, None, None, None, None]
@@ -372,6 +379,7 @@ def test_codes_that_do_not_fit():
     assert launch.linears(x, good, (48,), (False,), []) is None
 
 
+@interpreted
 @pytest.mark.parametrize("compact", [False, True])
 def test_weights_of_more_than_two_to_the_31_entries(monkeypatch, compact):
     cut(monkeypatch, compact=compact)
