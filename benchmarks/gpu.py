@@ -341,7 +341,7 @@ def main() -> None:
         made.error("torch sees no GPU; --dry-run goes through the script without one")
     run = Run(options)
     for part in options.parts:
-        with torch.inference_mode():
+        with torch.no_grad():
             PARTS[part](run)
     print(f"\n{run.found['seconds']:.0f} s; torch {torch.__version__}, triton {triton.__version__}, {run.name()}")
 

@@ -70,7 +70,7 @@ COUNTS = 3
 
 def count_(counts: Tensor, x: Tensor, keep: Tensor) -> None:
     """Add the {entries skipped, seen, not finite} of an input and its mask to `counts`, [3] int64."""
-    seen = torch.tensor(keep.numel(), device=keep.device)
+    seen = torch.full((), keep.numel(), device=keep.device)  # written there, where torch.tensor would copy
     counts += torch.stack([(~keep).sum(), seen, (~x.isfinite()).sum()])
 
 
