@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -41,12 +42,12 @@ def graphed(request):
             patch.setattr(decode_graph, "attend", attend_in_steps)
             patch.setattr(fused, "can_pack", lambda *args: False)  # addresses are of the CPU's memory
 
-            def capture(call):
+            def capture(call, device):
                 return call
 
-        def noted(call):
+        def noted(call, device):
             captured.append(call)
-            return capture(call)
+            return capture(call, device)
 
         patch.setattr(decoding, "cuda_capture", noted)
         yield model, prepare_decode_(copy.deepcopy(model), tokens=3), PROMPT.to(model.device), captured
@@ -120,10 +121,10 @@ def test_a_few_tokens_at_once(graphed):
 @compiled
 def test_inference_mode_before_and_after(graphed):
     model, prepared, prompt, _ = graphed
-    expected = decode(model, prompt, 20)
-    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+    expected = decode(model, prompt, 280)  # more than were decoded before: memory of this size is met here first
+    for mode in (torch.inference_mode, torch.inference_mode, torch.no_grad, torch.inference_mode):
         with mode():
-            assert torch.equal(decode(prepared, prompt, 20), expected)
+            assert torch.equal(decode(prepared, prompt, 280), expected)
         gc.collect()
 
 
@@ -161,16 +162,23 @@ def test_a_graph_is_captured_the_second_time_and_the_oldest_is_dropped():
     assert len(captured) == 4
 
 
+def captures_nothing(call, device):
+    call()
+    return lambda: None
+
+
+def captures_something_else(call, device):
+    def replay():
+        call()
+        (graph,) = (cell.cell_contents for cell in call.__closure__ if hasattr(cell.cell_contents, "result"))
+        graph.result = graph.result + 1
+
+    return replay
+
+
 @compiled
-def test_a_graph_that_computes_something_else_is_not_taken(monkeypatch):
-    def capture(call):  # as if the graph had read a position that is not its own
-        def replay():
-            call()
-            (result,) = (cell.cell_contents for cell in call.__closure__ if hasattr(cell.cell_contents, "result"))
-            result.result = result.result + 1
-
-        return replay
-
+@pytest.mark.parametrize("capture", [captures_nothing, captures_something_else])
+def test_a_graph_that_computes_something_else_is_not_taken(monkeypatch, capture):
     monkeypatch.setattr(decoding, "_has_graphs", lambda device: True)
     monkeypatch.setattr(decoding, "cuda_capture", capture)
     model = sparse_model("llama")
@@ -182,16 +190,44 @@ def test_a_graph_that_computes_something_else_is_not_taken(monkeypatch):
 
 @compiled
 def test_what_cannot_be_captured_decodes_as_before(monkeypatch):
-    def capture(call):
+    def capture(call, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(decoding, "_has_graphs", lambda device: True)
     monkeypatch.setattr(decoding, "cuda_capture", capture)
     model = sparse_model("llama")
     expected = decode(model, PROMPT, 5)
-    with pytest.warns(DecodeWarning, match="not permitted when stream is capturing"):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         prepare_decode_(model)
+    assert [each for each in seen if each.category is DecodeWarning and "not permitted" in str(each.message)]
     assert torch.equal(decode(model, PROMPT, 5), expected)
+
+
+@compiled
+def test_what_cannot_be_captured_later_on_is_computed_without(graphed, monkeypatch):
+    model, prepared, prompt, _ = graphed
+    expected = decode(model, prompt, 600)
+
+    def capture(call):
+        raise RuntimeError("out of memory")
+
+    run = prepared.__dict__["_deadband_decoder"].run
+    monkeypatch.setattr(run, "capture", capture)
+    with pytest.warns(UserWarning, match="goes on without CUDA graphs: RuntimeError: out of memory"):
+        assert torch.equal(decode(prepared, prompt, 600), expected)
+    monkeypatch.setattr(run, "problem", None)
+
+
+@compiled
+def test_preparing_counts_nothing(monkeypatch):
+    monkeypatch.setattr(decoding, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(decoding, "cuda_capture", lambda call, device: call)
+    model = sparse_model("llama")
+    decode(model, PROMPT, 5)
+    before = deadband.sparsity(model).entries
+    prepare_decode_(model)
+    assert deadband.sparsity(model).entries == before
 
 
 def test_a_shelf_gives_what_has_the_capacity_and_is_not_in_use():

@@ -79,7 +79,7 @@ def main():
     inputs, outputs = 4096, 4096
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.zeros(inputs, outputs, dtype=dtype).t()
-        for rows in (1, 4):
+        for rows in (1, 4, 8):
             x = torch.zeros(rows, inputs, dtype=dtype)
             counts = [torch.zeros(3, dtype=torch.int64)]
             launch.linears(x, (weight, None, None, *RULE), (0,), (False,), counts)
@@ -90,8 +90,9 @@ def main():
         stored = random_weight(inputs, outputs, format)
         group = stored.format.group_size or 0
         parts = (stored.codes, stored.scales, stored.minimum, *RULE)
-        launch.linears(x, parts, (group,), (True,), [])
-        note(format)
+        for rows in (1, 4, 8):
+            launch.linears(x.expand(rows, -1), parts, (group,), (True,), [])
+            note(f"{format} {rows}")
         launch.quantized_product(x.expand(100, -1), *parts[:4], group)
         note(f"{format} product")
     every = (weight.to(x.dtype), None, None, bias, torch.tensor(0.5), scale, center, torch.zeros(outputs))

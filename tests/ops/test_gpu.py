@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from deadband.ops import fused, linear
 from deadband.ops.cpu import SPARSE_ROWS
 from deadband.ops.gpu import operators as gpu
-from deadband.ops.gpu.tiles import DEFAULTS, Tile, table, tile_for
+from deadband.ops.gpu.tiles import DEFAULTS, SEVERAL_ROWS, Tile, table, tile_for
 from deadband.ops.skipping import fill, keep_mask
 from deadband.quantization import FORMATS
 
@@ -418,7 +418,7 @@ def test_tiles_are_chosen_by_the_nearest_measured_shape(monkeypatch):
 
 def test_every_tile_of_the_table_is_one_the_kernels_take():
     entries = [each for entries in table().values() for each in entries]
-    for tile in (*DEFAULTS.values(), *(Tile(**each["tile"]) for each in entries)):
+    for tile in (*DEFAULTS.values(), *SEVERAL_ROWS.values(), *(Tile(**each["tile"]) for each in entries)):
         for size in (tile.outputs, tile.step, tile.unroll, tile.chunk, tile.warps):
             assert size > 0
             assert size & (size - 1) == 0
@@ -447,12 +447,62 @@ def test_a_gpu_on_which_the_kernels_are_wrong_runs_on_torch(monkeypatch):
     assert not gpu.usable(device)  # told once
     monkeypatch.setattr(gpu, "_usable", {})
     monkeypatch.setattr(gpu, "_largest_error", lambda device: 1 / 0)
-    with pytest.warns(gpu.GpuWarning, match="do not compile: ZeroDivisionError"):
+    with pytest.warns(gpu.GpuWarning, match=r"do not compile \(ZeroDivisionError"):
         assert not gpu.usable(device)
     monkeypatch.setattr(gpu, "_usable", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not gpu.usable(device)
     assert gpu._usable == {}  # tried later
+
+
+@interpreted
+def test_what_kernels_are_compared_with_runs_on_torch(monkeypatch):
+    """Where the operators are ours, as on a GPU: the comparison must not ask for itself."""
+    calls, compare = [], gpu._largest_error
+    monkeypatch.setattr(gpu, "_usable", {})
+    monkeypatch.setattr(gpu, "_largest_error", lambda device: calls.append(device) or compare(device))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(fused, "sparse_linear", gpu.sparse_linear)
+    monkeypatch.setattr(fused, "quantized_linear", gpu.quantized_linear)
+    assert gpu.usable(torch.device("cpu"))
+    assert len(calls) == 1
+
+
+@interpreted
+def test_a_kernel_that_does_not_fit_leaves_everything_to_torch(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    def launched(*args, **kwargs):
+        raise OutOfResources(2, 1, "shared memory")
+
+    monkeypatch.setattr(gpu, "_usable", {None: True})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(launch, "_launch", launched)
+    x, weight = torch.randn(1, 20), torch.randn(20, 30).t()
+    rule = (torch.tensor(0.5), None, None, None, False, 4, None)
+    with pytest.warns(gpu.GpuWarning, match="do not fit"):
+        y = gpu.sparse_linear(x, weight, None, *rule)
+    torch.testing.assert_close(y, F.linear(torch.where(x.abs() <= 0.5, 0, x), weight))
+    assert not gpu.usable(torch.device("cpu"))
+
+
+@interpreted
+@pytest.mark.parametrize("format", [None, "int4-g32"])
+def test_without_an_order_of_memory_nothing_is_shared(monkeypatch, format):
+    """As on AMD: one split, no lists, and gate and up are layers like others."""
+    cut(monkeypatch, compact=True, programs=64)
+    grids, own = [], launch._launch
+    monkeypatch.setattr(launch, "ORDERED", False)
+    monkeypatch.setattr(launch, "_counters", lambda device, count: torch.full((1,), 99, dtype=torch.int32))
+    monkeypatch.setattr(launch, "_launch", lambda *args, **what: grids.append(args) or own(*args, **what))
+    parts, groups, relative = several(300, (40, 40), torch.float32, (format, format))
+    down, group, last = several(40, (30,), torch.float32, (format,))
+    x = torch.randn(2, 300)
+    expected = torch.cat([in_torch(x, parts, groups, relative, [None] * 2, layer) for layer in range(2)], -1)
+    y = launch.linears(x, parts, groups, relative, [])
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert launch.gated_mlp(x, parts + down, groups + group, relative + last, [], "silu") is None
+    assert len(grids) == 1
 
 
 def test_the_comparison_on_a_new_gpu_passes_where_kernels_are_right(device):

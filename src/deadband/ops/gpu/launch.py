@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ def gated_mlp(
 
     Two launches: down needs all that gate and up give.
     """
+    if not ORDERED:
+        return None
     between, in_features = _out_features(parts, 0), x.shape[-1]
     given = _layers(x, [in_features, in_features, between], parts, group_sizes, relative, counts)
     if not given or given[0].out_features != given[1].out_features:
@@ -207,19 +210,28 @@ def _launch(
     rows, in_features = x.shape[:-1].numel(), x.shape[-1]
     if not y.numel():
         return
-    chunks = tile.chunks(in_features, tiles, _processors(x.device))
+    chunks = tile.chunks(in_features, tiles, _processors(x.device) if ORDERED else 0)
     splits = max(-(-in_features // (tile.chunk * chunks)), 1)
     sums = _power_of_two(rows)
     shared = splits > 1 or "ACTIVATION" in what
     scratch = torch.empty(tiles * splits * sums * tile.outputs if shared else 0, device=x.device)
-    listed = tiles * splits * 2 * tile.chunk if tile.compact else 0
+    compact = tile.compact and ORDERED
+    listed = tiles * splits * 2 * tile.chunk if compact else 0
     kept_inputs = torch.empty(listed, dtype=torch.int32, device=x.device)
     with _on(x.device):
         kernel[(tiles, splits)](
             x, y, scratch, kept_inputs, _counters(x.device, tiles if shared else 0), tuple(layers), rows, in_features,
             width, ROWS=sums, STEP=tile.step, OUTPUTS=tile.outputs, UNROLL=tile.unroll, CHUNK=tile.chunk,
-            CHUNKS=chunks, SPLITS=splits, COMPACT=tile.compact, num_warps=tile.warps, **what,
+            CHUNKS=chunks, SPLITS=splits, COMPACT=compact, num_warps=tile.warps, **what,
         )  # fmt: skip
+
+
+ORDERED = torch.version.hip is None
+"""Whether what the threads of a program stored can be read once one of them has passed on that it was.
+
+On AMD, Triton's barrier (3.7) does not wait for the stores of other waves. So there, no two threads share anything
+through memory: a program takes all inputs of its outputs, nothing is listed, and gate and up are layers like others.
+"""
 
 
 def _power_of_two(number: int) -> int:
@@ -248,27 +260,29 @@ def _architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-_held: dict[tuple[torch.device, int], Tensor] = {}
-_own: Tensor | None = None  # while a graph is captured that has counters of its own
+_held: dict[torch.device, Tensor] = {}
+_captured = threading.local()  # `own`: while this thread captures a graph that has counters of its own
 
 
 def _counters(device: torch.device, count: int) -> Tensor:
     """Zeros, int32, for a launch; each launch leaves them as zeros.
 
-    Launches that may run at the same time must not share them. Those on one stream do not; a captured graph may be
-    replayed on any stream, so that its launches get some of their own.
+    Launches that may run at the same time must not share them. Those on the default stream do not. A captured graph may
+    be replayed on any stream, and on streams of their own compilers prepare to capture, with memory of a graph's.
     """
-    if _own is not None and count <= len(_own):
-        return _own
-    if device.type != "cuda":
+    own = getattr(_captured, "own", None)
+    if own is not None and own.device == device and count <= len(own):
+        return own
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing() or not _on_default_stream(device):
         return torch.zeros(count, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    held = _held.get(key)
+    held = _held.get(device)
     if held is None or len(held) < count:
-        held = _held[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        held = _held[device] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
     return held
+
+
+def _on_default_stream(device: torch.device) -> bool:
+    return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
 @contextlib.contextmanager
@@ -277,9 +291,9 @@ def own_counters(device: torch.device) -> Iterator[Tensor]:
 
     Otherwise each launch in a graph clears some first, which takes about a microsecond.
     """
-    global _own
-    before, _own = _own, torch.zeros(1 << 14, dtype=torch.int32, device=device)
+    before = getattr(_captured, "own", None)
+    _captured.own = torch.zeros(1 << 14, dtype=torch.int32, device=device)
     try:
-        yield _own
+        yield _captured.own
     finally:
-        _own = before
+        _captured.own = before

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def usable(device: torch.device) -> bool:
     if _usable.get(device.index) is None:
         if torch.cuda.is_current_stream_capturing():
             return False  # nothing can be compiled or compared while a graph is captured
+        _usable[device.index] = False  # what is compared with has to run on torch
         _usable[device.index] = _tried(device)
     return _usable[device.index]
 
@@ -43,18 +45,34 @@ def _tried(device: torch.device) -> bool:
         off = _largest_error(device)
     except Exception as error:  # compilers raise anything
         lines = str(error).strip().splitlines()
-        problem = f"do not compile: {type(error).__name__}: {lines[0][:300] if lines else ''}"
+        problem = f"do not compile ({type(error).__name__}: {lines[0][:300] if lines else ''})"
     else:
         if off < 1e-2:
             return True
         problem = f"are off by {off:.2g} of the largest output"
+    _warn(device, problem)
+    return False
+
+
+def _warn(device: torch.device, problem: str) -> None:
     warnings.warn(
         f"deadband's kernels {problem} on {torch.cuda.get_device_name(device)}; it runs on torch alone, without any "
         "gain",
         GpuWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
-    return False
+
+
+def _run(function: Callable[..., Tensor | None], x: Tensor, *arguments: Any) -> Tensor | None:
+    """What a launch gives; None, now and from then on, where a variant of a kernel does not fit into this GPU."""
+    from triton.errors import TritonError
+
+    try:
+        return function(x, *arguments)
+    except TritonError as error:
+        _usable[x.device.index] = False
+        _warn(x.device, f"do not fit ({type(error).__name__}: {str(error).strip().splitlines()[-1][:300]})")
+        return None
 
 
 def _largest_error(device: torch.device) -> float:
@@ -102,7 +120,7 @@ def sparse_linear(
         from deadband.ops.gpu import launch
 
         parts = (weight, None, None, bias, threshold, scale, center, offset)
-        y = launch.linears(x, parts, (0,), (relative,), [] if counts is None else [counts])
+        y = _run(launch.linears, x, parts, (0,), (relative,), [] if counts is None else [counts])
         if y is not None:
             return y
     return linear.sparse_linear_reference(
@@ -138,11 +156,11 @@ def quantized_linear(
     y = None
     if rows <= SPARSE_ROWS:
         given = [] if counts is None else [counts]
-        y = launch.linears(x, (*weight, *rule), (group_size,), (relative,), given)
+        y = _run(launch.linears, x, (*weight, *rule), (group_size,), (relative,), given)
     if y is None:
         if rule[0] is not None:
             x, _ = filled(x, rule[0], scale, center, relative, counts)
-        y = launch.quantized_product(x, *weight, group_size)
+        y = _run(launch.quantized_product, x, *weight, group_size)
     if y is not None:
         return y
     return linear.quantized_linear_reference(x, *weight, group_size, None, None, None, None, False, 0, None)
@@ -160,7 +178,7 @@ def linears(
     if _few(x, sparse_rows) and usable(x.device):
         from deadband.ops.gpu import launch
 
-        y = launch.linears(x, parts, group_sizes, relative, counts)
+        y = _run(launch.linears, x, parts, group_sizes, relative, counts)
         if y is not None:
             return y
     return fused.linears_reference(x, parts, group_sizes, relative, sparse_rows, counts)
@@ -179,7 +197,7 @@ def gated_mlp(
     if _few(x, sparse_rows) and usable(x.device):
         from deadband.ops.gpu import launch
 
-        y = launch.gated_mlp(x, parts, group_sizes, relative, counts, activation)
+        y = _run(launch.gated_mlp, x, parts, group_sizes, relative, counts, activation)
         if y is not None:
             return y
     return fused.gated_mlp_reference(x, parts, group_sizes, relative, sparse_rows, counts, activation)

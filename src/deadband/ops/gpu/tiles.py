@@ -40,7 +40,7 @@ class Tile:
     def chunks(self, in_features: int, tiles: int, processors: int) -> int:
         """How many chunks of the inputs each program takes."""
         chunks = max(-(-in_features // self.chunk), 1)
-        wanted = -(-self.programs * processors // max(tiles, 1))  # splits that fill the GPU
+        wanted = max(-(-self.programs * processors // max(tiles, 1)), 1)  # splits that fill the GPU
         return max(-(-chunks // wanted), 1)
 
 
@@ -50,6 +50,12 @@ DEFAULTS = {
     4: Tile(outputs=256, step=16, unroll=4),
 }
 """By bits of a weight, for what was not measured. Values of 32 bits count as 16."""
+SEVERAL_ROWS = {
+    16: Tile(step=16, unroll=4, warps=8),
+    8: Tile(step=16, unroll=2, warps=8),
+    4: Tile(step=16, unroll=2, warps=8),
+}
+"""The same from 3 rows on: their sums fill the registers."""
 
 
 @functools.cache
@@ -68,17 +74,10 @@ def tile_for(architecture: str, bits: int, rows: int, in_features: int, out_feat
     """
     known = [each for each in table().get(architecture, ()) if each["bits"] == bits]
     if not known:
-        return _narrowed(DEFAULTS[bits], rows)
+        return (DEFAULTS if rows <= 2 else SEVERAL_ROWS)[bits]
 
     def distance(entry: dict[str, Any]) -> float:
         own, other = (rows, in_features, out_features), (entry["rows"], entry["inputs"], entry["outputs"])
         return sum(abs(math.log(max(a, 1) / b)) for a, b in zip(own, other, strict=True))
 
     return Tile(**min(known, key=distance)["tile"])
-
-
-def _narrowed(tile: Tile, rows: int) -> Tile:
-    """A tile with as few sums of several rows in the registers of a thread as it has of two."""
-    if rows <= 2:
-        return tile
-    return dataclasses.replace(tile, step=2 * tile.step, unroll=max(tile.unroll // 2, 1), warps=2 * tile.warps)
