@@ -263,10 +263,9 @@ class _Observer(InputWatcher):
         discrete = plain and x.dtype == torch.bfloat16
         if _stays(x.device):
             found = self.look(name, x, lambda rows: observe_on_device(rule.compared(rows), rule.scale), shared=plain)
-            before, same = self.gathered.get(name, (None, True))
-            sums = [each.clone() for each in found] if before is None else before
-            if before is not None:
-                torch._foreach_add_(sums, list(found))
+            sums, same = self.gathered.get(name) or ([torch.zeros_like(each) for each in found], True)
+            for total, own in zip(sums, found, strict=True):
+                total += own
             self.gathered[name] = sums, same and discrete
         else:
             delta = self.look(name, x, lambda rows: observe(rule.compared(rows), rule.scale), shared=plain)

@@ -130,7 +130,8 @@ def _check(parts, group_sizes, relative, counts):
     )
 
 
-def _out_features(parts, layer):
+def out_features_of(parts, layer):
+    """How many outputs a layer among these parts has."""
     weight, scales = parts[PARTS * layer], parts[PARTS * layer + 1]
     return weight.shape[0] if scales is None else scales.shape[1]
 
@@ -138,7 +139,7 @@ def _out_features(parts, layer):
 @torch.library.register_fake("deadband::linears", lib=operators)
 def _linears_fake(x, parts, group_sizes, relative, sparse_rows, counts):
     _check(parts, group_sizes, relative, counts)
-    return x.new_empty((*x.shape[:-1], sum(_out_features(parts, layer) for layer in range(len(group_sizes)))))
+    return x.new_empty((*x.shape[:-1], sum(out_features_of(parts, layer) for layer in range(len(group_sizes)))))
 
 
 @torch.library.register_fake("deadband::gated_mlp", lib=operators)
@@ -148,7 +149,7 @@ def _gated_mlp_fake(x, parts, group_sizes, relative, sparse_rows, counts, activa
         len(group_sizes) == 3 and activation in ACTIVATIONS,
         lambda: f"gated_mlp takes 3 layers and one of {ACTIVATIONS}; got {len(group_sizes)} and {activation!r}",
     )
-    return x.new_empty((*x.shape[:-1], _out_features(parts, 2)))
+    return x.new_empty((*x.shape[:-1], out_features_of(parts, 2)))
 
 
 @torch.library.register_fake("deadband::packed_linears", lib=operators)
@@ -221,7 +222,7 @@ def _gated_mlp_on_cpu(
     rows = x.numel() // in_features if in_features else shape[:-1].numel()
     dtype = KERNEL_DTYPES.get(x.dtype)
     fields: list[int] = []
-    inputs = (in_features, in_features, _out_features(parts, 0))
+    inputs = (in_features, in_features, out_features_of(parts, 0))
     if (
         dtype is None
         or rows > sparse_rows
@@ -272,8 +273,8 @@ def _add_layers(
             if weight.dtype is not dtype or columns != in_features or out_stride != 1 or threshold is None:
                 return False
         else:
-            bits, group_size, stride, out_features = _bits_of(weight), group_sizes[layer], 0, scales.shape[1]
-            if not _quantized_fits(weight, scales, minimum, bits, group_size, in_features, out_features):
+            bits, group_size, stride, out_features = bits_of(weight), group_sizes[layer], 0, scales.shape[1]
+            if not quantized_fits(weight, scales, minimum, bits, group_size, in_features, out_features):
                 return False
             scales_at, minimum_at = address(scales), 0 if minimum is None else address(minimum)
         bias_at = threshold_at = scale_at = center_at = offset_at = counts_at = 0
@@ -312,13 +313,15 @@ def _add_layers(
     return True
 
 
-def _bits_of(codes: Tensor) -> int:
+def bits_of(codes: Tensor) -> int:
+    """Of each code of a quantised weight."""
     return 8 if codes.dtype is torch.int8 else 4
 
 
-def _quantized_fits(
+def quantized_fits(
     codes: Tensor, scales: Tensor, minimum: Tensor | None, bits: int, group_size: int, inputs: int, outputs: int
 ) -> bool:
+    """Whether these are a quantised weight of such a shape, as kernels read it."""
     groups = -(-inputs // group_size) if group_size else 1
     return (
         (bits == 8 or codes.dtype is torch.uint8)
@@ -380,7 +383,7 @@ def pack(
 
 
 def _inputs(in_features: int, parts: Sequence[Tensor | None], mlp: bool) -> list[int]:
-    return [in_features, in_features, _out_features(parts, 0)] if mlp else [in_features] * (len(parts) // PARTS)
+    return [in_features, in_features, out_features_of(parts, 0)] if mlp else [in_features] * (len(parts) // PARTS)
 
 
 def _packed_linears_on_cpu(x: Tensor, layers: Tensor, in_features: int, out_features: int, sparse_rows: int) -> Tensor:

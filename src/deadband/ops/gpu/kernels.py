@@ -4,7 +4,8 @@ A launch is a grid of (tiles of outputs, splits of the inputs). Each program fin
 reads only those weights, and leaves sums in float32 in a scratch buffer. The program that finishes a tile last (a
 counter says which) adds the splits up, in their order: the same bits each run, and no second launch.
 
-There is nothing here that only NVIDIA has.
+There is nothing here that only NVIDIA has; what takes an order of memory that barriers lack on AMD, `launch.ORDERED`
+leaves out there.
 """
 
 from __future__ import annotations

@@ -13,12 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from deadband.ops.cpu import is_vector
-from deadband.ops.fused import PARTS
+from deadband.ops.fused import PARTS, bits_of, out_features_of, quantized_fits
 from deadband.ops.gpu import kernels
 from deadband.ops.gpu.tiles import DTYPES, Tile, tile_for
-from deadband.ops.linear import COUNTS, NIBBLES, current_offset
+from deadband.ops.linear import COUNTS, current_offset
 
-_MOST_ROWS = 16  # of x in a program of the dense product
+_GROUP_SIZES = {8: (0, 32, 64, 128), 4: (32, 64, 128)}  # what divides a chunk of inputs
+_LEAST_ROWS = 16  # that Triton multiplies as a matrix
 
 
 def linears(
@@ -62,7 +63,7 @@ def gated_mlp(
     """
     if not ORDERED:
         return None
-    between, in_features = _out_features(parts, 0), x.shape[-1]
+    between, in_features = out_features_of(parts, 0), x.shape[-1]
     given = _layers(x, [in_features, in_features, between], parts, group_sizes, relative, counts)
     if not given or given[0].out_features != given[1].out_features:
         return None
@@ -86,7 +87,7 @@ def quantized_product(
     (layer,) = given
     rows, out_features = x.shape[:-1].numel(), layer.out_features
     y = x.new_empty((*x.shape[:-1], out_features))
-    block = min(max(_power_of_two(rows), _MOST_ROWS), 64)
+    block = min(max(_power_of_two(rows), _LEAST_ROWS), 64)
     grid = (-(-rows // block), -(-out_features // 64))
     if y.numel():
         with _on(x.device):
@@ -137,8 +138,10 @@ def _layer(
         out_stride, stride = weight.stride()
         fits = weight.dtype is x.dtype and columns == in_features and (out_stride == 1 or out_features == 1)
     else:
-        bits, out_features, stride = 8 if weight.dtype is torch.int8 else 4, scales.shape[1], weight.shape[1]
-        fits = _quantized_fits(weight, scales, minimum, bits, group_size, in_features)
+        bits, out_features, stride = bits_of(weight), scales.shape[1], weight.shape[1]
+        fits = group_size in _GROUP_SIZES[bits] and quantized_fits(
+            weight, scales, minimum, bits, group_size, in_features, out_features
+        )
     if center is not None and offset is not None and scales is None:
         offset = current_offset(weight, center, offset)
     vectors = (
@@ -161,38 +164,6 @@ def _layer(
         weight, scales, minimum, bias, threshold, scale, center, offset, counts, out_features, stride,
         0, 0, 0, tl.constexpr(bits), tl.constexpr(group_size), tl.constexpr(relative),
     )  # fmt: skip
-
-
-def _quantized_fits(
-    codes: Tensor, scales: Tensor, minimum: Tensor | None, bits: int, group_size: int, in_features: int
-) -> bool:
-    groups = -(-in_features // group_size) if group_size else 1
-    out_features = scales.shape[1]
-    width = out_features if bits == 8 else -(-out_features // NIBBLES) * (NIBBLES // 2)
-    return (
-        codes.dtype in (torch.int8, torch.uint8)
-        and codes.shape == (in_features, width)
-        and scales.dtype is (torch.float16 if group_size else torch.float32)
-        and scales.shape[0] == groups
-        and group_size in (0, 32, 64, 128)
-        and (bits == 8 or group_size > 0)
-        and codes.is_contiguous()
-        and scales.is_contiguous()
-        and (
-            minimum is None
-            or (
-                bits == 4
-                and minimum.dtype is torch.float16
-                and minimum.shape == scales.shape
-                and minimum.is_contiguous()
-            )
-        )
-    )
-
-
-def _out_features(parts: Sequence[Any], layer: int) -> int:
-    weight, scales = parts[PARTS * layer : PARTS * layer + 2]
-    return weight.shape[0] if scales is None else scales.shape[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
