@@ -16,6 +16,7 @@ from deadband.allocation.sensitivity import SiteSensitivity, measure_sensitivity
 from deadband.allocation.thresholds import Thresholds
 from deadband.calibration.calibration import Calibration
 from deadband.calibration.watcher import NotReachedError, prediction_of, thresholding
+from deadband.layers.experts import module_at
 from deadband.layers.rule import Rule
 from deadband.running.batches import Counted, is_two_sided, named, taken
 from deadband.running.divergence import compare_logits, kept_places, mean_and_error
@@ -76,7 +77,7 @@ class Judge:
 
     def __call__(self, rules: Mapping[str, Rule]) -> Divergence:
         """Run the model with these rules on every site's every token."""
-        sites = {name: self.model.get_submodule(name) for name in rules}
+        sites = {name: module_at(self.model, name) for name in rules}
         figures = []
         with evaluating(self.model), thresholding(sites, rules):
             for batch, before in zip(progress_bar(self.batches, "judge", self.progress), self.dense, strict=True):

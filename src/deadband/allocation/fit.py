@@ -13,6 +13,7 @@ from deadband.allocation.thresholds import SiteAllocation, Thresholds, check_mod
 from deadband.calibration.calibration import Calibration
 from deadband.calibration.drift import range_of
 from deadband.calibration.site_statistics import SiteStatistics, observe_model, observe_sparse, skipped_means
+from deadband.layers.experts import module_at
 from deadband.layers.rule import Rule, check_criterion, scale_of
 from deadband.layers.sites import matrix_of
 from deadband.layers.sparse import SparseSite
@@ -33,7 +34,7 @@ def allocate_shares(
     progress: bool,
 ) -> Thresholds:
     """Thresholds of the calibration's criterion that give each site its share of a budget."""
-    scales = {name: scale_of(calibration.criterion, matrix_of(model.get_submodule(name))) for name in share}
+    scales = {name: scale_of(calibration.criterion, matrix_of(module_at(model, name))) for name in share}
     rules = {
         name: Rule(0.0 if relative else site.threshold(share[name]), scales[name], relative=relative)
         for name, site in calibration.sites.items()

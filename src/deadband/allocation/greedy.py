@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deadband.calibration.calibration import Calibration
 from deadband.calibration.watcher import first_tensor, thresholding
+from deadband.layers.experts import module_at
 from deadband.layers.rule import Rule, scale_of
 from deadband.layers.scope import for_here, scope
 from deadband.layers.sites import find_blocks, matrix_of
@@ -41,12 +42,12 @@ def greedy_shares(
         block = next((block for block in found if name.startswith(f"{block}.")), "")
         blocks[block] = found.get(block, model)
         members.setdefault(block, []).append(name)
-    scales = {name: scale_of(calibration.criterion, matrix_of(model.get_submodule(name))) for name in calibration.sites}
+    scales = {name: scale_of(calibration.criterion, matrix_of(module_at(model, name))) for name in calibration.sites}
     shares: list[dict[str, float]] = [{} for _ in budgets]
     with evaluating(model), fast_products(model):
         calls = _block_inputs(model, blocks, batches, tokens)
         for block in progress_bar(blocks, "greedy", progress):
-            sites = {name: model.get_submodule(name) for name in members[block]}
+            sites = {name: module_at(model, name) for name in members[block]}
             path = _greedy_path(blocks[block], sites, calls.pop(block), calibration, scales, step, max(budgets))
             for share, budget in zip(shares, budgets, strict=True):
                 share.update(_along(path, budget))

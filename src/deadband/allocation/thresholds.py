@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from deadband.layers.rule import LARGEST, Rule
+from deadband.layers.experts import with_projections
 from deadband.layers.sites import is_site, shape_of, weight_sample
 from deadband.tensor_files import read_tensors, write_tensors
 
@@ -241,7 +242,7 @@ def check_model(model: nn.Module, sites: Mapping[str, Measured]) -> None:
 
     Weights may differ by rounding to another dtype or by a little training, not more.
     """
-    modules = dict(model.named_modules())
+    modules = dict(with_projections(model))
     for name, site in sites.items():
         module = modules.get(name)
         if module is None or not is_site(module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deadband.calibration.site_statistics import SiteStatistics, observe_model
 from deadband.calibration.watcher import check_unreached
 from deadband.files import replacing
+from deadband.layers.experts import module_at
 from deadband.layers.rule import Rule, check_criterion, scale_of
 from deadband.layers.sites import Patterns, find_sites, matrix_of
 from deadband.ops.observe import FIRST_NONFINITE
@@ -195,7 +196,7 @@ def calibrate(
     check_criterion(criterion)
     check_unreached(unreached)
     names = list(find_sites(model, include, exclude))
-    rules = {name: Rule(0.0, scale_of(criterion, matrix_of(model.get_submodule(name)))) for name in names}
+    rules = {name: Rule(0.0, scale_of(criterion, matrix_of(module_at(model, name)))) for name in names}
     sites = observe_model(model, batches, rules, "calibrate", progress, masked=False, unreached=unreached)
     return Calibration(sites, criterion, tuple(name for name in names if name not in sites))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deadband.calibration.site_statistics import SiteStatistics, require_numbers
 from deadband.calibration.watcher import InputWatcher, check_unreached
 from deadband.files import finite
+from deadband.layers.experts import module_at
 from deadband.layers.sites import Patterns, find_sites
 from deadband.ops.observe import Statistics, observe
 
@@ -170,7 +171,7 @@ def inspect(
     """
     check_unreached(unreached)
     names = list(find_sites(model, include, exclude))
-    inspector = _Inspector({name: _Totals(model.get_submodule(name)) for name in names})
+    inspector = _Inspector({name: _Totals(module_at(model, name)) for name in names})
     inspector.watch(model, batches, names, "inspect", progress)
     reached = require_numbers({name: totals.statistics for name, totals in inspector.totals.items()}, unreached)
     return Inspection({name: inspector.totals[name].result() for name in reached})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deadband.calibration.drift import Spread
 from deadband.calibration.watcher import InputWatcher, require_reached
+from deadband.layers.experts import module_at
 from deadband.layers.rule import Rule
 from deadband.layers.sites import shape_of, weight_bytes, weight_sample
 from deadband.ops.observe import FIRST_NONFINITE, Statistics, observe, observe_on_device
@@ -200,7 +201,7 @@ def observe_model(
         ValueError: no batch, or a site that saw no number; with `unreached="dense"`, one that was never reached is left
             out instead.
     """
-    sites = {name: SiteStatistics.empty(model.get_submodule(name)) for name in rules}
+    sites = {name: SiteStatistics.empty(module_at(model, name)) for name in rules}
     _Observer(rules, sites, masked).watch(model, batches, list(rules), what, progress)
     return require_numbers(sites, unreached)
 
@@ -209,7 +210,7 @@ def observe_sparse(
     model: nn.Module, batches: Iterable[Any], rules: Mapping[str, Rule], what: str, progress: bool
 ) -> tuple[dict[str, SiteStatistics], dict[str, list[float]]]:
     """As `observe_model` with `masked`, and what each site skipped of every `JUDGED_ROWS` rows in turn."""
-    sites = {name: SiteStatistics.empty(model.get_submodule(name)) for name in rules}
+    sites = {name: SiteStatistics.empty(module_at(model, name)) for name in rules}
     observer = _Observer(rules, sites, True)
     observer.watch(model, batches, list(rules), what, progress)
     require_numbers(sites)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from deadband.layers.experts import module_at
 from deadband.layers.hooks import attach, detach, take_input, with_input
 from deadband.layers.rule import Rule
 from deadband.layers.scope import for_here, scope
@@ -97,7 +98,7 @@ class InputWatcher:
         Raises:
             ValueError: no batch.
         """
-        modules = {name: model.get_submodule(name) for name in names}
+        modules = {name: module_at(model, name) for name in names}
         given = checked(batches)
         with self._watching(modules, encoders_of(model)), evaluating(model):
             for batch in progress_bar(given, what, progress, total=operator.length_hint(batches) or None):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from deadband.allocation.thresholds import check_model
+from deadband.layers.experts import module_at
 from deadband.layers.hooks import forget_compiled, take_input, with_input
 from deadband.layers.scope import Scope, for_here, is_open, scope
 from deadband.layers.sites import Identity
@@ -237,7 +238,7 @@ class _Site(Part):
         self.name = name
 
     def install(self, model: nn.Module) -> list[RemovableHandle]:
-        return [model.get_submodule(self.name).register_forward_pre_hook(for_here(self._before), with_kwargs=True)]
+        return [module_at(model, self.name).register_forward_pre_hook(for_here(self._before), with_kwargs=True)]
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         pruned, keep = self.prune(take_input(self.name, args, kwargs))
@@ -283,7 +284,7 @@ class LowRank(_Site):
 
     def install(self, model: nn.Module) -> list[RemovableHandle]:
         """Put the hooks there."""
-        module = model.get_submodule(self.name)
+        module = module_at(model, self.name)
         return [*super().install(model), module.register_forward_hook(for_here(self._after))]
 
     def prune(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -315,7 +316,7 @@ class Gate(Part):
 
     def install(self, model: nn.Module) -> list[RemovableHandle]:
         """Put the hooks there."""
-        gate, down = model.get_submodule(self.mlp.gate), model.get_submodule(self.mlp.down)
+        gate, down = module_at(model, self.mlp.gate), module_at(model, self.mlp.down)
         return [
             gate.register_forward_hook(for_here(self._after_gate)),
             down.register_forward_pre_hook(for_here(self._before_down), with_kwargs=True),

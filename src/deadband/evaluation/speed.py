@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deadband.layers.experts import ExpertLinear, with_projections
 from deadband.layers.quantized import QuantizedMatrix
 from deadband.layers.sites import sparse_sites
 from deadband.layers.sparse import tensor_of
@@ -21,18 +22,25 @@ from deadband.sparsify.report import sparsity
 
 def bytes_per_token(model: nn.Module) -> int:
     """Bytes of weights that decoding one token reads: all parameters, codes and scales but those of embeddings, of
-    which it reads a row, less what the sparse layers skipped since they last began to count."""
+    which it reads a row, and of experts that it is not sent to, less what the sparse layers skipped since they last
+    began to count."""
     skipped = sparsity(model, warn=False).sites if sparse_sites(model) else {}
     read, seen = 0.0, set()
-    for name, module in model.named_modules():
+    modules = dict(with_projections(model))
+    for name, module in sorted(modules.items(), key=lambda item: not isinstance(item[1], ExpertLinear)):
         if isinstance(module, nn.Embedding):
             continue  # one row; the whole of it where an output layer is tied to it, which counts there
-        for tensor in (*module.parameters(recurse=False), *_quantised_tensors(module)):
+        share = 1.0
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, ExpertLinear):  # those that the token is sent to
+            share = min(module.chosen or module.count, module.count) / module.count
+            own = [] if isinstance(module, QuantizedMatrix) else [module.weight]
+        for tensor in (*own, *_quantised_tensors(module)):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             left_out = skipped.get(name, 0.0) if tensor.dim() > 1 and tensor is tensor_of(module) else 0.0
-            read += tensor.nbytes * (1.0 if math.isnan(left_out) else 1.0 - left_out)
+            read += share * tensor.nbytes * (1.0 if math.isnan(left_out) else 1.0 - left_out)
     return int(read)
 
 

@@ -28,6 +28,7 @@ from deadband.evaluation.page import VERSION
 from deadband.evaluation.quality import PROTOCOL, columns, dense_logits, evaluate, protocol_name
 from deadband.evaluation.speed import bytes_per_token, decode_seconds
 from deadband.files import finite, write_json
+from deadband.layers.experts import module_at
 from deadband.layers.sites import find_blocks, sparse_sites, weight_bytes
 from deadband.running.batches import taken, token_count
 from deadband.running.forward import evaluating
@@ -537,7 +538,7 @@ def _site_figures(thresholds: Thresholds | None, achieved: SparsityReport) -> di
 
 def _skipped_bytes(model: nn.Module, achieved: SparsityReport) -> int:
     shares = {name: share for name, share in achieved.sites.items() if not math.isnan(share)}
-    return round(sum(share * weight_bytes(model.get_submodule(name)) for name, share in shares.items()))
+    return round(sum(share * weight_bytes(module_at(model, name)) for name, share in shares.items()))
 
 
 # Text

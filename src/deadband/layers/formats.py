@@ -90,6 +90,8 @@ def _unknown(name: object) -> str:
 class QuantizedWeight:
     """The weight of a linear layer, [out, in], as codes with a scale for each output and group of inputs.
 
+    The weights of experts, [experts, out, in], are one, too: each of its tensors then has a dimension more in front.
+
     The weight of output o and input i, in group g, is `scale * code` for 8 bits, `scale * (code - 8)` for 4 bits, and
     `scale * code + minimum` for 4 bits with a minimum.
 
@@ -119,8 +121,9 @@ class QuantizedWeight:
     def __post_init__(self) -> None:
         dtype = torch.int8 if self.format.bits == 8 else torch.uint8
         _check("codes", self.codes, dtype, None)
-        _check("scales", self.scales, self.format.scale_dtype, (self.format.groups(self.in_features), None))
-        _check("codes", self.codes, dtype, (None, code_width(self.out_features, self.format)))
+        experts = self.codes.shape[:-2]
+        _check("scales", self.scales, self.format.scale_dtype, (*experts, self.format.groups(self.in_features), None))
+        _check("codes", self.codes, dtype, (*experts, None, code_width(self.out_features, self.format)))
         if (self.minimum is not None) != self.format.zero_point:
             raise ValueError(f"{self.format} has {'a' if self.format.zero_point else 'no'} minimum")
         if self.minimum is not None:
@@ -129,12 +132,17 @@ class QuantizedWeight:
     @property
     def in_features(self) -> int:
         """Inputs of the layer."""
-        return self.codes.shape[0]
+        return self.codes.shape[-2]
 
     @property
     def out_features(self) -> int:
         """Outputs of the layer."""
-        return self.scales.shape[1]
+        return self.scales.shape[-1]
+
+    @property
+    def experts(self) -> int | None:
+        """How many experts' weights these are, or None for that of a linear layer."""
+        return self.codes.shape[0] if self.codes.dim() == 3 else None
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +151,9 @@ class QuantizedWeight:
 
     def unpacked(self) -> Tensor:
         """The codes one to a byte, [in, out]: int8, or uint8 from 0 to 15."""
-        return self.codes if self.format.bits == 8 else unpack(self.codes, self.out_features)
+        if self.format.bits == 8:
+            return self.codes
+        return unpack(self.codes.flatten(0, -2), self.out_features).view(*self.codes.shape[:-1], self.out_features)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, [out, in], computed in float32."""
@@ -158,25 +168,36 @@ class QuantizedWeight:
         )
 
     def __repr__(self) -> str:
-        sizes = f"{self.in_features} inputs, {self.out_features} outputs, {self.nbytes} bytes"
+        experts = "" if self.experts is None else f"{self.experts} experts, "
+        sizes = f"{experts}{self.in_features} inputs, {self.out_features} outputs, {self.nbytes} bytes"
         return f"{type(self).__name__}({self.format}, {sizes})"
 
 
 def empty_weight(
-    out_features: int, in_features: int, format: str | WeightFormat, device: torch.device | str | None = None
+    out_features: int,
+    in_features: int,
+    format: str | WeightFormat,
+    device: torch.device | str | None = None,
+    experts: int | None = None,
 ) -> QuantizedWeight:
     """A `QuantizedWeight` of that shape with whatever memory held, to load one into."""
     format = WeightFormat.parse(format)
     codes_dtype = torch.int8 if format.bits == 8 else torch.uint8
-    codes = torch.empty(in_features, code_width(out_features, format), dtype=codes_dtype, device=device)
-    scales = torch.empty(format.groups(in_features), out_features, dtype=format.scale_dtype, device=device)
+    first = () if experts is None else (experts,)
+    codes = torch.empty(*first, in_features, code_width(out_features, format), dtype=codes_dtype, device=device)
+    scales = torch.empty(
+        *first, format.groups(in_features), out_features, dtype=format.scale_dtype, device=device
+    )
     return QuantizedWeight(codes, scales, torch.empty_like(scales) if format.zero_point else None, format)
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...] | None) -> None:
-    if tensor.dtype != dtype or tensor.dim() != 2:
+    if tensor.dtype != dtype or tensor.dim() not in (2, 3):
         raise ValueError(f"{name} of {tensor.dtype} and {tensor.dim()} dimensions; expected a matrix of {dtype}")
-    if shape is not None and any(want not in (None, have) for want, have in zip(shape, tensor.shape, strict=True)):
+    if shape is not None and (
+        tensor.dim() != len(shape)
+        or any(want not in (None, have) for want, have in zip(shape, tensor.shape, strict=True))
+    ):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name} of shape {list(tensor.shape)}; expected [{wanted}]")
     if not tensor.is_contiguous():

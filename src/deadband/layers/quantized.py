@@ -20,6 +20,8 @@ from deadband.layers.sparse import (
     SparseLinear,
     SparseSite,
     change_class_,
+    home_of,
+    settle_,
     trains,
 )
 from deadband.ops.gradients import fill_skipped, quantized_product
@@ -107,9 +109,9 @@ class QuantizedMatrix(_Watched):
     weight_dtype: torch.dtype  # of the weight that was quantised
 
     def _like(self) -> tuple[Tensor, torch.device]:
-        out_features, in_features = self.matrix_shape
-        like = torch.empty(out_features, in_features, dtype=self.weight_dtype, device="meta")
-        return like.t() if self.stored_in_out else like, self.codes.device
+        shape = (*self.codes.shape[:-2], *self.matrix_shape)
+        like = torch.empty(shape, dtype=self.weight_dtype, device="meta")
+        return like.mT if self.stored_in_out else like, self.codes.device
 
     def _dequantise_for_torch(self) -> None:
         """Give the layer a parameter, which torch.nn.utils can compute a weight from."""
@@ -126,7 +128,7 @@ class QuantizedMatrix(_Watched):
     def compute(self) -> Tensor:
         """The weight, dequantised."""
         matrix = self.matrix(self.weight_dtype)
-        return matrix.t() if self.stored_in_out else matrix
+        return matrix.mT if self.stored_in_out else matrix
 
     def compute_row(self, index: int) -> Tensor:
         """One row of the weight as the dense layer holds it, dequantised."""
@@ -137,7 +139,7 @@ class QuantizedMatrix(_Watched):
         from deadband.layers.formats import WeightFormat
         from deadband.layers.rounding import quantize
 
-        matrix = weight.detach().t() if self.stored_in_out else weight.detach()
+        matrix = weight.detach().mT if self.stored_in_out else weight.detach()
         taken = quantize(matrix, WeightFormat.parse(self.weight_format))
         with torch.inference_mode(False), torch.no_grad():
             for name in _BUFFERS:
@@ -152,13 +154,13 @@ class QuantizedMatrix(_Watched):
         )
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight as [out_features, in_features], dequantised."""
+        """The weight as [out_features, in_features], dequantised; of experts, with a dimension more in front."""
         return dequantize(self.codes, self.scales, self.minimum, self.group_size, dtype)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return self.scales.shape[1], self.codes.shape[0]
+        return self.scales.shape[-1], self.codes.shape[-2]
 
     @property
     def weight_format(self) -> str:
@@ -356,7 +358,8 @@ SPARSE_CLASSES[QuantizedLinear] = QuantizedSparseLinear
 
 def make_quantized_(module: nn.Module, weight: QuantizedWeight) -> nn.Parameter:
     """Put a quantised weight in the place of a layer's, in place; returns the parameter that was there."""
-    parameter = module._parameters.pop("weight")
+    owner, own_name = home_of(module)
+    parameter = owner._parameters.pop(own_name)
     assert parameter is not None
     module.weight_dtype = parameter.dtype  # type: ignore[assignment]
     module.group_size = weight.format.group_size or 0  # type: ignore[assignment]
@@ -366,6 +369,7 @@ def make_quantized_(module: nn.Module, weight: QuantizedWeight) -> nn.Parameter:
     change_class_(module, QUANTIZED_CLASSES[type(module)])
     if isinstance(module, SparseSite):
         module.refresh_offset_()
+    settle_(module)
     return parameter
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deadband.layers.formats import LANES, QuantizedWeight, WeightFormat, code_width, pack
+from deadband.layers.formats import LANES, QuantizedWeight, WeightFormat, code_width, empty_weight, pack
 
 
 def quantize(
@@ -32,7 +32,7 @@ def quantize(
     """Round a matrix to a format. The same arguments give the same result.
 
     Args:
-        weight: [out, in], of any floating-point dtype.
+        weight: [out, in], of any floating-point dtype; or [experts, out, in], each expert by itself.
         format: a `WeightFormat` or its name.
         second_moments: E[x_i^2] of each input, [in]: how much its weights' errors count. Inputs that hardly ever differ
             from zero count a thousandth of the mean. None: all alike. 8 bit scales do not depend on it.
@@ -56,6 +56,8 @@ def quantize(
         [[1.0, -0.5, 0.25, 0.125]]
     """
     format = WeightFormat.parse(format)
+    if weight.dim() == 3 and len(weight):
+        return _experts(weight, format, second_moments, hessian, minimise)
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(f"a weight of shape {list(weight.shape)} and {weight.dtype}; expected floats [out, in]")
     out, size = weight.shape
@@ -101,6 +103,20 @@ def quantize(
             start = outputs.start * code_width(LANES, format) // LANES
             codes[inputs, start : start + stored.shape[1]] = stored
     return QuantizedWeight(codes, scales, minimum, format)
+
+
+def _experts(
+    weights: Tensor, format: WeightFormat, moments: Tensor | None, hessian: Tensor | None, minimise: bool
+) -> QuantizedWeight:
+    """Each matrix of several rounded, into one place."""
+    _, out, size = weights.shape
+    made = empty_weight(out, size, format, weights.device, len(weights))
+    for index, weight in enumerate(weights):
+        one = quantize(weight, format, moments, hessian=hessian, minimise=minimise)
+        made.codes[index], made.scales[index] = one.codes, one.scales
+        if made.minimum is not None:
+            made.minimum[index] = one.minimum
+    return made
 
 
 def _check_moments(name: str, moments: Tensor, shape: tuple[int, ...]) -> None:

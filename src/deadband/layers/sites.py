@@ -7,14 +7,22 @@ import fnmatch
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from deadband.layers.experts import ExpertLinear, with_projections
 from deadband.layers.quantized import QuantizedMatrix
-from deadband.layers.sparse import SPARSE_CLASSES, CentredWeight, LaidOutWeight, SparseSite, tensor_of
+from deadband.layers.sparse import (
+    SPARSE_CLASSES,
+    CentredWeight,
+    LaidOutWeight,
+    SparseSite,
+    parameter_of,
+    tensor_of,
+)
 
 Patterns: TypeAlias = str | re.Pattern | Iterable[str | re.Pattern]
 _ROUTER = re.compile(r"(.*_)?(router|switch)(_layer)?", re.IGNORECASE)
@@ -24,22 +32,32 @@ _FEW = 64  # outputs of a layer whose input is not worth skipping, if it has eig
 
 
 def matrix_of(module: nn.Module) -> Tensor:
-    """The weight of a site as [out_features, in_features]: a view, however the module stores it, or dequantised."""
-    sparse_class = type(module) if isinstance(module, SparseSite) else SPARSE_CLASSES[type(module)]
-    return sparse_class.matrix_view(cast(Tensor, module.weight))
+    """The weight of a site as [out_features, in_features]: a view, however the module stores it, or dequantised.
+
+    Of experts, [experts, out_features, in_features].
+    """
+    own = isinstance(module, (SparseSite, ExpertLinear))
+    view: Any = module if own else SPARSE_CLASSES[type(module)]
+    return view.matrix_view(module.weight)
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a site."""
+    """(out_features, in_features) of a site; of experts, of each of them."""
     if isinstance(module, QuantizedMatrix):
         return module.matrix_shape
-    out_features, in_features = matrix_of(module).shape
+    out_features, in_features = matrix_of(module).shape[-2:]
     return out_features, in_features
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of a site's weight, or of its codes: what skipping all of its input would save."""
-    return tensor_of(module).nbytes
+    """Bytes of a site's weight, or of its codes: what skipping all of a token's input would save.
+
+    Of experts, those of as many as a token is sent to.
+    """
+    size = tensor_of(module).nbytes
+    if isinstance(module, ExpertLinear) and module.chosen is not None:
+        return size * min(module.chosen, module.count) // module.count
+    return size
 
 
 def weight_sample(module: nn.Module) -> tuple[float, ...]:
@@ -53,8 +71,8 @@ def weight_sample(module: nn.Module) -> tuple[float, ...]:
     if matrix.is_meta or not matrix.numel():
         return ()
     index = torch.linspace(0, matrix.numel() - 1, 16, dtype=torch.float64).long()
-    rows, columns = index // matrix.shape[1], index % matrix.shape[1]
-    return tuple(matrix[rows.to(matrix.device), columns.to(matrix.device)].double().tolist())
+    places = torch.unravel_index(index.to(matrix.device), matrix.shape)
+    return tuple(matrix[places].double().tolist())
 
 
 class Identity(NamedTuple):
@@ -74,7 +92,7 @@ def is_site(module: nn.Module) -> bool:
     known = type(module) in SPARSE_CLASSES or isinstance(module, SparseSite)
     # pruning, old-style weight_norm and quantised tensors put something else in the parameter's place
     plain = (nn.Parameter, LaidOutWeight, CentredWeight)
-    return known and (isinstance(module, QuantizedMatrix) or type(module._parameters.get("weight")) in plain)
+    return known and (isinstance(module, QuantizedMatrix) or type(parameter_of(module)) in plain)
 
 
 def how_computed(module: nn.Module) -> str | None:
@@ -232,7 +250,7 @@ def sites_of(model: nn.Module, *, every_name: bool = False) -> dict[str, nn.Modu
     """
     fused = [name for name, module in model.named_modules() if isinstance(module, nn.TransformerEncoderLayer)]
     bypassed = tuple(f"{name}." if name else "" for name in fused)
-    modules = model.named_modules(remove_duplicate=not every_name)
+    modules = with_projections(model, every_name=every_name)
     return {name: module for name, module in modules if is_site(module) and not name.startswith(bypassed)}
 
 
@@ -274,5 +292,5 @@ def _matches(name: str, pattern: str | re.Pattern) -> bool:
 
 
 def sparse_sites(model: nn.Module) -> dict[str, SparseSite]:
-    """The sparse layers of `model` by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseSite)}
+    """The sparse layers of `model` by the names that they have as sites."""
+    return {name: module for name, module in with_projections(model) if isinstance(module, SparseSite)}

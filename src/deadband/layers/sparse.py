@@ -65,7 +65,7 @@ class SparseSite(nn.Module):
     @classmethod
     def matrix_view(cls, weight: Tensor) -> Tensor:
         """The stored weight as [out_features, in_features]."""
-        return weight.t() if cls.stored_in_out else weight
+        return weight.mT if cls.stored_in_out else weight
 
     def forward(self, x: Tensor) -> Tensor:
         """y = W · (x where kept, else the center, or 0) + bias; skips in training, else up to `sparse_rows` rows."""
@@ -137,7 +137,7 @@ class SparseSite(nn.Module):
 
     def renew_offset_(self) -> None:
         """Compute `offset` again, in its place, if the weight was written to since."""
-        weight, offset = self._parameters.get("weight"), self.offset
+        weight, offset = parameter_of(self), self.offset
         if weight is not None and offset is not None and self.center is not None:
             current_offset(self.matrix_view(weight.detach()), self.center, offset)
 
@@ -171,7 +171,7 @@ class SparseSite(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if type(self._parameters.get("weight")) is nn.Parameter:  # pickling loses the class
+        if type(parameter_of(self)) is nn.Parameter:  # pickling loses the class
             lay_out_(self)
             self.refresh_offset_()
 
@@ -329,7 +329,26 @@ def make_sparse_(
     module.expected, module.site_range = expected, site_range
     lay_out_(module)
     module.refresh_offset_()
+    settle_(module)
     return module
+
+
+def home_of(module: nn.Module) -> tuple[nn.Module, str]:
+    """Where the weight of a layer is a parameter, unless that is quantised: the module, and its name there."""
+    return getattr(module, "home", (module, "weight"))
+
+
+def parameter_of(module: nn.Module) -> nn.Parameter | None:
+    """The parameter that is the weight of a layer; None if it is quantised, parametrised or pruned."""
+    owner, name = home_of(module)
+    return owner._parameters.get(name)
+
+
+def settle_(module: nn.Module) -> None:
+    """Tell a layer that is a part of another module that it was changed."""
+    settle = getattr(module, "settle_", None)
+    if settle is not None:
+        settle()
 
 
 def tensor_of(module: nn.Module) -> Tensor:
@@ -370,11 +389,13 @@ def make_dense_(module: SparseSite) -> nn.Module:
     for name in _ATTRIBUTES:
         module.__dict__.pop(name, None)
     change_class_(module, module.dense_class)
-    if "weight" in module._parameters:
-        if isinstance(module.weight, LaidOutWeight):
-            cast(Any, module.weight).__class__ = nn.Parameter
-        with like(module.weight), torch.no_grad():
-            module.weight.data = module.weight.data.contiguous()
+    weight = parameter_of(module)
+    if weight is not None:
+        if isinstance(weight, LaidOutWeight):
+            cast(Any, weight).__class__ = nn.Parameter
+        with like(weight), torch.no_grad():
+            weight.data = weight.data.contiguous()
+    settle_(module)
     return module
 
 
@@ -402,14 +423,14 @@ def use_torchs_product_(module: DenseLinear) -> None:
 def lay_out_(module: SparseSite) -> None:
     """Store the weights of one input side by side, [in, out], keeping the parameter's identity, shape and values.
 
+    Those of experts, which have a dimension more, [experts, in, out].
+
     Safetensors, `assign=True` and tying lose strides, so this runs again after loading. Costs a copy, or nothing when
     the weight lies that way already.
     """
-    if "weight" not in module._parameters:
-        return  # quantised: codes always lie so
-    weight = module._parameters["weight"]
+    weight = parameter_of(module)
     if weight is None:
-        return
+        return  # quantised: codes always lie so
     if type(weight) is nn.Parameter and not module.stored_in_out:
         cast(Any, weight).__class__ = LaidOutWeight
     matrix = module.matrix_view(weight.data)
@@ -418,10 +439,12 @@ def lay_out_(module: SparseSite) -> None:
             with like(weight), torch.no_grad():
                 weight.data = matrix.contiguous()
         return
-    if matrix.is_meta or matrix.t().is_contiguous():
+    if matrix.is_meta or matrix.mT.is_contiguous():
         return
+    out_features, in_features = matrix.shape[-2:]
+    strides = (in_features * out_features, 1, out_features)[-matrix.dim() :]
     with like(weight), torch.no_grad():
-        stored = empty_on_huge_pages(matrix.shape, (1, matrix.shape[0]), matrix.dtype, matrix.device)
+        stored = empty_on_huge_pages(matrix.shape, strides, matrix.dtype, matrix.device)
         stored.copy_(matrix)
         weight.data = module.matrix_view(stored)
 

@@ -109,7 +109,14 @@ def dense_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 def dequantize(codes: Tensor, scales: Tensor, minimum: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor:
-    """The weight [out_features, in_features] that a `deadband.quantization.QuantizedWeight` stands for."""
+    """The weight [out_features, in_features] that a `deadband.quantization.QuantizedWeight` stands for.
+
+    That of experts has a dimension more in front, as all three tensors do.
+    """
+    if codes.dim() == 3:
+        lows = [None] * len(codes) if minimum is None else minimum
+        each = zip(codes, scales, lows, strict=True)
+        return torch.stack([dequantize(*expert, group_size, dtype) for expert in each])
     inputs, outputs = codes.shape[0], scales.shape[1]
     group_size = group_size or max(inputs, 1)
     weight = torch.empty(outputs, inputs, dtype=dtype, device=codes.device)
@@ -126,9 +133,9 @@ def dequantize(codes: Tensor, scales: Tensor, minimum: Tensor | None, group_size
 
 
 def make_offset(weight: Tensor, center: Tensor, offset: Tensor | None = None) -> Tensor:
-    """The product of weight [out, in] and center, in place of an earlier one, with a note of what it was made of."""
+    """The product of weight [out, in] (or [experts, out, in]) and center, in place of an earlier one, with a note of what it was made of."""
     with torch.inference_mode(False), torch.no_grad():
-        made = weight.float() @ center
+        made = torch.stack([each.float() @ center for each in weight]) if weight.dim() == 3 else weight.float() @ center
         if offset is None or offset.shape != made.shape or offset.device != made.device:
             offset = made
         else:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deadband.calibration.row_sums import InputProducts
 from deadband.calibration.watcher import SharedInputs, require_reached
+from deadband.layers.experts import module_at
 from deadband.layers.sites import shape_of
 from deadband.running.batches import taken
 
@@ -49,7 +50,7 @@ def input_hessians(
     for name in names:
         followers.setdefault(leader_of.get(name, name), []).append(name)
     asked = names  # the first pass tells of all that are never reached
-    for leaders in _passes({name: shape_of(model.get_submodule(name))[1] for name in followers}, memory):
+    for leaders in _passes({name: shape_of(module_at(model, name))[1] for name in followers}, memory):
         watcher = InputProducts(leaders)
         watcher.watch(model, batches, asked or leaders, "hessians", progress)
         require_reached(asked, set(filter(watcher.sums.reached, asked)))

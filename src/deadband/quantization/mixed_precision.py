@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deadband.layers.experts import module_at
 from deadband.layers.formats import WeightFormat
 from deadband.layers.quantized import QuantizedMatrix
 from deadband.layers.rounding import quantize
@@ -132,7 +133,7 @@ def _quantised(
     before: list[tuple[Any, Tensor]] = []
     try:
         for name in names:
-            module: Any = model.get_submodule(name)
+            module: Any = module_at(model, name)
             rounded = quantize(matrix_of(module), format, moments.get(name)).dequantize(module.weight.dtype)
             before.append((module.weight, module.weight.data))
             module.weight.data = torch.empty_like(module.weight)

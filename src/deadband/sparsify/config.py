@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from deadband.allocation.thresholds import check_sparsity
+from deadband.layers.experts import with_projections
 from deadband.layers.formats import WeightFormat
 from deadband.layers.quantized import QuantizedMatrix, QuantizedTable
 from deadband.layers.rule import check_criterion
@@ -218,7 +219,7 @@ def config_of(model: nn.Module) -> SparsityConfig | None:
 
     Criterion, sparsity and method are what the last `sparsify_` was told, where a transformers model remembers it.
     """
-    modules = dict(model.named_modules())
+    modules = dict(with_projections(model))
     sites = {name: SiteConfig.of(module) for name, module in modules.items() if isinstance(module, SparseSite)}
     quantized = {
         name: module.weight_format

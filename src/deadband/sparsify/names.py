@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from deadband.layers.experts import with_projections
 from deadband.layers.rule import LARGEST, Rule, scale_of
 from deadband.layers.sites import how_computed, matrix_of, shape_of, sites_of
 from deadband.layers.sparse import tensor_of
@@ -73,7 +74,7 @@ def full_name(model: nn.Module, every: Mapping[str, nn.Module], given: str) -> s
     """The name in the model that a name, or the end of one, means; a ValueError unless there is exactly one."""
     names = [given] if given in every else [name for name in every if name.endswith("." + given)]
     if len(names) != 1:
-        module = dict(model.named_modules()).get(given)
+        module = dict(with_projections(model)).get(given)
         what = (
             f"ends several names: {names[:3]}" if names
             else how_computed(module) or f"is {type(module).__name__}, expected nn.Linear or Conv1D"

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from deadband.allocation.thresholds import Thresholds, check_model
+from deadband.layers.experts import module_at
 from deadband.layers.formats import QuantizedWeight
 from deadband.layers.quantized import QuantizedMatrix
 from deadband.layers.rule import Rule
@@ -91,7 +92,7 @@ def resolve_sites(
     criterion = criterion or "magnitude"
     kept = resolve_masks(model, masks) if masks is not None else {}
     chosen = resolve(model, {**dict.fromkeys(kept, 0.0), **(thresholds or {})})
-    modules = {name: model.get_submodule(name) for name in chosen}
+    modules = {name: module_at(model, name) for name in chosen}
     for name, module in modules.items():
         if tensor_of(module).is_meta:
             raise ValueError(f"site {name!r} is on the meta device or offloaded; load its weight before sparsify_")
@@ -115,10 +116,10 @@ def plan_of(model: nn.Module, sites: dict[str, Wanted], config: SparsityConfig, 
     output = find_output_layer(model, sites) if quantization.output_layer else None
     formats = formats_of(model, sites, quantization.weights, output, quantization.output_layer)
     dense = [module for name, module in sparse_sites(model).items() if name not in sites]
-    require_no_parametrization(*map(model.get_submodule, sites), *dense)
+    require_no_parametrization(*(module_at(model, name) for name in sites), *dense)
     weights = quantise(model, formats, quantization.second_moments, quantization.hessians, quantization.progress)
-    layer = model.get_submodule(output) if output is not None and output not in formats else None
-    others = {model.get_submodule(name) for name in (*sites, *weights)} | {layer}
+    layer = module_at(model, output) if output is not None and output not in formats else None
+    others = {module_at(model, name) for name in (*sites, *weights)} | {layer}
     return Plan(
         sites=sites,
         dense=dense,

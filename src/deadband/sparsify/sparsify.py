@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from deadband.layers.experts import module_at, owners_of
 from deadband.layers.formats import QuantizedWeight
 from deadband.layers.quantized import QuantizedMatrix, QuantizedTable, make_quantized_, tie_table_
 from deadband.layers.rule import Rule
@@ -114,10 +115,11 @@ def sparsify_(
 
 def _apply_(model: nn.Module, plan: Plan, gradient: str, count: bool) -> None:
     """Change the layers as planned."""
-    sites = {model.get_submodule(name): wanted for name, wanted in plan.sites.items()}
-    quantised = {model.get_submodule(name): weight for name, weight in plan.quantised.items()}
+    sites = {module_at(model, name): wanted for name, wanted in plan.sites.items()}
+    quantised = {module_at(model, name): weight for name, weight in plan.quantised.items()}
     output = () if plan.output is None else (plan.output,)
-    with all_or_nothing((*sites, *plan.dense, *quantised, *plan.tied, *output, *plan.undone)):
+    owners = owners_of((*sites, *plan.dense, *quantised))
+    with all_or_nothing((*sites, *plan.dense, *quantised, *plan.tied, *output, *plan.undone, *owners)):
         for module, wanted in sites.items():
             make_sparse_(
                 module,
@@ -169,7 +171,7 @@ def densify_(model: nn.Module) -> nn.Module:
     sites = require_sparse(model).values()
     require_no_parametrization(*sites)
     touched = [each for each in model.modules() if isinstance(each, (QuantizedMatrix, QuantizedTable, DenseLinear))]
-    with all_or_nothing((*sites, *touched)):
+    with all_or_nothing((*sites, *touched, *owners_of((*sites, *touched)))):
         for site in sites:
             make_dense_(site)
         quantised = dequantise_(model)

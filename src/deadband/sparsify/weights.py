@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from deadband.layers.experts import module_at, with_projections
 from deadband.layers.formats import QuantizedWeight, WeightFormat
 from deadband.layers.quantized import (
     QUANTIZED_CLASSES,
@@ -16,8 +17,8 @@ from deadband.layers.quantized import (
     untie_table_,
 )
 from deadband.layers.rounding import quantize
-from deadband.layers.sites import matrix_of, shape_of, sites_of
-from deadband.layers.sparse import DenseLinear
+from deadband.layers.sites import matrix_of, sites_of
+from deadband.layers.sparse import DenseLinear, parameter_of
 from deadband.running.forward import progress_bar, threads
 from deadband.sparsify.names import full_name
 
@@ -48,7 +49,7 @@ def formats_of(
             wanted[output] = output_layer
     formats: dict[str, WeightFormat | QuantizedWeight] = {}
     for name, value in wanted.items():
-        module = model.get_submodule(name)
+        module = module_at(model, name)
         if isinstance(module, QuantizedMatrix):
             _check_unchanged(name, module, value)
             continue
@@ -57,11 +58,11 @@ def formats_of(
         if type(module) not in QUANTIZED_CLASSES:
             raise ValueError(f"site {name!r} is a {type(module).__name__}, which cannot have quantised weights")
         formats[name] = value if isinstance(value, QuantizedWeight) else WeightFormat.parse(value)
-        if isinstance(value, QuantizedWeight) and (value.out_features, value.in_features) != shape_of(module):
-            raise ValueError(
-                f"weights of {name!r}: got [{value.out_features}, {value.in_features}], "
-                f"expected {list(shape_of(module))}"
-            )
+        if isinstance(value, QuantizedWeight):
+            expected = tuple(matrix_of(module).shape)
+            shape = (*value.codes.shape[:-2], value.out_features, value.in_features)
+            if shape != expected:
+                raise ValueError(f"weights of {name!r}: got {list(shape)}, expected {list(expected)}")
     return formats
 
 
@@ -87,7 +88,7 @@ def quantise(
 ) -> dict[str, QuantizedWeight]:
     """Round the weights that `formats` names, without changing the model."""
     for what, given in (("second_moments", second_moments), ("hessians", hessians)):
-        unknown = sorted(set(given) - {name for name, _ in model.named_modules()}) if isinstance(given, Mapping) else []
+        unknown = sorted(set(given) - {name for name, _ in with_projections(model)}) if isinstance(given, Mapping) else []
         if unknown:
             raise ValueError(f"{what} has {unknown[0]!r}, which is no layer of the model; expected full names of sites")
     quantised = {name: form for name, form in formats.items() if isinstance(form, QuantizedWeight)}
@@ -102,7 +103,7 @@ def quantise(
         try:
             with threads(1):  # it works on pieces that fit a cache: more threads cost as much as they save
                 quantised[name] = quantize(
-                    matrix_of(model.get_submodule(name)).detach(),
+                    matrix_of(module_at(model, name)).detach(),
                     cast(WeightFormat, formats[name]),
                     (second_moments or {}).get(name),
                     hessian=hessian,
@@ -114,7 +115,7 @@ def quantise(
 
 def find_tied_embeddings(model: nn.Module, formats: Collection[str]) -> dict[nn.Embedding, Any]:
     """The embeddings whose weight is that of a layer in `formats`, and that layer."""
-    layers = {id(layer._parameters["weight"]): layer for layer in map(model.get_submodule, formats)}
+    layers = {id(parameter_of(layer)): layer for layer in (module_at(model, name) for name in formats)}
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     weights = {module: id(module._parameters.get("weight")) for module in embeddings}
     return {module: layers[weight] for module, weight in weights.items() if weight in layers}
@@ -122,8 +123,8 @@ def find_tied_embeddings(model: nn.Module, formats: Collection[str]) -> dict[nn.
 
 def dequantise_(model: nn.Module) -> int:
     """Give quantised layers a weight of their own again; returns how many there were."""
-    quantised = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedMatrix)}
-    for module in quantised.values():
+    quantised = [module for _, module in with_projections(model) if isinstance(module, QuantizedMatrix)]
+    for module in quantised:
         unmake_quantized_(module)
     for table in [module for module in model.modules() if isinstance(module, QuantizedTable)]:
         weight = table.source.weight  # a dense layer's again, if that is in the model
