@@ -21,7 +21,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from deadband.layers.formats import empty_weight
+from deadband.layers.experts import PROJECTIONS, ExpertLinear, with_projections
+from deadband.layers.formats import QuantizedWeight, empty_weight
 from deadband.layers.memory import MappedFiles, on_huge_pages
 from deadband.layers.quantized import (
     QUANTIZED_CLASSES,
@@ -133,8 +134,10 @@ class DeadbandQuantizer(HfQuantizer):
                 continue  # a base model has no output layer
             if type(layer) not in QUANTIZED_CLASSES:
                 raise ValueError(f"layer {written!r} is a {type(layer).__name__}, which cannot have quantised weights")
-            make_quantized_(layer, empty_weight(*shape_of(layer), form, device="meta"))
+            make_quantized_(layer, _empty_weight(layer, form))
             layer._is_hf_initialized = True  # transformers would dequantise it for a look
+            if isinstance(layer, ExpertLinear):
+                layer.owner._is_hf_initialized = True  # type: ignore[assignment]
         for written, source in config.tied_embeddings.items():
             self._tie(model, find, written, source)
         refresh_ties(model)
@@ -146,7 +149,8 @@ class DeadbandQuantizer(HfQuantizer):
             for written in {*config.sites, *config.weights}:
                 layer = find(written)
                 if layer is not None:
-                    expected |= {f"{written}.{key}": value for key, value in layer._buffers.items() if key in BUFFERS}
+                    place = _place_of(written) if isinstance(layer, ExpertLinear) else written
+                    expected |= {f"{place}.{key}": value for key, value in layer._buffers.items() if key in BUFFERS}
             _check_files(kwargs.get("checkpoint_files") or (), expected)
 
     def _tie(self, model: Any, find: _Finder, written: str, source: str) -> None:
@@ -169,7 +173,7 @@ class DeadbandQuantizer(HfQuantizer):
         if source not in config.weights:
             return None
         layer: Any = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
-        make_quantized_(layer, empty_weight(*shape_of(layer), config.weights[source], device="meta"))
+        make_quantized_(layer, _empty_weight(layer, config.weights[source]))
         layer._is_hf_initialized = True
         *above, name = source.split(".")
         parent: nn.Module = model
@@ -217,6 +221,8 @@ class DeadbandQuantizer(HfQuantizer):
                     _check_loaded(name, module, tensor)
                 for tensor in ("scales", "minimum"):
                     _check_finite(name, module, tensor)
+                if isinstance(module, ExpertLinear):
+                    continue  # they stay in the mapped file, of which experts that nobody chooses are never read
                 for tensor in ("codes", "scales", "minimum"):
                     if getattr(module, tensor) is not None:
                         setattr(module, tensor, on_huge_pages(getattr(module, tensor), files))
@@ -270,7 +276,7 @@ class _Finder:
     """
 
     def __init__(self, model: Any, config: SparsityConfig) -> None:
-        self.model, self.modules = model, dict(model.named_modules(remove_duplicate=False))
+        self.model, self.modules = model, dict(with_projections(model, every_name=True))
         self.prefix = f"{model.base_model_prefix}."
         is_base = bool(model.base_model_prefix) and not hasattr(model, model.base_model_prefix)
         # a base model has none of the layers outside of itself: the output layer, heads
@@ -284,6 +290,17 @@ class _Finder:
         if not needed or (self.inside and not written.startswith(self.prefix)):
             return None
         raise ValueError(f"config.json names layer {written!r}, which {type(self.model).__name__} does not have")
+
+
+def _empty_weight(layer: nn.Module, form: str) -> QuantizedWeight:
+    experts = layer.count if isinstance(layer, ExpertLinear) else None
+    return empty_weight(*shape_of(layer), form, device="meta", experts=experts)
+
+
+def _place_of(written: str) -> str:
+    """Where the tensors of a projection of experts lie in a checkpoint."""
+    parent, _, name = written.rpartition(".")
+    return ".".join(filter(None, (parent, PROJECTIONS, name)))
 
 
 def _make_site_(module: nn.Module, written: str, config: SparsityConfig) -> None:
@@ -322,7 +339,9 @@ class _Except:
 def _own_names(config: SparsityConfig) -> frozenset[str]:
     """The names of deadband's tensors, and their ends: a conversion may look at one without the prefix of its part of
     the model."""
-    parts = [(*name.split("."), buffer) for name in {*config.sites, *config.weights} for buffer in BUFFERS]
+    names = {*config.sites, *config.weights}
+    names |= set(map(_place_of, names))  # of those that are projections of experts
+    parts = [(*name.split("."), buffer) for name in names for buffer in BUFFERS]
     return frozenset(".".join(each[first:]) for each in parts for first in range(len(each) - 1))
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import modeling_utils
 
 from deadband.integrations.transformers import BUFFERS, DeadbandConfig, DeadbandQuantizer, is_ours, refresh_ties
+from deadband.layers.experts import ExpertLinear, with_projections
 from deadband.layers.quantized import QuantizedMatrix, QuantizedTable, unmake_quantized_, untie_table_
 from deadband.layers.sites import how_computed, shape_of
 from deadband.layers.sparse import SparseSite
@@ -96,7 +97,7 @@ def _written_as(model: Any, config: SparsityConfig | None) -> Iterator[None]:
 
 def _check_loads(model: Any, config: SparsityConfig) -> None:
     """A ValueError if a model made from the configuration would not have the layers and weights that are written."""
-    for name, layer in model.named_modules():
+    for name, layer in with_projections(model):
         if (what := how_computed(layer)) is not None:
             raise ValueError(f"layer {name!r} {what}; a checkpoint would hold it under other names")
     plain = copy.deepcopy(model.config)
@@ -106,8 +107,8 @@ def _check_loads(model: Any, config: SparsityConfig) -> None:
             empty = type(model)(plain)
     except Exception:  # it takes more than a configuration; then from_pretrained will get that too
         return
-    there = dict(empty.named_modules(remove_duplicate=False))
-    for name, layer in model.named_modules():
+    there = dict(with_projections(empty, every_name=True))
+    for name, layer in with_projections(model):
         if not isinstance(layer, (SparseSite, QuantizedMatrix)):
             continue
         other: Any = there.get(name)
@@ -117,7 +118,7 @@ def _check_loads(model: Any, config: SparsityConfig) -> None:
                 "layer, so that what is saved could not be loaded; merge adapters first, or bring the config up to date"
             )
         expected = layer.matrix_shape if isinstance(layer, QuantizedMatrix) else shape_of(layer)
-        shape = tuple(other.weight.shape)
+        shape = tuple(other.weight.shape[-2:])
         if (shape[::-1] if layer.stored_in_out else shape) != expected:
             raise ValueError(
                 f"layer {name!r} is {list(expected)}, but its config makes it {list(shape)}, so that what is saved "
@@ -207,7 +208,8 @@ def _tied_weights(original: Callable[..., dict[str, str]], model: Any, *args: An
     ours = {name: each for name, each in modules if isinstance(each, (SparseSite, QuantizedMatrix, QuantizedTable))}
     if not ours:
         return original(model, *args, **kwargs)
-    computed = {f"{name}.weight": None for name, each in ours.items() if "weight" not in each._parameters}
+    layers = {name: each for name, each in ours.items() if not isinstance(each, ExpertLinear)}
+    computed = {f"{name}.weight": None for name, each in layers.items() if "weight" not in each._parameters}
     buffers = {f"{name}.{buffer}" for name, each in ours.items() for buffer in each._buffers}
     kind = type(model)
 
@@ -247,7 +249,7 @@ def _num_parameters(
     modules = {module for module in model.modules() if isinstance(module, QuantizedMatrix)}
     if exclude_embeddings:  # the output layer that an embedding is tied to counts as that
         modules -= {module.source for module in model.modules() if isinstance(module, QuantizedTable)}
-    quantised = 0 if only_trainable else sum(math.prod(module.matrix_shape) for module in modules)
+    quantised = 0 if only_trainable else sum(math.prod(module.shape) for module in modules)
     return original(model, only_trainable, exclude_embeddings) + quantised
 
 

@@ -109,8 +109,7 @@ class QuantizedMatrix(_Watched):
     weight_dtype: torch.dtype  # of the weight that was quantised
 
     def _like(self) -> tuple[Tensor, torch.device]:
-        shape = (*self.codes.shape[:-2], *self.matrix_shape)
-        like = torch.empty(shape, dtype=self.weight_dtype, device="meta")
+        like = torch.empty(self.shape, dtype=self.weight_dtype, device="meta")
         return like.mT if self.stored_in_out else like, self.codes.device
 
     def _dequantise_for_torch(self) -> None:
@@ -156,6 +155,11 @@ class QuantizedMatrix(_Watched):
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight as [out_features, in_features], dequantised; of experts, with a dimension more in front."""
         return dequantize(self.codes, self.scales, self.minimum, self.group_size, dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight as a matrix; of those of experts, with a dimension more in front."""
+        return *self.codes.shape[:-2], *self.matrix_shape
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
