@@ -75,6 +75,20 @@ int deadband_linears(int dtype, const void* x, int64_t rows, int64_t x_stride, i
   return kernels()->linears(dtype, x, rows, x_stride, in, layers, count, y, threads < 1 ? 1 : threads);
 }
 
+int deadband_expert_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const int64_t* experts,
+                           int64_t count, const deadband_layer* first, const deadband_expert_strides* strides, void* y,
+                           int threads) {
+  if (rows > DEADBAND_EXPERT_ROWS || !are_sizes(count)) return DEADBAND_BAD_SIZE;
+  if (!first || !strides || (rows > 0 && !experts)) return DEADBAND_BAD_POINTER;
+  deadband_layer each = *first;
+  each.threshold = nullptr;  // it skips entries of as many rows as it is given
+  if (int error = check_layer(dtype, x, rows, x_stride, in, each, y)) return error;
+  for (int64_t r = 0; r < rows; ++r)
+    if (experts[r] >= count) return DEADBAND_BAD_SIZE;
+  if (!rows || !first->out) return 0;
+  return kernels()->experts(dtype, x, rows, x_stride, in, experts, *first, *strides, y, threads < 1 ? 1 : threads);
+}
+
 int deadband_gated_mlp(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
                        const deadband_layer* layers, int activation, void* y, int threads) {
   if (rows > DEADBAND_STREAM_ROWS) return DEADBAND_BAD_SIZE;

@@ -13,6 +13,7 @@
 #include "bandwidth-inl.h"
 #include "dequantize-inl.h"
 #include "dot-inl.h"
+#include "experts-inl.h"
 #include "fill-inl.h"
 #include "gated_mlp-inl.h"
 #include "gemm-inl.h"
@@ -27,7 +28,7 @@ namespace {
 constexpr int64_t kPairedRows = Step<bf16>::kInputs > 1 ? DEADBAND_STREAM_ROWS - 1 : DEADBAND_STREAM_ROWS;
 
 constexpr KernelTable table_of(const char* isa) {
-  return {isa, linears, gated_mlp, attend, dot, gemm, fill, dequantize, observe, {DEADBAND_STREAM_ROWS, kPairedRows},
+  return {isa, linears, gated_mlp, experts, attend, dot, gemm, fill, dequantize, observe, {DEADBAND_STREAM_ROWS, kPairedRows},
           read};
 }
 

@@ -97,6 +97,17 @@ struct deadband_layer {
 DEADBAND_API int deadband_linears(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
                                   const struct deadband_layer* layers, int count, void* y, int threads);
 
+// A layer with `count` weights, the experts, of which each row of x names the one it meets: experts[rows], of which a
+// negative one gives a row of zeros. `first` is the layer of expert 0; those of the others lie so many bytes apart. All
+// have one threshold, scale and center. Up to DEADBAND_EXPERT_ROWS rows. Weights that no row names are not read.
+#define DEADBAND_EXPERT_ROWS 1024
+struct deadband_expert_strides {
+  int64_t weight, scales, minimum, bias, offset;
+};
+DEADBAND_API int deadband_expert_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
+                                        const int64_t* experts, int64_t count, const struct deadband_layer* first,
+                                        const struct deadband_expert_strides* strides, void* y, int threads);
+
 // y[rows, layers[2].out] = layers[2] of the product of activation(layers[0] of x) and layers[1] of x, 0 to 8 rows. The
 // outputs of both layers, of the activation and the product are rounded to dtype.
 enum deadband_activation { DEADBAND_SILU = 0, DEADBAND_GELU_TANH = 1 };

@@ -78,23 +78,29 @@ DEADBAND_INLINE size_t share_bytes(const deadband_layer& layer, int64_t rows, in
   return multiply_bytes(w);
 }
 
+// The outputs in `mine`, which begin and end at multiples of kOutputStep.
+template <class T>
+void multiply_range(const deadband_layer& layer, const Task<T>& task, int64_t rows, Range mine, char* scratch) {
+  const Quantized& w = task.quantized;
+  const Encoded& x = task.encoded;
+  if (!layer.bits)
+    kStream<T>[rows - 1](task.kept, (const T*)layer.weight, layer.weight_stride, task.target, mine, (float*)scratch);
+  else if (rows == 1)
+    multiply_outputs<T>(w, x, task.target, mine, scratch);
+  else
+    layer.bits == 8 ? multiply_rows<T, 8>(w, x, task.target, mine, scratch)
+                    : multiply_rows<T, 4>(w, x, task.target, mine, scratch);
+}
+
 template <class T>
 void multiply(const deadband_layer& layer, const Task<T>& task, int64_t rows, int part, int parts, bool inputs,
               char* scratch) {
   const Quantized& w = task.quantized;
   const Encoded& x = task.encoded;
-  if (!layer.bits)
-    kStream<T>[rows - 1](task.kept, (const T*)layer.weight, layer.weight_stride, task.target,
-                         share(layer.out, 64, part, parts), (float*)scratch);
-  else if (inputs) {
-    float* sums = task.sums + part * sums_stride(w);
-    stream_outputs(w, x, share(x.chunks, 1, part, parts), {0, w.out}, sums);
-  } else if (rows > 1) {
-    layer.bits == 8 ? panel_share<T, 8>(w, x, task.target, part, parts, scratch)
-                    : panel_share<T, 4>(w, x, task.target, part, parts, scratch);
-  } else {
-    multiply_share<T>(w, x, task.target, part, parts, scratch);
-  }
+  if (inputs)
+    stream_outputs(w, x, share(x.chunks, 1, part, parts), {0, w.out}, task.sums + part * sums_stride(w));
+  else
+    multiply_range(layer, task, rows, share(layer.out, layer.bits ? kOutputStep : 64, part, parts), scratch);
 }
 
 // What the rules of the layers need to know of x.

@@ -351,16 +351,15 @@ DEADBAND_INLINE int64_t panel_tile(const Quantized& w, int64_t rows) {
   return min_of(max_of(kSumsMany / rows, 2 * kStep) / kStep * kStep, round_up(w.out, kStep));
 }
 
-// Bytes that panel_share takes.
+// Bytes that multiply_rows takes.
 template <int Bits>
 DEADBAND_INLINE size_t panel_bytes(const Quantized& w, int64_t rows) {
   return sizeof(Panel<Bits>) + rows * panel_tile<Bits>(w, rows) * sizeof(float);
 }
 
-// One thread's share of the product.
+// The product, the outputs in `mine`.
 template <class T, int Bits>
-void panel_share(const Quantized& w, const Encoded& x, const Output<T>& target, int part, int parts, char* scratch) {
-  Range mine = share(w.out, kOutputStep, part, parts);
+void multiply_rows(const Quantized& w, const Encoded& x, const Output<T>& target, Range mine, char* scratch) {
   int64_t tile = panel_tile<Bits>(w, x.rows);
   float* sums = (float*)(scratch + sizeof(Panel<Bits>));
   for (int64_t o = mine.begin; o < mine.end; o += tile) {

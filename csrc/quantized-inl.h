@@ -72,13 +72,12 @@ constexpr int64_t kOutputStep = 128;
 // Outputs that are summed at a time.
 DEADBAND_INLINE int64_t output_tile(const Quantized& w) { return min_of(kSumsTile, round_up(w.out, kOutputStep)); }
 
-// Bytes that multiply_share takes.
+// Bytes that multiply_outputs takes.
 DEADBAND_INLINE size_t multiply_bytes(const Quantized& w) { return output_tile(w) * sizeof(float); }
 
-// One thread's share of one row's product where threads share out the outputs.
+// One row's product, the outputs in `mine`: a thread's share where threads share out the outputs.
 template <class T>
-void multiply_share(const Quantized& w, const Encoded& x, const Output<T>& target, int part, int parts, char* scratch) {
-  Range mine = share(w.out, kOutputStep, part, parts);
+void multiply_outputs(const Quantized& w, const Encoded& x, const Output<T>& target, Range mine, char* scratch) {
   int64_t tile = output_tile(w);
   float* sums = (float*)scratch;
   for (int64_t o = mine.begin; o < mine.end; o += tile) {

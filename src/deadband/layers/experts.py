@@ -268,14 +268,22 @@ class OpenExperts(nn.Module):
         owner: Any = self
         first, down = owner.__dict__[_KEY].values()
         tokens, each = top_k_index.shape
-        experts = top_k_index.reshape(-1)
-        experts = torch.where(experts < first.count, experts, -1)  # those of other devices, and none
+        indices = top_k_index.reshape(-1)
+        experts = torch.where(indices < down.count, indices, -1)  # those of other devices, and none
         x = hidden_states.unsqueeze(1).expand(-1, each, -1).reshape(tokens * each, hidden_states.shape[-1])
         y = first(x, experts, each)
-        y = owner._apply_gate(y) if first.name == "gate_up_proj" else owner.act_fn(y)
+        if first.name != "gate_up_proj":
+            y = owner.act_fn(y)
+        elif hasattr(owner, "_apply_gate"):
+            y = owner._apply_gate(y)
+        else:
+            gate, up = y.chunk(2, dim=-1)
+            y = owner.act_fn(gate) * up
         y = down(y.to(hidden_states.dtype), experts, each)
         if getattr(owner, "has_post_expert_norm", False):
             y = owner.post_expert_norm(y)
+        if hasattr(owner, "identity_expert"):  # LongCat's: those behind the others return what they are given
+            y, experts = torch.where((experts < 0).unsqueeze(-1), x, y), indices
         weights = torch.where(experts >= 0, top_k_weights.reshape(-1), 0).unsqueeze(-1)
         return (y * weights).view(tokens, each, -1).sum(dim=1).to(hidden_states.dtype)
 
@@ -387,7 +395,8 @@ def _called(module: nn.Module) -> str | None:
     if names == ("weight",):
         return "sorted" if arguments == ("inputs", "expert_size") else None
     gated = names[0] == "gate_up_proj"
-    if len(arguments) == 3 and (hasattr(type(module), "_apply_gate") if gated else hasattr(module, "act_fn")):
+    gates = hasattr(type(module), "_apply_gate") or hasattr(module, "identity_expert")
+    if len(arguments) == 3 and (gates if gated else hasattr(module, "act_fn")):
         return "routed"
     if arguments == ("hidden_states",) and gated and hasattr(module, "act_fn"):
         return "scattered"

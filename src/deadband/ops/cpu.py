@@ -268,6 +268,11 @@ def exact_products() -> Iterator[None]:
         _exact = before
 
 
+def is_exact() -> bool:
+    """Whether quantised products leave x as it is: inside of `exact_products`."""
+    return _exact
+
+
 def is_vector(vector: Tensor, dtype: torch.dtype, length: int) -> bool:
     """Whether a kernel can read `length` entries of that dtype from it."""
     return vector.dtype is dtype and vector.numel() == length and vector.is_contiguous()

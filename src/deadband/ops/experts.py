@@ -24,14 +24,14 @@ Weights of experts that no row names are not read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from deadband.ops import cpu, kernels
-from deadband.ops.fill import filled
 from deadband.ops.fused import LAYER, bits_of, quantized_fits
 from deadband.ops.kernels import KERNEL_DTYPES
 from deadband.ops.linear import COUNTS, count_, current_offset, dequantize, operators
@@ -129,6 +129,12 @@ expert_linear = torch.ops.deadband.expert_linear.default
 # ------------------------------------------------------------------------------------------------------------ on CPUs
 
 
+_pack_layer, _pack_strides = struct.Struct(f"{LAYER}q").pack, struct.Struct("5q").pack
+_get_num_threads = torch.get_num_threads
+if kernels.library is not None:
+    _kernel = kernels.library.deadband_expert_linear
+
+
 def _expert_linear_on_cpu(
     x: Tensor,
     experts: Tensor,
@@ -145,14 +151,27 @@ def _expert_linear_on_cpu(
     sparse_rows: int,
     counts: Tensor | None,
 ) -> Tensor:
+    rows = x.shape[0]
     if center is not None and offset is not None and scales is None:
         offset = current_offset(weight, center, offset)
-    if len(x) > sparse_rows:
+    if rows > sparse_rows:
         threshold = None
     if threshold is None:
         scale = center = offset = counts = None
     elif counts is not None and (counts.numel() != COUNTS or counts.dtype is not torch.int64):
         raise RuntimeError(f"counts has to be [{COUNTS}] int64 or None")
+    if rows <= FEW_ROWS and not cpu.is_exact():
+        vectors = (bias, threshold, scale, center, offset)
+        packed = _packed(x, weight, scales, minimum, group_size, vectors, relative, counts)
+        if packed is not None:
+            layer, strides, out_features = packed
+            x, experts = x.contiguous(), experts.contiguous()
+            y = x.new_empty((rows, out_features))
+            error = _kernel(
+                KERNEL_DTYPES[x.dtype], x.data_ptr(), rows, x.shape[1], x.shape[1], experts.data_ptr(), len(weight),
+                layer, strides, y.data_ptr(), _get_num_threads(),
+            )  # fmt: skip
+            return y if not error else cpu.failed(error, x, weight)
 
     def product(expert: int, rows: Tensor) -> Tensor:
         own = None if bias is None else bias[expert]
@@ -165,6 +184,54 @@ def _expert_linear_on_cpu(
         return cpu.sparse_linear(rows, weight[expert], own, *rule)
 
     return grouped(x, experts, len(weight), product)
+
+
+def _packed(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    minimum: Tensor | None,
+    group_size: int,
+    vectors: Sequence[Tensor | None],
+    relative: bool,
+    counts: Tensor | None,
+) -> tuple[bytes, bytes, int] | None:
+    """The layer of the first expert, as csrc/kernels.h has it, how far the others' lie, and outputs; None where the
+    kernel does not take it."""
+    dtype, inputs = x.dtype, x.shape[1]
+    bias, threshold, scale, center, offset = vectors
+    number = weight.shape[0]
+    if dtype not in KERNEL_DTYPES:
+        return None
+    if scales is None:
+        bits, outputs, (apart, first, stride) = 0, weight.shape[1], weight.stride()
+        if weight.dtype is not dtype or first != 1 or weight.shape[2] != inputs or stride < outputs:
+            return None
+    else:
+        bits, outputs, apart, stride = bits_of(weight), scales.shape[2], weight[0].numel(), 0
+        low = None if minimum is None else minimum[0]
+        whole = all(each is None or each.is_contiguous() for each in (weight, scales, minimum))
+        if not whole or not quantized_fits(weight[0], scales[0], low, bits, group_size, inputs, outputs):
+            return None
+    if (
+        not (bias is None or cpu.is_vector(bias, dtype, number * outputs))
+        or not (threshold is None or cpu.is_vector(threshold, torch.float32, 1))
+        or not (scale is None or cpu.is_vector(scale, torch.float32, inputs))
+        or (center is None) != (offset is None)
+        or not (center is None or cpu.is_vector(center, torch.float32, inputs))
+        or not (offset is None or cpu.is_vector(offset, torch.float32, number * outputs))
+    ):
+        return None
+    at = [0 if each is None else each.data_ptr() for each in (scales, minimum, bias, *vectors[1:], counts)]
+    layer = _pack_layer(bits, outputs, weight.data_ptr(), stride, *at[:2], group_size, *at[2:7], relative, at[7])
+    sizes = (
+        apart * weight.element_size(),
+        0 if scales is None else scales[0].nbytes,
+        0 if minimum is None else minimum[0].nbytes,
+        0 if bias is None else outputs * bias.element_size(),
+        outputs * 4,
+    )
+    return layer, _pack_strides(*sizes), outputs
 
 
 if kernels.library is not None:
