@@ -51,6 +51,20 @@ int check_layer(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_
   return 0;
 }
 
+// A layer of experts skips entries of as many rows as it is given.
+deadband_layer without_rule(deadband_layer layer) {
+  layer.threshold = nullptr;
+  return layer;
+}
+
+int check_experts(int64_t rows, const int64_t* experts, int64_t count) {
+  if (!are_sizes(rows, count) || rows > DEADBAND_EXPERT_ROWS) return DEADBAND_BAD_SIZE;
+  if (rows && !experts) return DEADBAND_BAD_POINTER;
+  for (int64_t r = 0; r < rows; ++r)
+    if (experts[r] >= count) return DEADBAND_BAD_SIZE;
+  return 0;
+}
+
 int check_attend(int dtype, int64_t groups, int64_t heads, int64_t size, int64_t value_size, int64_t tokens,
                  int64_t key_stride, int64_t value_stride) {
   if (!is_float32_or_bfloat16(dtype)) return DEADBAND_BAD_DTYPE;
@@ -78,15 +92,29 @@ int deadband_linears(int dtype, const void* x, int64_t rows, int64_t x_stride, i
 int deadband_expert_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const int64_t* experts,
                            int64_t count, const deadband_layer* first, const deadband_expert_strides* strides, void* y,
                            int threads) {
-  if (rows > DEADBAND_EXPERT_ROWS || !are_sizes(count)) return DEADBAND_BAD_SIZE;
-  if (!first || !strides || (rows > 0 && !experts)) return DEADBAND_BAD_POINTER;
-  deadband_layer each = *first;
-  each.threshold = nullptr;  // it skips entries of as many rows as it is given
-  if (int error = check_layer(dtype, x, rows, x_stride, in, each, y)) return error;
-  for (int64_t r = 0; r < rows; ++r)
-    if (experts[r] >= count) return DEADBAND_BAD_SIZE;
+  if (!first || !strides) return DEADBAND_BAD_POINTER;
+  if (int error = check_experts(rows, experts, count)) return error;
+  if (int error = check_layer(dtype, x, rows, x_stride, in, without_rule(*first), y)) return error;
   if (!rows || !first->out) return 0;
   return kernels()->experts(dtype, x, rows, x_stride, in, experts, *first, *strides, y, threads < 1 ? 1 : threads);
+}
+
+int deadband_expert_mlp(int dtype, const void* x, int64_t tokens, int64_t x_stride, int64_t in, const int64_t* experts,
+                        int64_t each, int64_t count, const deadband_layer* layers,
+                        const deadband_expert_strides* strides, int activation, const float* weights, void* y,
+                        int threads) {
+  if (activation != DEADBAND_SILU && activation != DEADBAND_GELU_TANH) return DEADBAND_BAD_DTYPE;
+  if (!are_sizes(tokens, each)) return DEADBAND_BAD_SIZE;
+  if (!layers || !strides || (tokens && each && !weights)) return DEADBAND_BAD_POINTER;
+  if (int error = check_experts(tokens * each, experts, count)) return error;
+  if (layers[0].out % 2) return DEADBAND_BAD_SIZE;
+  int64_t inner = layers[0].out / 2;
+  // what is between the layers is memory of the kernel's own
+  if (int error = check_layer(dtype, x, tokens, x_stride, in, without_rule(layers[0]), layers)) return error;
+  if (int error = check_layer(dtype, layers, tokens, inner, inner, without_rule(layers[1]), y)) return error;
+  if (!tokens || !layers[1].out) return 0;
+  return kernels()->expert_mlp(dtype, x, tokens, x_stride, in, experts, each, layers, strides, activation, weights, y,
+                               threads < 1 ? 1 : threads);
 }
 
 int deadband_gated_mlp(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,

@@ -27,6 +27,9 @@ struct KernelTable {
                    int activation, void* y, int threads);
   int (*experts)(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const int64_t* experts,
                  const deadband_layer& first, const deadband_expert_strides& strides, void* y, int threads);
+  int (*expert_mlp)(int dtype, const void* x, int64_t tokens, int64_t x_stride, int64_t in, const int64_t* experts,
+                    int64_t each, const deadband_layer* layers, const deadband_expert_strides* strides, int activation,
+                    const float* weights, void* y, int threads);
   int (*attend)(int dtype, const void* query, const void* keys, const void* values, int64_t groups, int64_t heads,
                 int64_t size, int64_t value_size, int64_t tokens, int64_t key_group, int64_t key_stride,
                 int64_t value_group, int64_t value_stride, const float* mask, float scaling, float softcap, void* y,
@@ -57,7 +60,7 @@ const KernelTable* kernels();  // of the instruction set in use
 
 // Scratch memory of the calling thread, aligned to 64 bytes, kept for its next call; nullptr when there is none.
 // A later call with the same slot gives the same memory, perhaps moved: contents do not survive.
-enum WorkspaceSlot { kSharedSlot, kPrivateSlot, kProductSlot, kSlots };
+enum WorkspaceSlot { kSharedSlot, kPrivateSlot, kProductSlot, kExpertsSlot, kSlots };
 void* workspace(WorkspaceSlot slot, size_t bytes);
 
 }  // namespace deadband

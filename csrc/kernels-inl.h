@@ -28,7 +28,7 @@ namespace {
 constexpr int64_t kPairedRows = Step<bf16>::kInputs > 1 ? DEADBAND_STREAM_ROWS - 1 : DEADBAND_STREAM_ROWS;
 
 constexpr KernelTable table_of(const char* isa) {
-  return {isa, linears, gated_mlp, experts, attend, dot, gemm, fill, dequantize, observe, {DEADBAND_STREAM_ROWS, kPairedRows},
+  return {isa, linears, gated_mlp, experts, expert_mlp, attend, dot, gemm, fill, dequantize, observe, {DEADBAND_STREAM_ROWS, kPairedRows},
           read};
 }
 

@@ -9,6 +9,8 @@ module `projections` beside the parameters, and in state dicts under that name.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deadband.layers import scope
 from deadband.layers.quantized import QUANTIZED_CLASSES, QuantizedMatrix
@@ -25,18 +28,37 @@ from deadband.layers.sparse import (
     SparseSite,
     change_class_,
     lay_out_,
-    trains,
 )
-from deadband.ops.experts import expert_linear, expert_product, grouped
+from deadband.ops.experts import expert_linear, expert_mlp, expert_product, grouped
 from deadband.ops.gradients import fill_skipped, quantized_product
-from deadband.ops.linear import dequantize, transformed, uncounted
+from deadband.ops.linear import COUNTS, dequantize, transformed, uncounted
 from deadband.ops.skipping import apply_mask
 
 PROJECTIONS = "projections"
 """The module that holds sparse projections, beside the parameters."""
 _KEY = "_deadband_projections"
+_ACTIVATION = "_deadband_activation"
+_CALLED = "_deadband_called"
+_THRESHOLD = 4  # its place among the parts
 _HOOKS = "_deadband_hooks"
 _lock = threading.Lock()
+
+
+@dataclasses.dataclass
+class Operands:
+    """What `deadband.ops.experts` takes of a projection.
+
+    Attributes:
+        parts: weight, scales, minimum, bias, threshold, scale, center and offset.
+        group_size, relative, counts: as there.
+        rows: tokens up to which entries are skipped.
+    """
+
+    parts: list[Any]
+    group_size: int = 0
+    relative: bool = False
+    rows: int = 0
+    counts: Tensor | None = None
 
 
 class ExpertLinear(nn.Module):
@@ -111,6 +133,11 @@ class ExpertLinear(nn.Module):
             kind = _open_class(type(owner)) if called else closed_class(type(owner))
             change_class_(owner, kind)
 
+    def operands(self) -> Operands:
+        """What the operators take of this projection."""
+        weight = self.matrix_view(self.weight)
+        return Operands([weight, None, None, self.bias, None, None, None, None])
+
     def forward(self, x: Tensor, experts: Tensor, each: int = 1) -> Tensor:
         """[rows, in_features] -> [rows, out_features].
 
@@ -119,20 +146,55 @@ class ExpertLinear(nn.Module):
             experts: int64 [rows], the expert of each row; negative for none, which gives zeros.
             each: rows that a token has.
         """
-        weight, bias = self.matrix_view(self.weight), self.bias
-        learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or trains(bias))
-        if (learns and not torch.compiler.is_exporting()) or transformed() or x.dtype is not weight.dtype:
-            return expert_product(x, experts, weight, bias)
+        own = self.operands()
+        mask = self._buffers.get("mask")
+        if mask is not None and own.rows:
+            x = apply_mask(x, mask)
+        weight, scales, minimum, bias, threshold, scale, center, offset = own.parts
+        rows, counts = min(own.rows * each, ALL_ROWS), own.counts
+        if isinstance(self, QuantizedMatrix):
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            bias = None if bias is None else bias.to(x.dtype)
+        mixed = scales is None and x.dtype is not weight.dtype  # autocast: torch's own product knows what to do
+        if self._learns(x) or transformed() or mixed:
+            if threshold is not None:
+                counts = None if transformed() else counts
+                x = fill_skipped(x, threshold, scale, center, own.relative, rows, counts, cast(Any, self).gradient)
+            return self._product(x, experts, weight, bias)
+        counts = uncounted(x.device) if counts is None else counts
         return expert_linear(
-            x, experts, weight, None, None, bias, 0, None, None, None, None, False, 0, uncounted(x.device)
+            x, experts, weight, scales, minimum, bias, own.group_size, threshold, scale, center, offset, own.relative,
+            rows, counts,
+        )  # fmt: skip
+
+    def _product(self, x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product alone, with gradients."""
+        return expert_product(x, experts, weight, bias)
+
+    def _learns(self, x: Tensor) -> bool:
+        """Whether gradients are wanted."""
+        if not torch.is_grad_enabled() or (torch.compiler.is_exporting() and not self.training):
+            return False
+        trained = (x, None if isinstance(self, QuantizedMatrix) else self.weight, self.bias)
+        return any(each is not None and each.requires_grad for each in trained)
+
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether nothing but the operator happens to the input: no hook, mask or gradient, and the dtype serves."""
+        return not (
+            self._forward_pre_hooks
+            or self._forward_hooks
+            or self._buffers.get("mask") is not None
+            or (self.training and isinstance(self, SparseSite))
+            or self._learns(x)
+            or (not isinstance(self, QuantizedMatrix) and self.weight.dtype is not x.dtype)
+            or (self.bias is not None and self.bias.dtype is not x.dtype)
         )
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
         out_features, in_features = (
-            self.matrix_shape
-            if isinstance(self, QuantizedMatrix)
-            else self.matrix_view(self.weight).shape[-2:]
+            self.matrix_shape if isinstance(self, QuantizedMatrix) else self.matrix_view(self.weight).shape[-2:]
         )
         shapes = f"experts={self.count}, in_features={in_features}, out_features={out_features}"
         rest = super().extra_repr()
@@ -140,44 +202,44 @@ class ExpertLinear(nn.Module):
 
 
 class SparseExpertLinear(ExpertLinear, SparseSite):
-    """`ExpertLinear` that skips inputs inside the deadband; all experts have one rule."""
+    """`ExpertLinear` that skips inputs inside the deadband: in training, else of up to `sparse_rows` tokens.
+
+    All experts have one rule.
+    """
 
     dense_class = ExpertLinear
 
-    def forward(self, x: Tensor, experts: Tensor, each: int = 1) -> Tensor:
-        """[rows, in_features] -> [rows, out_features]; skips in training, else up to `sparse_rows` tokens."""
-        buffers: Any = self._buffers
-        weight, bias = self.matrix_view(self.weight), self.bias
-        x, rows, counts = self._prepared(x, each)
-        threshold, scale, center = buffers["threshold"], buffers["scale"], buffers["center"]
-        learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or trains(bias))
-        learns = learns and (self.training or not torch.compiler.is_exporting())
-        if learns or transformed() or x.dtype is not weight.dtype:
-            counts = None if transformed() else counts
-            x = fill_skipped(x, threshold, scale, center, self.relative, rows, counts, self.gradient)
-            return expert_product(x, experts, weight, bias)
-        return expert_linear(
-            x, experts, weight, None, None, bias, 0, threshold, scale, center, buffers["offset"], self.relative, rows,
-            uncounted(x.device) if counts is None else counts,
-        )  # fmt: skip
-
-    def _prepared(self, x: Tensor, each: int) -> tuple[Tensor, int, Tensor | None]:
-        """The input with the static mask on it, up to how many rows it skips, and where it counts."""
-        rows, counts = self.sparse_rows, self._buffers["counts"]
+    def operands(self) -> Operands:
+        """What the operators take of this projection."""
+        own, buffers = super().operands(), self._buffers
+        own.parts[4:] = [buffers[name] for name in ("threshold", "scale", "center", "offset")]
+        own.relative, own.rows, own.counts = self.relative, self.sparse_rows, buffers["counts"]
         if scope.any_open:
-            rows, counts = scope.setting_of(self, rows, counts)
-        mask = self._buffers["mask"]
-        if mask is not None and rows:
-            x = apply_mask(x, mask)
+            own.rows, own.counts = scope.setting_of(self, own.rows, own.counts)
         if self.training:
-            rows, counts = ALL_ROWS if rows else 0, None
-        return x, min(rows * each, ALL_ROWS), counts
+            own.rows, own.counts = ALL_ROWS if own.rows else 0, None
+        return own
 
 
 class QuantizedExpertLinear(ExpertLinear, QuantizedMatrix):
     """`ExpertLinear` with weights of 8 or 4 bits; skips nothing."""
 
     weight = QuantizedMatrix.weight  # type: ignore[assignment]
+
+    def operands(self) -> Operands:
+        """What the operators take of this projection."""
+        parts = [self.codes, self.scales, self.minimum, self.bias, None, None, None, None]
+        return Operands(parts, self.group_size)
+
+    def _product(self, x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        codes, scales, minimum = self.codes, self.scales, self.minimum
+
+        def product(expert: int, rows: Tensor) -> Tensor:
+            low = None if minimum is None else minimum[expert]
+            own = None if bias is None else bias[expert]
+            return quantized_product(rows, codes[expert], scales[expert], low, own, self.group_size)
+
+        return grouped(x, experts, len(codes), product)
 
     def compute_row(self, index: int) -> Tensor:
         """The weight of one expert as the module holds it, dequantised."""
@@ -190,44 +252,11 @@ class QuantizedExpertLinear(ExpertLinear, QuantizedMatrix):
             "quantised weights of experts cannot be parametrised or pruned; dequantise them with deadband.densify_ first"
         )
 
-    def forward(self, x: Tensor, experts: Tensor, each: int = 1) -> Tensor:
-        """[rows, in_features] -> [rows, out_features]."""
-        return self._multiplied(x, experts, (None, None, None, None, False, 0), None)
 
-    def _multiplied(self, x: Tensor, experts: Tensor, rule: tuple[Any, ...], counts: Tensor | None) -> Tensor:
-        codes, scales, minimum, bias = self.codes, self.scales, self.minimum, self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if bias is not None and bias.dtype is not x.dtype:
-            bias = bias.to(x.dtype)
-        learns = torch.is_grad_enabled() and (x.requires_grad or trains(bias))
-        if (learns and not torch.compiler.is_exporting()) or transformed():
-            threshold, scale, center, _, relative, rows = rule
-            if threshold is not None:
-                gradient = cast(SparseSite, self).gradient
-                x = fill_skipped(x, threshold, scale, center, relative, rows, counts, gradient)
-
-            def product(expert: int, rows_of_it: Tensor) -> Tensor:
-                low = None if minimum is None else minimum[expert]
-                own = None if bias is None else bias[expert]
-                return quantized_product(rows_of_it, codes[expert], scales[expert], low, own, self.group_size)
-
-            return grouped(x, experts, len(codes), product)
-        counts = uncounted(x.device) if counts is None else counts
-        return expert_linear(x, experts, codes, scales, minimum, bias, self.group_size, *rule, counts)
-
-
-class QuantizedSparseExpertLinear(QuantizedExpertLinear, SparseExpertLinear):
+class QuantizedSparseExpertLinear(SparseExpertLinear, QuantizedExpertLinear):
     """`SparseExpertLinear` with weights of 8 or 4 bits."""
 
     dense_class = QuantizedExpertLinear
-
-    def forward(self, x: Tensor, experts: Tensor, each: int = 1) -> Tensor:
-        """[rows, in_features] -> [rows, out_features]; skips in training, else up to `sparse_rows` tokens."""
-        buffers: Any = self._buffers
-        x, rows, counts = self._prepared(x, each)
-        rule = (buffers["threshold"], buffers["scale"], buffers["center"], buffers["offset"], self.relative, rows)
-        return self._multiplied(x, experts, rule, None if transformed() else counts)
 
 
 SPARSE_CLASSES |= {ExpertLinear: SparseExpertLinear, QuantizedExpertLinear: QuantizedSparseExpertLinear}
@@ -268,6 +297,9 @@ class OpenExperts(nn.Module):
         owner: Any = self
         first, down = owner.__dict__[_KEY].values()
         tokens, each = top_k_index.shape
+        mixture = self._mixture(hidden_states, top_k_index, top_k_weights)
+        if mixture is not None:
+            return mixture
         indices = top_k_index.reshape(-1)
         experts = torch.where(indices < down.count, indices, -1)  # those of other devices, and none
         x = hidden_states.unsqueeze(1).expand(-1, each, -1).reshape(tokens * each, hidden_states.shape[-1])
@@ -286,6 +318,30 @@ class OpenExperts(nn.Module):
             y, experts = torch.where((experts < 0).unsqueeze(-1), x, y), indices
         weights = torch.where(experts >= 0, top_k_weights.reshape(-1), 0).unsqueeze(-1)
         return (y * weights).view(tokens, each, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def _mixture(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor | None:
+        """`_routed` in one operator; None where that does not serve."""
+        first, down = self.__dict__[_KEY].values()
+        activation = self.__dict__.get(_ACTIVATION)
+        learns = torch.is_grad_enabled() and top_k_weights.requires_grad and not torch.compiler.is_exporting()
+        if activation is None or learns or transformed() or torch.is_autocast_enabled(x.device.type):
+            return None
+        if x.dim() != 2 or not (first.is_plain(x) and down.is_plain(x)):
+            return None
+        one, two = first.operands(), down.operands()
+        rows = {own.rows for own in (one, two) if own.parts[_THRESHOLD] is not None} or {0}
+        if len(rows) > 1:
+            return None
+        counts = [own.counts for own in (one, two)]
+        if any(each is not None for each in counts) or torch.compiler.is_compiling():
+            counts = [x.new_zeros(COUNTS, dtype=torch.int64) if each is None else each for each in counts]
+        else:
+            counts = []
+        experts = torch.where(top_k_index < down.count, top_k_index, -1)
+        return expert_mlp(
+            x, experts, top_k_weights, [*one.parts, *two.parts], [one.group_size, two.group_size],
+            [one.relative, two.relative], rows.pop(), counts, activation,
+        )  # fmt: skip
 
     def _scattered(self, hidden_states: Tensor) -> Tensor:
         """Llama 4's: every expert is given every token, which is zero where the expert was not chosen."""
@@ -314,7 +370,7 @@ class OpenExperts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the experts' own class computes it, through the projections."""
         names = _arguments_of(type(self))[len(args) :]
-        return _FORWARDS[_called(self)](self, *args, *(kwargs[name] for name in names))
+        return _FORWARDS[self.__dict__[_CALLED]](self, *args, *(kwargs[name] for name in names))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -378,6 +434,7 @@ def _empty_open(kind: type[nn.Module]) -> nn.Module:
     return object.__new__(_open_class(kind))
 
 
+@functools.cache
 def _arguments_of(kind: type[nn.Module]) -> tuple[str, ...]:
     """The names of what experts are called with, which transformers' decorator hides."""
     forward = closed_class(kind).forward
@@ -432,8 +489,29 @@ def projections_of(module: nn.Module, chosen: int | None = None) -> dict[str, Ex
         transposed = bool(getattr(module, "is_transposed", _called(module) == "scattered"))
         number = _chosen(module) or chosen
         known = {name: ExpertLinear(module, name, transposed, number) for name in _names_of(module)}
-        module.__dict__[_KEY] = known
+        own = module.__dict__
+        own[_KEY], own[_CALLED], own[_ACTIVATION] = known, _called(module), _activation_of(module)
     return known or {}
+
+
+def _activation_of(module: Any) -> str | None:
+    """What the experts' gates are, of the activations that the operator knows; found by trying.
+
+    Some clamp gates, add one to the other half, or hold the two interleaved.
+    """
+    plain = _called(module) == "routed" and not getattr(module, "has_post_expert_norm", False)
+    if not plain or not hasattr(module, "_apply_gate"):
+        return None
+    try:
+        with torch.no_grad(), torch.device("cpu"):  # models are made under a context of the meta device
+            large = torch.tensor([-1e4, -200.0, 200.0, 1e4])
+            gate, up = torch.cat([torch.linspace(-20, 20, 253), large]), torch.cat([large, torch.linspace(-3, 3, 253)])
+            known = {"silu": F.silu(gate) * up, "gelu_tanh": F.gelu(gate, approximate="tanh") * up}
+            found = module._apply_gate(torch.cat([gate, up]).unsqueeze(0)).squeeze(0)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # its activation has parameters elsewhere
+        return None
+    fits = {name: found.shape == each.shape and torch.allclose(found, each) for name, each in known.items()}
+    return next((name for name, fit in fits.items() if fit), None)
 
 
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")

@@ -185,9 +185,7 @@ def empty_weight(
     codes_dtype = torch.int8 if format.bits == 8 else torch.uint8
     first = () if experts is None else (experts,)
     codes = torch.empty(*first, in_features, code_width(out_features, format), dtype=codes_dtype, device=device)
-    scales = torch.empty(
-        *first, format.groups(in_features), out_features, dtype=format.scale_dtype, device=device
-    )
+    scales = torch.empty(*first, format.groups(in_features), out_features, dtype=format.scale_dtype, device=device)
     return QuantizedWeight(codes, scales, torch.empty_like(scales) if format.zero_point else None, format)
 
 

@@ -20,11 +20,28 @@ deadband::expert_linear(x, experts, weight, scales, minimum, bias, group_size, t
     y          [rows, out_features], contiguous, in the dtype of x
 
 Weights of experts that no row names are not read.
+
+deadband::expert_mlp(x, experts, shares, parts, group_sizes, relative, sparse_rows, counts, activation) -> y
+
+    mixtures of gated MLPs: of each token of x, the sum over its experts of their shares of
+    down(activation(gate) * up), where the first projection gives gate and up side by side
+
+    x          [tokens, in_features]
+    experts    [tokens, each] int64, as above
+    shares     [tokens, each]
+    parts      eight for each of the two projections: weight, scales, minimum, bias, threshold, scale, center, offset
+    group_sizes, relative
+               one for each
+    sparse_rows  tokens up to which entries are skipped
+    counts     one for each, or none at all
+    activation  "silu", or "gelu_tanh": GELU by its approximation with tanh
+    y          [tokens, out_features], contiguous, in the dtype of x
 """
 
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,7 +49,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deadband.ops import cpu, kernels
-from deadband.ops.fused import LAYER, bits_of, quantized_fits
+from deadband.ops.fused import ACTIVATIONS, LAYER, PARTS, bits_of, quantized_fits
 from deadband.ops.kernels import KERNEL_DTYPES
 from deadband.ops.linear import COUNTS, count_, current_offset, dequantize, operators
 from deadband.ops.skipping import fill, keep_mask
@@ -43,6 +60,7 @@ operators.define(
     "Tensor(a!)? counts) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+ALL_ROWS = sys.maxsize
 FEW_ROWS = 128
 """Rows up to which the kernel takes them together; beyond, experts are multiplied by one after the other."""
 
@@ -70,7 +88,9 @@ def expert_product(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | No
         y = torch.bmm(weight[chosen], x.unsqueeze(2)).squeeze(2)
         y = y if bias is None else y + bias[chosen]
         return torch.where((experts >= 0).unsqueeze(1), y, 0)
-    return grouped(x, experts, len(weight), lambda e, rows: F.linear(rows, weight[e], None if bias is None else bias[e]))
+    return grouped(
+        x, experts, len(weight), lambda e, rows: F.linear(rows, weight[e], None if bias is None else bias[e])
+    )
 
 
 def expert_linear_reference(
@@ -112,7 +132,20 @@ operators.impl("expert_linear", expert_linear_reference, "CompositeExplicitAutog
 
 @torch.library.register_fake("deadband::expert_linear", lib=operators)
 def _expert_linear_fake(
-    x, experts, weight, scales, minimum, bias, group_size, threshold, scale, center, offset, relative, sparse_rows, counts
+    x,
+    experts,
+    weight,
+    scales,
+    minimum,
+    bias,
+    group_size,
+    threshold,
+    scale,
+    center,
+    offset,
+    relative,
+    sparse_rows,
+    counts,
 ):
     inputs, outputs = (weight.shape[2], weight.shape[1]) if scales is None else (weight.shape[1], scales.shape[2])
     torch._check(weight.dim() == 3, lambda: f"weight has {weight.dim()} dimensions, expected one of experts before two")
@@ -123,7 +156,61 @@ def _expert_linear_fake(
     return x.new_empty((x.shape[0], outputs))
 
 
+operators.define(
+    "expert_mlp(Tensor x, Tensor experts, Tensor shares, Tensor?[] parts, int[] group_sizes, bool[] relative, "
+    "int sparse_rows, Tensor(a!)[] counts, str activation) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def expert_mlp_reference(
+    x: Tensor,
+    experts: Tensor,
+    shares: Tensor,
+    parts: Sequence[Tensor | None],
+    group_sizes: Sequence[int],
+    relative: Sequence[bool],
+    sparse_rows: int,
+    counts: Sequence[Tensor],
+    activation: str,
+) -> Tensor:
+    """What the operator means, projection by projection; the module's docstring explains the arguments."""
+    tokens, each = experts.shape
+    rows = experts.reshape(-1)
+    skipped = min(sparse_rows * each, ALL_ROWS)
+
+    def projection(index: int, x: Tensor) -> Tensor:
+        weight, scales, minimum, bias, *rule = parts[PARTS * index : PARTS * (index + 1)]
+        own = counts[index] if counts else None
+        return torch.ops.deadband.expert_linear(
+            x, rows, weight, scales, minimum, bias, group_sizes[index], *rule, relative[index], skipped, own
+        )
+
+    gate, up = projection(0, x.repeat_interleave(each, 0)).chunk(2, dim=-1)
+    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    y = projection(1, (act * up).contiguous())
+    kept = torch.where(rows >= 0, shares.reshape(-1), 0).unsqueeze(-1)
+    return (y.float() * kept.float()).view(tokens, each, -1).sum(1).to(x.dtype)
+
+
+operators.impl("expert_mlp", expert_mlp_reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("deadband::expert_mlp", lib=operators)
+def _expert_mlp_fake(x, experts, shares, parts, group_sizes, relative, sparse_rows, counts, activation):
+    torch._check(
+        len(parts) == 2 * PARTS and activation in ACTIVATIONS,
+        lambda: f"expert_mlp takes 2 projections and one of {ACTIVATIONS}; got {len(parts)} parts and {activation!r}",
+    )
+    torch._check(x.dim() == 2 and experts.dim() == 2, lambda: "x has to be [tokens, features], experts [tokens, each]")
+    torch._check(experts.shape == shares.shape, lambda: "experts and shares have to be of one shape")
+    torch._check(experts.shape[0] == x.shape[0], lambda: "experts has to have a row for each token of x")
+    weight, scales = parts[PARTS : PARTS + 2]
+    return x.new_empty((x.shape[0], weight.shape[1] if scales is None else scales.shape[2]))
+
+
 expert_linear = torch.ops.deadband.expert_linear.default
+expert_mlp = torch.ops.deadband.expert_mlp.default
 
 
 # ------------------------------------------------------------------------------------------------------------ on CPUs
@@ -132,7 +219,7 @@ expert_linear = torch.ops.deadband.expert_linear.default
 _pack_layer, _pack_strides = struct.Struct(f"{LAYER}q").pack, struct.Struct("5q").pack
 _get_num_threads = torch.get_num_threads
 if kernels.library is not None:
-    _kernel = kernels.library.deadband_expert_linear
+    _kernel, _mlp_kernel = kernels.library.deadband_expert_linear, kernels.library.deadband_expert_mlp
 
 
 def _expert_linear_on_cpu(
@@ -234,5 +321,45 @@ def _packed(
     return layer, _pack_strides(*sizes), outputs
 
 
+def _expert_mlp_on_cpu(
+    x: Tensor,
+    experts: Tensor,
+    shares: Tensor,
+    parts: Sequence[Tensor | None],
+    group_sizes: Sequence[int],
+    relative: Sequence[bool],
+    sparse_rows: int,
+    counts: Sequence[Tensor],
+    activation: str,
+) -> Tensor:
+    tokens, each = experts.shape
+    layers, sizes, inner = b"", b"", x
+    for index in range(2 if tokens * each <= FEW_ROWS and not cpu.is_exact() else 0):
+        weight, scales, minimum, *vectors = parts[PARTS * index : PARTS * (index + 1)]
+        assert weight is not None
+        _, threshold, _, center, offset = vectors
+        if center is not None and offset is not None and scales is None:
+            vectors[4] = current_offset(weight, center, offset)
+        own = counts[index] if counts and threshold is not None else None
+        if tokens > sparse_rows:
+            vectors[1:], own = [None] * 4, None
+        packed = _packed(inner, weight, scales, minimum, group_sizes[index], vectors, relative[index], own)
+        if packed is None or (index == 0 and packed[2] % 2):
+            break
+        layers, sizes = layers + packed[0], sizes + packed[1]
+        if index == 0:
+            inner = x.new_empty((0, packed[2] // 2))
+            continue
+        x, experts, shares = x.contiguous(), experts.contiguous(), shares.float().contiguous()
+        y = x.new_empty((tokens, packed[2]))
+        error = _mlp_kernel(
+            KERNEL_DTYPES[x.dtype], x.data_ptr(), tokens, x.shape[1], x.shape[1], experts.data_ptr(), each, len(weight),
+            layers, sizes, ACTIVATIONS.index(activation), shares.data_ptr(), y.data_ptr(), _get_num_threads(),
+        )  # fmt: skip
+        return y if not error else cpu.failed(error, x, weight)
+    return expert_mlp_reference(x, experts, shares, parts, group_sizes, relative, sparse_rows, counts, activation)
+
+
 if kernels.library is not None:
     operators.impl("expert_linear", _expert_linear_on_cpu, "CPU")
+    operators.impl("expert_mlp", _expert_mlp_on_cpu, "CPU")

@@ -48,6 +48,10 @@ _SIGNATURES = {
         c_int,
         [c_int, c_void_p, *[c_int64] * 3, c_void_p, c_int64, *[c_void_p] * 3, c_int],
     ),
+    "deadband_expert_mlp": (
+        c_int,
+        [c_int, c_void_p, *[c_int64] * 3, c_void_p, *[c_int64] * 2, *[c_void_p] * 2, c_int, *[c_void_p] * 2, c_int],
+    ),
     "deadband_attend": (
         c_int,
         [c_int, *[c_void_p] * 3, *[c_int64] * 9, c_void_p, c_float, c_float, c_void_p, c_int],

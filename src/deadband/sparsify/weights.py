@@ -88,7 +88,9 @@ def quantise(
 ) -> dict[str, QuantizedWeight]:
     """Round the weights that `formats` names, without changing the model."""
     for what, given in (("second_moments", second_moments), ("hessians", hessians)):
-        unknown = sorted(set(given) - {name for name, _ in with_projections(model)}) if isinstance(given, Mapping) else []
+        unknown = (
+            sorted(set(given) - {name for name, _ in with_projections(model)}) if isinstance(given, Mapping) else []
+        )
         if unknown:
             raise ValueError(f"{what} has {unknown[0]!r}, which is no layer of the model; expected full names of sites")
     quantised = {name: form for name, form in formats.items() if isinstance(form, QuantizedWeight)}
