@@ -133,6 +133,23 @@ int deadband_gated_mlp(int dtype, const void* x, int64_t rows, int64_t x_stride,
   return kernels()->gated_mlp(dtype, x, rows, x_stride, in, layers, activation, y, threads < 1 ? 1 : threads);
 }
 
+int deadband_gated_down(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* gate,
+                        const deadband_layer* layers, int count, void* y, int threads) {
+  if (rows > DEADBAND_STREAM_ROWS || (count != 1 && count != 2)) return DEADBAND_BAD_SIZE;
+  if (!layers) return DEADBAND_BAD_POINTER;
+  deadband_layer up = layers[0];
+  int64_t inner = up.out;
+  if (up.bits == 0 && inner > 1 && up.weight_stride < in) return DEADBAND_BAD_SIZE;
+  if (up.bits == 0) up.weight_stride = inner;  // checked, by outputs as it lies
+  if (up.center || up.offset || (rows && inner && !gate && count == 2)) return DEADBAND_BAD_POINTER;
+  // what is between the layers is memory of the kernel's own
+  if (int error = check_layer(dtype, x, rows, x_stride, in, up, count == 2 ? layers : y)) return error;
+  if (count == 2)
+    if (int error = check_layer(dtype, layers, rows, inner, inner, layers[1], y)) return error;
+  if (!rows || !layers[count - 1].out) return 0;
+  return kernels()->gated_down(dtype, x, rows, x_stride, in, gate, layers, count, y, threads < 1 ? 1 : threads);
+}
+
 int deadband_sparse_linear(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* weight,
                            int64_t weight_stride, int64_t out, const void* bias, const float* threshold,
                            const float* scale, const float* center, const float* offset, int relative, void* y,

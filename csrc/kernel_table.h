@@ -25,6 +25,8 @@ struct KernelTable {
                  int count, void* y, int threads);
   int (*gated_mlp)(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const deadband_layer* layers,
                    int activation, void* y, int threads);
+  int (*gated_down)(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const void* gate,
+                    const deadband_layer* layers, int count, void* y, int threads);
   int (*experts)(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in, const int64_t* experts,
                  const deadband_layer& first, const deadband_expert_strides& strides, void* y, int threads);
   int (*expert_mlp)(int dtype, const void* x, int64_t tokens, int64_t x_stride, int64_t in, const int64_t* experts,

@@ -15,6 +15,7 @@
 #include "dot-inl.h"
 #include "experts-inl.h"
 #include "fill-inl.h"
+#include "gated_down-inl.h"
 #include "gated_mlp-inl.h"
 #include "gemm-inl.h"
 #include "kernel_table.h"
@@ -28,7 +29,7 @@ namespace {
 constexpr int64_t kPairedRows = Step<bf16>::kInputs > 1 ? DEADBAND_STREAM_ROWS - 1 : DEADBAND_STREAM_ROWS;
 
 constexpr KernelTable table_of(const char* isa) {
-  return {isa, linears, gated_mlp, experts, expert_mlp, attend, dot, gemm, fill, dequantize, observe, {DEADBAND_STREAM_ROWS, kPairedRows},
+  return {isa, linears, gated_mlp, gated_down, experts, expert_mlp, attend, dot, gemm, fill, dequantize, observe, {DEADBAND_STREAM_ROWS, kPairedRows},
           read};
 }
 

@@ -123,6 +123,18 @@ enum deadband_activation { DEADBAND_SILU = 0, DEADBAND_GELU_TANH = 1 };
 DEADBAND_API int deadband_gated_mlp(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
                                     const struct deadband_layer* layers, int activation, void* y, int threads);
 
+// y[rows, layers[1].out] = layers[1] of the product of gate and layers[0] of x, 0 to 8 rows, where gate [rows,
+// layers[0].out], contiguous, holds what was made of another layer's outputs. The threshold and the scale of layers[0]
+// are those of the gate's entries, its counts count them: of outputs whose entry is skipped in all rows no weight is
+// read, and their product is zero. It has no center. Its weight lies by output: [out, in], weight_stride elements
+// between outputs; codes [out][in] of 8 bits, and of 4 bits [row_bytes][in], byte by byte the transpose of the above;
+// scales and minimum [out][groups]. x is not rounded for it. The outputs of layers[0] and the product are rounded to
+// dtype. With a count of 1 there is no layers[1], and y[rows, layers[0].out] is the product; then gate may be NULL, for
+// the outputs of layers[0] alone.
+DEADBAND_API int deadband_gated_down(int dtype, const void* x, int64_t rows, int64_t x_stride, int64_t in,
+                                     const void* gate, const struct deadband_layer* layers, int count, void* y,
+                                     int threads);
+
 // Attention of one token: y[h] = the mean of values over tokens, weighted by softmax(score[h] + mask), where score[h] =
 // query[h] * scaling . keys, or softcap * tanh(that / softcap) where softcap > 0. Sums are float32.
 //

@@ -11,8 +11,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from deadband.layers.rule import LARGEST, Rule
 from deadband.layers.experts import with_projections
+from deadband.layers.rule import LARGEST, Rule
 from deadband.layers.sites import is_site, shape_of, weight_sample
 from deadband.tensor_files import read_tensors, write_tensors
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from deadband.ops import fused
+from deadband.ops import fused, gated
 from deadband.ops.cpu import SPARSE_ROWS
 from deadband.ops.linear import quantized_linear, sparse_linear
 
@@ -37,6 +37,17 @@ class _Layer:
 
 def _layer(node: Any) -> _Layer | None:
     """The layer that a node is, if it skips entries of one token, or of a few."""
+    layer = _any_layer(node)
+    return layer if layer is not None and layer.node.target is not gated.up_linear else None
+
+
+def _up(node: Any) -> _Layer | None:
+    """The up-projection that a node is, if it lies by output."""
+    layer = _any_layer(node)
+    return layer if layer is not None and layer.node.target is gated.up_linear else None
+
+
+def _any_layer(node: Any) -> _Layer | None:
     if not isinstance(node, fx.Node) or node.op != "call_function" or node.kwargs:
         return None
     arguments: Any = node.args
@@ -46,6 +57,9 @@ def _layer(node: Any) -> _Layer | None:
     elif node.target is quantized_linear:
         x, codes, scales, minimum, bias, group_size, *rule, relative, sparse_rows, counts = arguments
         parts = (codes, scales, minimum, bias, *rule)
+    elif node.target is gated.up_linear:
+        x, weight, scales, minimum, bias, group_size, *rule, relative, sparse_rows, counts = arguments
+        parts = (weight, scales, minimum, bias, *rule, None, None)
     else:
         return None
     value = x.meta.get("val")
@@ -72,7 +86,7 @@ def _arguments(x: fx.Node, layers: Sequence[_Layer]) -> tuple[Any, ...]:
 
 def _writes(node: fx.Node) -> bool:
     """Whether a node may write to a tensor, other than a layer to its counts."""
-    if node.op != "call_function" or _layer(node) is not None:
+    if node.op != "call_function" or _any_layer(node) is not None:
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
@@ -121,6 +135,41 @@ def _fuse_group(graph: fx.Graph, layers: Sequence[_Layer]) -> None:
             first += width
     for node in nodes:
         graph.erase_node(node)
+
+
+def fuse_gated_downs(graph: fx.GraphModule) -> None:
+    """down(anything * up(x)), where up lies by output -> `deadband::gated_down`."""
+    for node in list(graph.graph.nodes):
+        match = _gated_down(node)
+        if match is None:
+            continue
+        up, down, gate, product = match
+        x, parts, group_sizes, relative, sparse_rows, counts = _arguments(up.x, [up, down])
+        with graph.graph.inserting_before(node):
+            result = graph.graph.call_function(
+                gated.gated_down, (x, gate, parts, group_sizes, relative, sparse_rows, counts)
+            )
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+        for each in (node, product, up.node):
+            graph.graph.erase_node(each)
+
+
+def _gated_down(node: fx.Node) -> tuple[_Layer, _Layer, fx.Node, fx.Node] | None:
+    """Up and down of the MLP that ends in `node`, what up is multiplied by, and that product."""
+    down = _layer(node)
+    if down is None or not _is_only(down.x, aten.mul.Tensor):
+        return None
+    factors: Any = down.x.args
+    for gate, other in (factors, factors[::-1]):
+        up = _up(other)
+        if up is None or len(up.node.users) > 1 or not isinstance(gate, fx.Node) or gate is other:
+            continue
+        values = [each.meta["val"] for each in (gate, up.node, down.x)]
+        alike = len({(value.shape, value.dtype) for value in values}) == 1
+        if alike and _go_together([up, down]) and not _written_since({up.node}, node):
+            return up, down, gate, down.x
+    return None
 
 
 def fuse_gated_mlps(graph: fx.GraphModule) -> None:
@@ -174,7 +223,10 @@ def _activation(node: Any) -> str | None:
 
 def _written_between(gate: _Layer, up: _Layer, last: fx.Node) -> bool:
     """Whether anything writes to a tensor after the first of the layers, which move to where the last node is."""
-    node, missing = last, {gate.node, up.node}
+    return _written_since({gate.node, up.node}, last)
+
+
+def _written_since(missing: set[fx.Node], node: fx.Node) -> bool:
     while missing:
         node = node.prev
         missing.discard(node)
@@ -199,14 +251,17 @@ class _Recipe:
     group_sizes: list[int]
     relative: list[bool]
     counts: list[fx.Node]
-    mlp: bool
+    target: Any  # the operator of these layers, not packed
 
     def pack(self, inputs: dict[fx.Node, Tensor], keep: list[Tensor]) -> Tensor:
         """The packed layers; adds to `keep` what has to stay alive with them."""
         parts = [None if node is None else _evaluate(node, inputs) for node in self.parts]
         counts = [_evaluate(node, inputs) for node in self.counts]
         keep += [each for each in (*parts, *counts) if each is not None]
-        return fused.pack(self.dtype, self.in_features, parts, self.group_sizes, self.relative, counts, self.mlp)
+        arguments = (self.dtype, self.in_features, parts, self.group_sizes, self.relative, counts)
+        if self.target is gated.gated_down:
+            return gated.pack(*arguments)
+        return fused.pack(*arguments, self.target is fused.gated_mlp)
 
 
 def _evaluate(node: fx.Node, inputs: dict[fx.Node, Tensor]) -> Tensor:
@@ -231,13 +286,17 @@ def pack_layers(graph: fx.GraphModule) -> None:
     """
     for node in list(graph.graph.nodes):
         layer = _layer(node)
+        others: tuple[Any, ...] = ()  # what the packed operator takes between x and the layers, or at its end
         if layer is not None:
             arguments: Any = _arguments(layer.x, [layer])
-            activation = None
         elif node.target is fused.linears:
-            arguments, activation = node.args, None
+            arguments = node.args
         elif node.target is fused.gated_mlp:
             *arguments, activation = node.args
+            others = (fused.ACTIVATIONS.index(activation),)
+        elif node.target is gated.gated_down:
+            first, gate, *rest = node.args
+            arguments, others = (first, *rest), (gate,)
         else:
             continue
         x, parts, group_sizes, relative, sparse_rows, counts = arguments
@@ -247,15 +306,19 @@ def pack_layers(graph: fx.GraphModule) -> None:
         value = x.meta["val"]
         fakes = [None if each is None else each.meta["val"] for each in parts]
         fake_counts = [each.meta["val"] for each in counts]
-        known = all(map(_is_input, nodes))
-        if not known or not fused.can_pack(value, fakes, group_sizes, relative, fake_counts, activation is not None):
+        known, sizes = all(map(_is_input, nodes)), (group_sizes, relative, fake_counts)
+        if node.target is gated.gated_down:
+            taken = known and gated.can_pack(value, fakes, *sizes)
+        else:
+            taken = known and fused.can_pack(value, fakes, *sizes, node.target is fused.gated_mlp)
+        if not taken:
             continue
-        recipe = _Recipe(value.dtype, value.shape[-1], parts, group_sizes, relative, counts, activation is not None)
-        _replace(graph.graph, node, x, recipe, activation, sparse_rows)
+        recipe = _Recipe(value.dtype, value.shape[-1], parts, group_sizes, relative, counts, node.target)
+        _replace(graph.graph, node, x, recipe, others, sparse_rows)
 
 
 def _replace(
-    graph: fx.Graph, node: fx.Node, x: fx.Node, recipe: _Recipe, activation: str | None, sparse_rows: int
+    graph: fx.Graph, node: fx.Node, x: fx.Node, recipe: _Recipe, others: tuple[Any, ...], sparse_rows: int
 ) -> None:
     value = node.meta["val"]
     with graph.inserting_before(next(iter(graph.nodes))):
@@ -265,11 +328,12 @@ def _replace(
     layers.meta[RECIPE] = recipe
     sizes = (recipe.in_features, value.shape[-1], sparse_rows)
     with graph.inserting_before(node):
-        if activation is None:
-            result = graph.call_function(fused.packed_linears, (x, layers, *sizes))
+        if recipe.target is gated.gated_down:
+            result = graph.call_function(gated.packed_gated_down, (x, *others, layers, *sizes))
+        elif recipe.target is fused.gated_mlp:
+            result = graph.call_function(fused.packed_gated_mlp, (x, layers, *sizes, *others))
         else:
-            number = fused.ACTIVATIONS.index(activation)
-            result = graph.call_function(fused.packed_gated_mlp, (x, layers, *sizes, number))
+            result = graph.call_function(fused.packed_linears, (x, layers, *sizes))
     result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
     graph.erase_node(node)

@@ -14,8 +14,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from deadband.decoding.cache import BLOCK, Store, grown
 from deadband.decoding.compiler_paths import any_folder
-from deadband.decoding.fusion import fuse_gated_mlps, fuse_linears, pack_layers, supply
+from deadband.decoding.fusion import fuse_gated_downs, fuse_gated_mlps, fuse_linears, pack_layers, supply
 from deadband.ops.attention import attend, attend_in_steps
+from deadband.ops.gated import up_linear
 from deadband.ops.linear import COUNTS, quantized_linear, sparse_linear
 from deadband.running.forward import cache_argument
 
@@ -219,7 +220,7 @@ def give_counts(graph: torch.fx.GraphModule) -> None:
     uncounted = [
         node
         for node in graph.graph.nodes
-        if node.target in (sparse_linear, quantized_linear) and len(node.args) == _ARGUMENTS[node.target]
+        if node.target in (sparse_linear, quantized_linear, up_linear) and len(node.args) == _ARGUMENTS[node.target]
         if node.args[-1] is None
     ]
     if not uncounted:
@@ -234,8 +235,15 @@ def give_counts(graph: torch.fx.GraphModule) -> None:
         node.args = (*node.args[:-1], counts)
 
 
-_ARGUMENTS = {each: len(each._schema.arguments) for each in (sparse_linear, quantized_linear)}
-PASSES: tuple[GraphPass, ...] = (give_counts, fuse_gated_mlps, fuse_linears, realize_shared, pack_layers)
+_ARGUMENTS = {each: len(each._schema.arguments) for each in (sparse_linear, quantized_linear, up_linear)}
+PASSES: tuple[GraphPass, ...] = (
+    give_counts,
+    fuse_gated_downs,
+    fuse_gated_mlps,
+    fuse_linears,
+    realize_shared,
+    pack_layers,
+)
 """What is done to the graph before inductor compiles it, in this order. A pass changes, in place, a graph of ATen
 operators with the weights as inputs: deadband::sparse_linear and aten.linear, with whatever lies between them."""
 

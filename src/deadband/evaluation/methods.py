@@ -19,7 +19,6 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deadband.allocation.budget import allocate_budgets
 from deadband.allocation.thresholds import Thresholds, check_sparsity
@@ -28,6 +27,7 @@ from deadband.calibration.row_sums import InputProducts, sample_rows
 from deadband.calibration.site_statistics import SiteStatistics
 from deadband.calibration.watcher import InputWatcher, SharedInputs, same_input
 from deadband.evaluation.simulation import Gate, GatedMLP, LowRank, Part, Simulation, TopK, require_dense
+from deadband.layers.gated import GATED, activation_of
 from deadband.layers.rule import scale_of
 from deadband.layers.sites import find_sites, identity_of, matrix_of, shape_of, weight_bytes
 from deadband.ops.skipping import apply_mask, keep_mask
@@ -40,13 +40,6 @@ SPLITS = tuple(step / 10 for step in range(11))
 SAMPLE_ROWS = 256
 """Rows of each input on which R-Sparse's split is chosen."""
 _TRANSFORMED = ("k_proj", "gate_proj", "w1", "wi_0")  # the matrix of a block that WINA makes column-orthogonal
-_GATED = (
-    ("gate_proj", "up_proj", "down_proj"),
-    ("gate_up_proj", "gate_up_proj", "down_proj"),  # the gate is the first half of its outputs
-    ("w1", "w3", "w2"),
-    ("wi_0", "wi_1", "wo"),
-)
-_ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "act_func")
 _RECENT = 8  # outputs of norms among which a site's input is looked for
 
 
@@ -154,9 +147,9 @@ class Setup:
         """The gated MLPs whose layers are sites."""
         found = []
         for name, module in self.model.named_modules():
-            for names in _GATED:
+            for names in GATED:
                 gate, up, down = (f"{name}.{each}" if name else each for each in names)
-                activation = _activation_of(module, names)
+                activation = activation_of(module, names)
                 if activation is not None and {gate, up, down} <= self.sites.keys():
                     found.append(GatedMLP(gate, up, down, activation))
                     break
@@ -461,16 +454,6 @@ def _eigenbasis(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvectors of a symmetric float64 matrix in the columns of a float32 one, and eigenvalues, both falling."""
     values, vectors = torch.linalg.eigh(gram)
     return vectors.flip(-1).float().contiguous(), values.flip(-1)
-
-
-def _activation_of(module: nn.Module, names: tuple[str, str, str]) -> Callable[[Tensor], Tensor] | None:
-    if any(not isinstance(getattr(module, name, None), nn.Module) for name in names):
-        return None
-    for attribute in _ACTIVATIONS:
-        activation = getattr(module, attribute, None)
-        if callable(activation):
-            return activation
-    return F.silu if names[0] == "w1" else None  # Llama's own code calls it by name
 
 
 _TEAL, _WINA = "Liu et al. 2024, arXiv 2408.14690", "Chen et al. 2025, arXiv 2505.19427"

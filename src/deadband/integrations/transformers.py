@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from deadband.layers.experts import PROJECTIONS, ExpertLinear, with_projections
 from deadband.layers.formats import QuantizedWeight, empty_weight
+from deadband.layers.gated import arrange_
 from deadband.layers.memory import MappedFiles, on_huge_pages
 from deadband.layers.quantized import (
     QUANTIZED_CLASSES,
@@ -226,6 +227,7 @@ class DeadbandQuantizer(HfQuantizer):
                 for tensor in ("codes", "scales", "minimum"):
                     if getattr(module, tensor) is not None:
                         setattr(module, tensor, on_huge_pages(getattr(module, tensor), files))
+        arrange_(model)
         self._give_back(model)
         model.is_quantized = bool(self.quantization_config.sparsity_config.weights)  # sparse layers may be cast
         # what is saved comes from the layers: a configuration that says it too would make other models sparse

@@ -1,10 +1,10 @@
 """Experts of a mixture whose weights are one tensor, [experts, out, in], as sites: one for each projection.
 
 transformers (from version 5 on) keeps the experts of a layer in a module of a few parameters, `gate_up_proj` (or
-`up_proj`) and `down_proj`. Here each of these is an `ExpertLinear`: a linear layer of which every row of its input names
-the weight. Its name as a site is that of the parameter. While one of them is sparse, or a hook wants to see its input,
-the module is of a class that calls them; the parameters stay where they are. What makes a projection sparse lies in a
-module `projections` beside the parameters, and in state dicts under that name.
+`up_proj`) and `down_proj`. Here each of these is an `ExpertLinear`: a linear layer of which every row of its input
+names the weight. Its name as a site is that of the parameter. While one of them is sparse, or a hook wants to see its
+input, the module is of a class that calls them; the parameters stay where they are. What makes a projection sparse lies
+in a module `projections` beside the parameters, and in state dicts under that name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -201,7 +201,7 @@ class ExpertLinear(nn.Module):
         return f"{shapes}{rest if rest.startswith(',') else ''}"
 
 
-class SparseExpertLinear(ExpertLinear, SparseSite):
+class SparseExpertLinear(ExpertLinear, SparseSite):  # type: ignore[misc]  # it is called with experts, too
     """`ExpertLinear` that skips inputs inside the deadband: in training, else of up to `sparse_rows` tokens.
 
     All experts have one rule.
@@ -224,7 +224,7 @@ class SparseExpertLinear(ExpertLinear, SparseSite):
 class QuantizedExpertLinear(ExpertLinear, QuantizedMatrix):
     """`ExpertLinear` with weights of 8 or 4 bits; skips nothing."""
 
-    weight = QuantizedMatrix.weight  # type: ignore[assignment]
+    weight = QuantizedMatrix.weight
 
     def operands(self) -> Operands:
         """What the operators take of this projection."""
@@ -249,11 +249,11 @@ class QuantizedExpertLinear(ExpertLinear, QuantizedMatrix):
 
     def _dequantise_for_torch(self) -> None:
         raise NotImplementedError(
-            "quantised weights of experts cannot be parametrised or pruned; dequantise them with deadband.densify_ first"
+            "quantised weights of experts cannot be parametrised or pruned; dequantise them first: deadband.densify_"
         )
 
 
-class QuantizedSparseExpertLinear(SparseExpertLinear, QuantizedExpertLinear):
+class QuantizedSparseExpertLinear(SparseExpertLinear, QuantizedExpertLinear):  # type: ignore[misc]
     """`SparseExpertLinear` with weights of 8 or 4 bits."""
 
     dense_class = QuantizedExpertLinear
@@ -369,7 +369,7 @@ class OpenExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the experts' own class computes it, through the projections."""
-        names = _arguments_of(type(self))[len(args) :]
+        names = _arguments_of(cast(Hashable, type(self)))[len(args) :]
         return _FORWARDS[self.__dict__[_CALLED]](self, *args, *(kwargs[name] for name in names))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -435,7 +435,7 @@ def _empty_open(kind: type[nn.Module]) -> nn.Module:
 
 
 @functools.cache
-def _arguments_of(kind: type[nn.Module]) -> tuple[str, ...]:
+def _arguments_of(kind: Any) -> tuple[str, ...]:
     """The names of what experts are called with, which transformers' decorator hides."""
     forward = closed_class(kind).forward
     try:
@@ -446,7 +446,7 @@ def _arguments_of(kind: type[nn.Module]) -> tuple[str, ...]:
 
 def _called(module: nn.Module) -> str | None:
     """How experts are called, of the ways that are known."""
-    names, arguments = _names_of(module), _arguments_of(type(module))
+    names, arguments = _names_of(module), _arguments_of(cast(Hashable, type(module)))
     if not names:
         return None
     if names == ("weight",):

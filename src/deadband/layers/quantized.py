@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from deadband.layers import scope
 from deadband.layers.computed import ComputedWeight
 from deadband.layers.memory import on_huge_pages
+from deadband.layers.pending import PendingOutput
 from deadband.layers.sparse import (
     ALL_ROWS,
     SPARSE_CLASSES,
@@ -177,7 +178,8 @@ class QuantizedMatrix(_Watched):
         """The weight as it is stored."""
         from deadband.layers.formats import QuantizedWeight, WeightFormat
 
-        return QuantizedWeight(self.codes, self.scales, self.minimum, WeightFormat.parse(self.weight_format))
+        tensors = (None if each is None else each.contiguous() for each in (self.codes, self.scales, self.minimum))
+        return QuantizedWeight(*tensors, WeightFormat.parse(self.weight_format))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
@@ -215,6 +217,8 @@ class QuantizedSite(QuantizedMatrix, SparseSite):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = W · (x where kept, else the center, or 0) + bias; skips in training, else up to `sparse_rows` rows."""
+        if type(x) is PendingOutput:
+            return self.after_gate(x)
         buffers: Any = self._buffers
         bias = self.bias
         threshold, scale, center = buffers["threshold"], buffers["scale"], buffers["center"]
@@ -225,10 +229,17 @@ class QuantizedSite(QuantizedMatrix, SparseSite):
             x = apply_mask(x, buffers["mask"])
         if self.training:
             rows, counts = ALL_ROWS if rows else 0, None
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or trains(bias))
+        if self.by_output:
+            if transformed() or torch.is_autocast_enabled(x.device.type) or needs_gradient:
+                return F.linear(x, self.matrix(x.dtype), bias)
+            parts = self.parts()[:4]
+            return self.before_gate(
+                x, self.scales.shape[1], (*parts, self.group_size, threshold, scale, self.relative, rows), counts
+            )
         if transformed():
             x = fill_skipped(x, threshold, scale, center, self.relative, rows, None, self.gradient)
             return F.linear(x, self.matrix(x.dtype), bias)
-        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or trains(bias))
         if needs_gradient and (self.training or not torch.compiler.is_exporting()):
             return quantized_product(
                 x, buffers["codes"], buffers["scales"], buffers["minimum"], bias, self.group_size,
@@ -240,6 +251,11 @@ class QuantizedSite(QuantizedMatrix, SparseSite):
             x, buffers["codes"], buffers["scales"], buffers["minimum"], bias, self.group_size,
             threshold, scale, center, buffers["offset"], self.relative, rows, counts,
         )  # fmt: skip
+
+    def parts(self) -> list[Any]:
+        """The layer as `deadband.ops.fused` takes it."""
+        names = ("codes", "scales", "minimum", "bias", "threshold", "scale", "center", "offset")
+        return [self.bias if name == "bias" else self._buffers[name] for name in names]
 
 
 class QuantizedSparseLinear(QuantizedSite, nn.Linear):

@@ -14,8 +14,10 @@ from torch.nn.utils import parameters_to_vector, parametrize, prune
 
 from deadband.layers import scope
 from deadband.layers.memory import empty_on_huge_pages
+from deadband.layers.pending import PendingOutput
 from deadband.layers.rule import Rule
 from deadband.layers.tensors import like
+from deadband.ops.gated import gated_down, up_linear
 from deadband.ops.gpu import DTYPES as GPU_DTYPES
 from deadband.ops.gradients import fill_skipped, product, sparse_product
 from deadband.ops.kernels import KERNEL_DTYPES, advise_huge_pages
@@ -57,6 +59,9 @@ class SparseSite(nn.Module):
     counts: Tensor | None  # [3] int64: entries skipped, seen and not finite
     sparse_rows: int
     gradient: str
+    by_output = (
+        False  # whether it is an up-projection that lies by output, and its rule is its gate's: see layers.gated
+    )
     # what it skipped of calibration data, and between which sparsities it has to stay on data like that; see
     # deadband.allocation.thresholds.Thresholds
     expected: float = math.nan
@@ -69,6 +74,8 @@ class SparseSite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = W · (x where kept, else the center, or 0) + bias; skips in training, else up to `sparse_rows` rows."""
+        if type(x) is PendingOutput:
+            return self.after_gate(x)
         # attribute access to parameters and buffers goes through nn.Module.__getattr__, 1 us in all
         parameters: Any = self._parameters
         buffers: Any = self._buffers
@@ -88,6 +95,11 @@ class SparseSite(nn.Module):
         mixed = x.dtype is not weight.dtype  # autocast: torch's own linear knows what to do, or to say
         if self.training:
             rows, counts = ALL_ROWS if rows else 0, None
+        if self.by_output:
+            if transformed() or mixed or (needs_gradient and not torch.compiler.is_exporting()):
+                return product(x, weight, bias)
+            own = (weight, None, None, bias, 0, threshold, scale, self.relative, rows)
+            return self.before_gate(x, weight.shape[0], own, counts)
         if transformed():
             x = fill_skipped(x, threshold, scale, center, self.relative, rows, None, self.gradient)
             return F.linear(x, weight, bias)
@@ -98,6 +110,54 @@ class SparseSite(nn.Module):
         if counts is None:
             counts = uncounted(x.device)
         return sparse_linear(x, weight, bias, threshold, scale, center, offset, self.relative, rows, counts)
+
+    def before_gate(self, x: Tensor, outputs: int, own: tuple[Any, ...], counts: Tensor | None) -> Tensor:
+        """The output of an up-projection that lies by output: of a few tokens, one that waits for the gate."""
+
+        def compute() -> Tensor:
+            return up_linear(x, *own, None)
+
+        if torch.compiler.is_compiling():
+            return up_linear(x, *own, uncounted(x.device) if counts is None else counts)
+        if self._forward_hooks or not 0 < x.shape[:-1].numel() <= own[-1] or torch.jit.is_tracing():
+            return compute()
+        return PendingOutput(x, self, (*x.shape[:-1], outputs), compute)
+
+    def after_gate(self, pending: PendingOutput) -> Tensor:
+        """The output of a down-projection whose input is the product of a gate and an output that is pending."""
+        up = pending.layer
+        settings = [(each.sparse_rows, each._buffers["counts"]) for each in (up, self)]
+        if scope.any_open:
+            settings = [scope.setting_of(each, *own) for each, own in zip((up, self), settings, strict=True)]
+        counts = [own for _, own in settings]
+        if (
+            pending.gate is None
+            or pending.known is not None
+            or self.by_output
+            or self.training
+            or self._buffers["mask"] is not None
+            or settings[0][0] != settings[1][0]
+            or (torch.is_grad_enabled() and (pending.gate.requires_grad or self._learns()))
+            or transformed()
+        ):
+            return self.forward(pending.computed())
+        if None in counts:
+            counts = []
+        layers = (up.parts(), self.parts())
+        return gated_down(
+            pending.x, pending.gate, [part for each in layers for part in each],
+            [getattr(each, "group_size", 0) for each in (up, self)], [up.relative, self.relative], settings[0][0],
+            counts,
+        )  # fmt: skip
+
+    def _learns(self) -> bool:
+        """Whether its weight or its bias needs a gradient."""
+        return any(each is not None and each.requires_grad for each in (self._parameters.get("weight"), self.bias))
+
+    def parts(self) -> list[Any]:
+        """The layer as `deadband.ops.fused` takes it."""
+        rule = [self._buffers[name] for name in ("threshold", "scale", "center", "offset")]
+        return [self.matrix_view(self.weight), None, None, self.bias, *rule]
 
     def dense_matrix(self) -> Tensor:
         """The weight as [out_features, in_features], detached."""
@@ -367,7 +427,7 @@ def _keeps_version(tensor: Tensor) -> bool:
 BUFFERS = ("threshold", "scale", "center", "offset", "mask", "counts")
 """What `make_sparse_` adds to a layer."""
 _NOT_SAVED = ("offset", "counts")
-_ATTRIBUTES = ("relative", "sparse_rows", "gradient", "expected", "site_range")
+_ATTRIBUTES = ("relative", "sparse_rows", "gradient", "expected", "site_range", "by_output")
 
 
 def new_counts(device: torch.device) -> Tensor:
@@ -384,6 +444,9 @@ def make_dense_(module: SparseSite) -> nn.Module:
         ValueError: its weight or bias is parametrised, which is a class of its own.
     """
     require_no_parametrization(module)
+    if module.by_output:
+        module.by_output = False
+        lay_out_codes_(module)
     for name in BUFFERS:
         delattr(module, name)
     for name in _ATTRIBUTES:
@@ -430,11 +493,12 @@ def lay_out_(module: SparseSite) -> None:
     """
     weight = parameter_of(module)
     if weight is None:
-        return  # quantised: codes always lie so
+        lay_out_codes_(module)
+        return
     if type(weight) is nn.Parameter and not module.stored_in_out:
         cast(Any, weight).__class__ = LaidOutWeight
     matrix = module.matrix_view(weight.data)
-    if not _read_by_input(matrix):  # torch multiplies, which it does best with the usual strides
+    if module.by_output or not _read_by_input(matrix):  # torch multiplies best with the usual strides
         if not module.stored_in_out and not matrix.is_meta and not matrix.is_contiguous():
             with like(weight), torch.no_grad():
                 weight.data = matrix.contiguous()
@@ -447,6 +511,16 @@ def lay_out_(module: SparseSite) -> None:
         stored = empty_on_huge_pages(matrix.shape, strides, matrix.dtype, matrix.device)
         stored.copy_(matrix)
         weight.data = module.matrix_view(stored)
+
+
+def lay_out_codes_(module: SparseSite) -> None:
+    """Store the codes, scales and minimums of a quantised layer by input, or by output if it is `by_output`."""
+    for name in ("codes", "scales", "minimum"):
+        tensor = module._buffers.get(name)
+        if tensor is None or tensor.is_meta or (tensor.mT if module.by_output else tensor).is_contiguous():
+            continue
+        strides = (1, tensor.shape[0]) if module.by_output else tensor.contiguous().stride()
+        module._buffers[name] = empty_on_huge_pages(tensor.shape, strides, tensor.dtype, tensor.device).copy_(tensor)
 
 
 def _read_by_input(matrix: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The operator of experts: a linear layer with several weights, of which each row of x names the one it meets.
 
-deadband::expert_linear(x, experts, weight, scales, minimum, bias, group_size, threshold, scale, center, offset, relative,
-                        sparse_rows, counts) -> y
+deadband::expert_linear(x, experts, weight, scales, minimum, bias, group_size, threshold, scale, center, offset,
+                        relative, sparse_rows, counts) -> y
 
     x          [rows, in_features]
     experts    [rows] int64: the weight of each row; a row with a negative number meets none, and gives zeros

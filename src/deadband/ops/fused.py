@@ -46,7 +46,7 @@ PARTS = 8
 ACTIVATIONS = ("silu", "gelu_tanh")
 """As csrc/kernels.h numbers them."""
 LAYER = 14  # fields of csrc/kernels.h's deadband_layer, 8 bytes each
-_THRESHOLD = 8  # the place of one of them
+THRESHOLD = 8  # the place of one of them
 operators.define(
     "linears(Tensor x, Tensor?[] parts, int[] group_sizes, bool[] relative, int sparse_rows, Tensor(a!)[] counts) "
     "-> Tensor",
@@ -80,7 +80,9 @@ def linears_reference(
 ) -> Tensor:
     """What the operator means: the layers one by one."""
     layers = range(len(group_sizes))
-    return torch.cat([_linear(x, parts, group_sizes, relative, sparse_rows, counts, layer) for layer in layers], -1)
+    return torch.cat(
+        [layer_reference(x, parts, group_sizes, relative, sparse_rows, counts, layer) for layer in layers], -1
+    )
 
 
 def gated_mlp_reference(
@@ -94,12 +96,12 @@ def gated_mlp_reference(
 ) -> Tensor:
     """What the operator means: the layers one by one."""
     arguments = (parts, group_sizes, relative, sparse_rows, counts)
-    gate, up = (_linear(x, *arguments, layer) for layer in (0, 1))
+    gate, up = (layer_reference(x, *arguments, layer) for layer in (0, 1))
     gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    return _linear(gate * up, *arguments, 2)
+    return layer_reference(gate * up, *arguments, 2)
 
 
-def _linear(
+def layer_reference(
     x: Tensor,
     parts: Sequence[Tensor | None],
     group_sizes: Sequence[int],
@@ -108,6 +110,7 @@ def _linear(
     counts: Sequence[Tensor],
     layer: int,
 ) -> Tensor:
+    """One of the layers, by its own operator."""
     own: Any = parts[PARTS * layer : PARTS * (layer + 1)]
     weight, scales, minimum, bias, *rule = own
     rest = (*rule, relative[layer], sparse_rows, counts[layer] if counts else None)
@@ -189,7 +192,7 @@ def _linears_on_cpu(
         or rows > sparse_rows
         or rows > SPARSE_ROWS
         or not 0 < count < len(_packers)
-        or not _add_layers(fields, x.dtype, (in_features,) * count, parts, group_sizes, relative, counts)
+        or not add_layers(fields, x.dtype, (in_features,) * count, parts, group_sizes, relative, counts)
     ):
         return linears_reference(x, parts, group_sizes, relative, sparse_rows, counts)
     x = x.contiguous()
@@ -227,7 +230,7 @@ def _gated_mlp_on_cpu(
         dtype is None
         or rows > sparse_rows
         or rows > SPARSE_ROWS
-        or not _add_layers(fields, x.dtype, inputs, parts, group_sizes, relative, counts)
+        or not add_layers(fields, x.dtype, inputs, parts, group_sizes, relative, counts)
         or fields[1] != fields[1 + LAYER]
     ):
         return gated_mlp_reference(x, parts, group_sizes, relative, sparse_rows, counts, activation)
@@ -247,7 +250,7 @@ def _gated_mlp_on_cpu(
     return y if not error else failed(error, x, y)
 
 
-def _add_layers(
+def add_layers(
     fields: list[int],
     dtype: torch.dtype,
     inputs: Sequence[int],
@@ -319,17 +322,23 @@ def bits_of(codes: Tensor) -> int:
 
 
 def quantized_fits(
-    codes: Tensor, scales: Tensor, minimum: Tensor | None, bits: int, group_size: int, inputs: int, outputs: int
+    codes: Tensor,
+    scales: Tensor,
+    minimum: Tensor | None,
+    bits: int,
+    group_size: int,
+    inputs: int,
+    outputs: int,
+    laid_out: bool = True,
 ) -> bool:
-    """Whether these are a quantised weight of such a shape, as kernels read it."""
+    """Whether these are a quantised weight of such a shape, as kernels read it; with `laid_out` by input."""
     groups = -(-inputs // group_size) if group_size else 1
     return (
         (bits == 8 or codes.dtype is torch.uint8)
         and codes.shape == (inputs, outputs if bits == 8 else -(-outputs // NIBBLES) * (NIBBLES // 2))
         and scales.dtype is (torch.float16 if group_size else torch.float32)
         and scales.shape[0] == groups
-        and codes.is_contiguous()
-        and scales.is_contiguous()
+        and (not laid_out or (codes.is_contiguous() and scales.is_contiguous()))
         and (
             minimum is None
             or (
@@ -337,7 +346,7 @@ def quantized_fits(
                 and group_size > 0
                 and minimum.dtype is torch.float16
                 and minimum.shape == scales.shape
-                and minimum.is_contiguous()
+                and (not laid_out or minimum.is_contiguous())
             )
         )
     )
@@ -355,7 +364,7 @@ def can_pack(
     if kernels.library is None or x.device.type != "cpu" or x.dtype not in KERNEL_DTYPES:
         return False
     inputs = _inputs(x.shape[-1], parts, mlp)
-    return _add_layers([], x.dtype, inputs, parts, group_sizes, relative, counts, lambda _: 1)
+    return add_layers([], x.dtype, inputs, parts, group_sizes, relative, counts, lambda _: 1)
 
 
 def pack(
@@ -374,11 +383,11 @@ def pack(
         ValueError: the kernels do not take such layers, see `can_pack`.
     """
     fields: list[int] = []
-    if not _add_layers(fields, dtype, _inputs(in_features, parts, mlp), parts, group_sizes, relative, counts):
+    if not add_layers(fields, dtype, _inputs(in_features, parts, mlp), parts, group_sizes, relative, counts):
         raise ValueError("the kernels do not take such layers")
     skipping = torch.tensor(fields, dtype=torch.int64).view(-1, LAYER)
     dense = skipping.clone()
-    dense[:, _THRESHOLD] = 0
+    dense[:, THRESHOLD] = 0
     return torch.stack([skipping, dense])
 
 

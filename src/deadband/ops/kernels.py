@@ -44,6 +44,10 @@ _SIGNATURES = {
     ),
     "deadband_linears": (c_int, [c_int, c_void_p, *[c_int64] * 3, c_void_p, c_int, c_void_p, c_int]),
     "deadband_gated_mlp": (c_int, [c_int, c_void_p, *[c_int64] * 3, c_void_p, c_int, c_void_p, c_int]),
+    "deadband_gated_down": (
+        c_int,
+        [c_int, c_void_p, *[c_int64] * 3, *[c_void_p] * 2, c_int, c_void_p, c_int],
+    ),
     "deadband_expert_linear": (
         c_int,
         [c_int, c_void_p, *[c_int64] * 3, c_void_p, c_int64, *[c_void_p] * 3, c_int],

@@ -133,9 +133,13 @@ def dequantize(codes: Tensor, scales: Tensor, minimum: Tensor | None, group_size
 
 
 def make_offset(weight: Tensor, center: Tensor, offset: Tensor | None = None) -> Tensor:
-    """The product of weight [out, in] (or [experts, out, in]) and center, in place of an earlier one, with a note of what it was made of."""
+    """The product of weight, [out, in] or [experts, out, in], and center, with a note of what it was made of.
+
+    It takes the place of an earlier one.
+    """
     with torch.inference_mode(False), torch.no_grad():
-        made = torch.stack([each.float() @ center for each in weight]) if weight.dim() == 3 else weight.float() @ center
+        made = torch.stack([each.float() @ center for each in (weight if weight.dim() == 3 else weight[None])])
+        made = made.reshape(weight.shape[:-1])
         if offset is None or offset.shape != made.shape or offset.device != made.device:
             offset = made
         else:
@@ -157,7 +161,7 @@ NIBBLES = 32  # outputs whose 4-bit codes lie together: 16 in the lower halves o
 
 def unpack_nibbles(packed: Tensor, outputs: int) -> Tensor:
     """uint8 [in, ceil(out / 32) * 16] -> the codes [in, out], from 0 to 15."""
-    halves = packed.view(packed.shape[0], packed.shape[1] // (NIBBLES // 2), 1, NIBBLES // 2)
+    halves = packed.reshape(packed.shape[0], packed.shape[1] // (NIBBLES // 2), 1, NIBBLES // 2)
     return torch.cat([halves & 15, halves >> 4], 2).flatten(1)[:, :outputs]
 
 

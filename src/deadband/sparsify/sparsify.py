@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deadband.layers.experts import module_at, owners_of
 from deadband.layers.formats import QuantizedWeight
+from deadband.layers.gated import arrange_
 from deadband.layers.quantized import QuantizedMatrix, QuantizedTable, make_quantized_, tie_table_
 from deadband.layers.rule import Rule
 from deadband.layers.sites import Patterns
@@ -118,7 +119,7 @@ def _apply_(model: nn.Module, plan: Plan, gradient: str, count: bool) -> None:
     sites = {module_at(model, name): wanted for name, wanted in plan.sites.items()}
     quantised = {module_at(model, name): weight for name, weight in plan.quantised.items()}
     output = () if plan.output is None else (plan.output,)
-    owners = owners_of((*sites, *plan.dense, *quantised))
+    owners = owners_of((*sites, *plan.dense, *quantised))  # those of experts
     with all_or_nothing((*sites, *plan.dense, *quantised, *plan.tied, *output, *plan.undone, *owners)):
         for module, wanted in sites.items():
             make_sparse_(
@@ -140,6 +141,7 @@ def _apply_(model: nn.Module, plan: Plan, gradient: str, count: bool) -> None:
             use_torchs_product_(layer)
         if plan.output is not None:
             use_dense_product_(plan.output)
+        arrange_(model)
         _tell(model, plan.config)
     _unprepare(model)
 
