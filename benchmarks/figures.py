@@ -232,6 +232,32 @@ def several_tokens(result: Result) -> str:
     return table(["weights", "tokens", f"{result['rows'][0]['model']}, ms", "against one token"], lines)
 
 
+def experts(result: Result) -> str:
+    """One table of whole decoding, one of the experts alone; transformers counts in the first group."""
+    parts = []
+    for part, title in (("decode", "decoding"), ("experts", "the experts alone")):
+        mine, lines = [row for row in result["rows"] if row["part"] == part], []
+        for group in by(mine, "group", "candidate", "tokens"):
+            label = group[0]["candidate"]
+            if label.startswith("transformers") and group[0]["group"] != mine[0]["group"]:
+                continue
+            sparse = any(row["sparsity"] for row in group)
+            lines.append((
+                label.replace("bf16", "bfloat16").replace("f32", "float32").replace(" at 0%", ""),
+                str(group[0]["tokens"]) if part == "experts" else "",
+                same((row["sparsity"] for row in group), percent) if sparse else "",
+                *(joined((1e3 * row[key] for row in group), lambda value: number(value, ".2f"))
+                  for key in ("seconds", "seconds_per_layer")),
+                *(joined((row[f"against_{key}"] for row in group), times)
+                  for key in ("transformers", "own_dense", "llama_cpp")),
+                joined((row.get("of_bandwidth") for row in group), percent),
+            ))  # fmt: skip
+        head = [title, "tokens", "achieved", "ms", "ms a layer", "against transformers", "against own dense",
+                "against llama.cpp", "of bandwidth"]  # fmt: skip
+        parts.append(table(*without_dashes(head, lines)))
+    return "\n\n".join(parts)
+
+
 def quality(result: Result) -> str:
     lines = [
         (row["title"], percent(row["budget"]), f"{row['sparsity']:.1%}",
@@ -489,6 +515,19 @@ in every group, llama.cpp's weights have the same width (BF16, Q8_0, Q4_0).
 speculative decoding has them verified, beside that of one token. Nothing is skipped.
 """,
         several_tokens,
+    ),
+    (
+        "experts",
+        "Mixtures of experts",
+        """
+`benchmarks/experts.py`: random weights in the shapes of Qwen3-30B-A3B (128 experts of 768 features, 8 for each token),
+cut to a few layers and a small vocabulary. *Decoding*: whole models take turns token by token, of random tokens, so
+that experts differ from one to the next; *ms a layer* is the time over the number of layers, the output layer's
+included. deadband decodes after `prepare_decode_`, or *eager*. *The experts alone*: of all layers, called one after the
+other, without `prepare_decode_`; more than 4 tokens skip nothing. *Against transformers*: its fastest implementation
+and dtype in the same run. *Against llama.cpp*: of the same width (Q8_0, Q4_0).
+""",
+        experts,
     ),
     (
         "quality-*",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,11 @@ KINDS = {
     "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
     "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
 }
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "gemma3_text": gguf.MODEL_ARCH.GEMMA3}
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+}
 FOLDER = "benchmarks"
 
 
@@ -38,10 +42,13 @@ def gguf_path(name: str, kind: str = "BF16") -> Path:
 
 
 def write_gguf(model: Any, path: str | os.PathLike) -> Path:
-    """Write a Hugging Face Llama or Gemma 3 as GGUF: matrices in bfloat16, norms in float32, no tokenizer.
+    """Write a Hugging Face Llama, Gemma 3 or Qwen3-MoE as GGUF: matrices in bfloat16, norms and routers in float32.
+
+    It has no tokenizer.
 
     Raises:
-        ValueError: the model is of another kind, or its rotary embedding is scaled.
+        ValueError: the model is of another kind, its rotary embedding is scaled, or not all of its layers have experts
+            whose shares are normed.
     """
     path, config = Path(path), model.config
     if config.model_type not in ARCHITECTURES:
@@ -49,7 +56,7 @@ def write_gguf(model: Any, path: str | os.PathLike) -> Path:
     architecture = ARCHITECTURES[config.model_type]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _parts(model.state_dict()):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue  # llama.cpp takes the embeddings where there is none
         tensors[name] = (names.get_name(name, try_suffixes=(".weight", ".bias")), tensor)
@@ -60,14 +67,14 @@ def write_gguf(model: Any, path: str | os.PathLike) -> Path:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[architecture])
         _write_config(writer, config)
         for target, tensor in tensors.values():
-            kind = _kind(tensor)
+            kind = _kind(target, tensor)
             item = np.dtype(np.float32 if kind == gguf.GGMLQuantizationType.F32 else np.int16)  # numpy has no bfloat16
             writer.add_tensor_info(target, list(tensor.shape), item, tensor.numel() * item.itemsize, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, (_, tensor) in tensors.items():  # one after the other: the file is as large as the model
-            writer.write_tensor_data(_array(_as_llama_cpp_wants(name, tensor, config)))
+        for name, (target, tensor) in tensors.items():  # one after the other: the file is as large as the model
+            writer.write_tensor_data(_array(_as_llama_cpp_wants(name, tensor, config), _kind(target, tensor)))
         writer.close()
     return path
 
@@ -138,9 +145,9 @@ class LlamaCpp:
         self._token = int(self._output(1).argmax())
         return self._token
 
-    def step(self) -> int:
-        """Decode one token, as `GreedyDecoder` does: feed the last one, return the likeliest to follow."""
-        self._decode([self._token])
+    def step(self, token: int | None = None) -> int:
+        """Decode one token, as `GreedyDecoder` does: feed the last one, or `token`, return the likeliest to follow."""
+        self._decode([self._token if token is None else token])
         self._token = int(self._output(1).argmax())
         return self._token
 
@@ -227,6 +234,14 @@ def _write_config(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_rope_dimension_count(config.head_dim)
         writer.add_rope_freq_base(_rope_theta(config.rope_parameters))
         return
+    if config.model_type == "qwen3_moe":
+        if not config.norm_topk_prob or config.mlp_only_layers or config.decoder_sparse_step != 1:
+            raise ValueError("llama.cpp knows Qwen3-MoE with normed shares and experts in each layer alone")
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        writer.add_rope_freq_base(_rope_theta(config.rope_parameters))
+        return
     if config.query_pre_attn_scalar != config.head_dim:  # llama.cpp knows no other, but for 27 B
         raise ValueError(f"llama.cpp scales Gemma's queries by head_dim, not by {config.query_pre_attn_scalar}")
     writer.add_rope_freq_base(_rope_theta(config.rope_parameters["full_attention"]))
@@ -241,7 +256,19 @@ def _rope_theta(parameters: dict[str, Any]) -> float:
     return parameters["rope_theta"]
 
 
+def _parts(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by the names that GGUF knows: experts' gates and what they gate are two there."""
+    for name, tensor in tensors.items():
+        if name.endswith(".gate_up_proj"):
+            for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2, 1), strict=True):
+                yield f"{name.removesuffix('gate_up_proj')}{part}.weight", half
+        else:
+            yield f"{name}.weight" if name.endswith(".experts.down_proj") else name, tensor
+
+
 def _as_llama_cpp_wants(name: str, tensor: Tensor, config: Any) -> Tensor:
+    if config.model_type == "qwen3_moe":  # which llama.cpp turns as transformers does
+        return tensor
     if config.model_type == "gemma3_text":  # Gemma multiplies by 1 + weight, llama.cpp by what is in the file
         return tensor.float() + 1 if name.endswith("norm.weight") else tensor
     for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
@@ -251,13 +278,16 @@ def _as_llama_cpp_wants(name: str, tensor: Tensor, config: Any) -> Tensor:
     return tensor
 
 
-def _kind(tensor: Tensor) -> gguf.GGMLQuantizationType:
-    return gguf.GGMLQuantizationType.F32 if tensor.dim() == 1 else gguf.GGMLQuantizationType.BF16
+def _kind(target: str, tensor: Tensor) -> gguf.GGMLQuantizationType:
+    whole = tensor.dim() == 1 or target.endswith("ffn_gate_inp.weight")  # routers, too: as llama.cpp's converter has it
+    return gguf.GGMLQuantizationType.F32 if whole else gguf.GGMLQuantizationType.BF16
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def _array(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     tensor = tensor.detach().contiguous()
-    return tensor.float().numpy() if tensor.dim() == 1 else tensor.bfloat16().view(torch.int16).numpy()
+    if kind == gguf.GGMLQuantizationType.F32:
+        return tensor.float().numpy()
+    return tensor.bfloat16().view(torch.int16).numpy()
 
 
 def _token_list(ids: Sequence[int] | Iterable[int] | Tensor) -> list[int]:

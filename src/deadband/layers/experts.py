@@ -98,7 +98,7 @@ class ExpertLinear(nn.Module):
         """How many experts there are."""
         return (self.codes if isinstance(self, QuantizedMatrix) else self.weight).shape[0]
 
-    def matrix_view(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def matrix_view(self, weight: Tensor) -> Tensor:
         """The stored weight as [experts, out_features, in_features]."""
         return weight.mT if self.stored_in_out else weight
 

@@ -178,8 +178,9 @@ class QuantizedMatrix(_Watched):
         """The weight as it is stored."""
         from deadband.layers.formats import QuantizedWeight, WeightFormat
 
-        tensors = (None if each is None else each.contiguous() for each in (self.codes, self.scales, self.minimum))
-        return QuantizedWeight(*tensors, WeightFormat.parse(self.weight_format))
+        minimum = None if self.minimum is None else self.minimum.contiguous()
+        form = WeightFormat.parse(self.weight_format)
+        return QuantizedWeight(self.codes.contiguous(), self.scales.contiguous(), minimum, form)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype

@@ -114,7 +114,7 @@ def _experts(
     for index, weight in enumerate(weights):
         one = quantize(weight, format, moments, hessian=hessian, minimise=minimise)
         made.codes[index], made.scales[index] = one.codes, one.scales
-        if made.minimum is not None:
+        if made.minimum is not None and one.minimum is not None:
             made.minimum[index] = one.minimum
     return made
 

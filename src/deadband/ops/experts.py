@@ -43,6 +43,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -262,7 +263,7 @@ def _expert_linear_on_cpu(
 
     def product(expert: int, rows: Tensor) -> Tensor:
         own = None if bias is None else bias[expert]
-        rule = (threshold, scale, center, None if offset is None else offset[expert], relative, len(rows), counts)
+        rule: Any = (threshold, scale, center, None if offset is None else offset[expert], relative, len(rows), counts)
         if scales is not None:
             low = None if minimum is None else minimum[expert]
             return cpu.quantized_linear(rows, weight[expert], scales[expert], low, own, group_size, *rule)
