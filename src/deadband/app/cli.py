@@ -42,9 +42,18 @@ def inspect(
     """How sparse a model is by nature: zeros, tails and channels of each site."""
     network, batches = load_with_text(model, data, tokens, window, dtype, device, threads)
     from deadband.calibration import inspection
+    from deadband.evaluation.speed import expected_speeds
 
     result = inspection.inspect(network, batches, include=include, exclude=exclude, unreached=unreached)
-    show({"tokens": len(batches) * window, **result.to_dict()}, str(result), as_json)
+    speeds = expected_speeds(network, result.skipped_bytes) if device == "cpu" else {}
+    lines = [
+        f"as fast as this machine reads memory, a token takes {1e3 / speeds['dense']:,.2f} ms dense and "
+        f"{1e3 / speeds['exact']:,.2f} ms with exact=True ({speeds['exact']:,.1f} tokens/s), at least"
+        for _ in range(bool(speeds))
+    ]
+    found = {"tokens": len(batches) * window, "tokens_per_second": speeds, **result.to_dict()}
+    text = str(result).split("\n")
+    show(found, "\n".join([*text[:2], *lines, *text[2:]]), as_json)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from deadband.calibration.site_statistics import SiteStatistics, require_numbers
 from deadband.calibration.watcher import InputWatcher, check_unreached
 from deadband.files import finite
 from deadband.layers.experts import module_at
+from deadband.layers.gated import closing_mlps
 from deadband.layers.sites import Patterns, find_sites
 from deadband.ops.observe import Statistics, observe
 
@@ -45,6 +46,8 @@ class SiteInspection:
         always_on: channels that were never exactly zero.
         massive: channels whose root mean square is above `MASSIVE` times that median.
         nonfinite: entries that were NaN or infinite. They count as not zero, and in no moment.
+        closed: fraction of the layer's outputs that meet a gate that is exactly zero, so that they need not be
+            computed: of the up-projections of gated MLPs whose gates close by nature.
 
     Example:
         >>> site = inspect(nn.Linear(2, 1), [torch.tensor([[0.0, 2.0], [0.0, -1.0]])], progress=False).sites[""]
@@ -65,6 +68,12 @@ class SiteInspection:
     always_on: int
     massive: int
     nonfinite: int
+    closed: float = 0.0
+
+    @property
+    def exact_sparsity(self) -> float:
+        """The fraction of the layer's weight bytes that `sparsify_(exact=True)` does not read for such data."""
+        return self.closed or self.zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +92,17 @@ class Inspection:
     @property
     def exact_sparsity(self) -> float:
         """The fraction of the sites' weight bytes that `sparsify_(exact=True)` skips on such data, without loss."""
-        weight = sum(site.weight_bytes for site in self.sites.values())
-        skipped = sum(site.zeros * site.weight_bytes for site in self.sites.values())
-        return skipped / weight if weight else math.nan
+        return self.skipped_bytes / self.weight_bytes if self.weight_bytes else math.nan
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a token reads at the sites, all of them but those of experts that it is not sent to."""
+        return sum(site.weight_bytes for site in self.sites.values())
+
+    @property
+    def skipped_bytes(self) -> float:
+        """Those that `sparsify_(exact=True)` does not read for such data."""
+        return sum(site.exact_sparsity * site.weight_bytes for site in self.sites.values())
 
     @property
     def advice(self) -> str:
@@ -100,14 +117,22 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: `exact_sparsity`, `advice` and the figures of each of `sites`; None for NaN."""
         sites = {name: dataclasses.asdict(site) for name, site in self.sites.items()}
-        return finite({"exact_sparsity": self.exact_sparsity, "advice": self.advice, "sites": sites})
+        totals = {"exact_sparsity": self.exact_sparsity, "weight_bytes": self.weight_bytes}
+        return finite({**totals, "skipped_bytes": self.skipped_bytes, "advice": self.advice, "sites": sites})
 
     def __str__(self) -> str:
         sites = self.sites.values()
         lines = [
-            f"{self.exact_sparsity:.1%} of the weight bytes of {len(self.sites)} sites meet exact zeros",
+            f"{self.exact_sparsity:.1%} of the weight bytes of {len(self.sites)} sites meet exact zeros: "
+            f"{self.skipped_bytes / 1e6:,.1f} MB of the {self.weight_bytes / 1e6:,.1f} MB that a token reads there",
             self.advice,
         ]
+        closed = [site.closed for site in sites if site.closed]
+        if closed:
+            lines.append(
+                f"{len(closed)} up-projections meet gates of which {sum(closed) / len(closed):.0%} are closed: there "
+                "neither up nor down has to be read"
+            )
         for what, counts in (
             ("channels were zero in every row", [site.dead for site in sites]),
             (f"channels are massive (above {MASSIVE:g} times the median)", [site.massive for site in sites]),
@@ -174,7 +199,11 @@ def inspect(
     inspector = _Inspector({name: _Totals(module_at(model, name)) for name in names})
     inspector.watch(model, batches, names, "inspect", progress)
     reached = require_numbers({name: totals.statistics for name, totals in inspector.totals.items()}, unreached)
-    return Inspection({name: inspector.totals[name].result() for name in reached})
+    found = {name: inspector.totals[name].result() for name in reached}
+    for _, up, down in closing_mlps(model):
+        if up in found and down in found:
+            found[up] = dataclasses.replace(found[up], closed=found[down].zeros)
+    return Inspection(found)
 
 
 class _Inspector(InputWatcher):

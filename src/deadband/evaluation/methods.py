@@ -27,6 +27,7 @@ from deadband.calibration.row_sums import InputProducts, sample_rows
 from deadband.calibration.site_statistics import SiteStatistics
 from deadband.calibration.watcher import InputWatcher, SharedInputs, same_input
 from deadband.evaluation.simulation import Gate, GatedMLP, LowRank, Part, Simulation, TopK, require_dense
+from deadband.layers.experts import ExpertLinear
 from deadband.layers.gated import GATED, activation_of
 from deadband.layers.rule import scale_of
 from deadband.layers.sites import find_sites, identity_of, matrix_of, shape_of, weight_bytes
@@ -129,7 +130,7 @@ class Setup:
             if not each.normalised:
                 continue
             key = next((name for name in each.sites if name.rpartition(".")[2] in _TRANSFORMED), each.sites[0])
-            matrix = matrix_of(self.sites[key]).detach().cpu().double()
+            matrix = matrix_of(self.sites[key]).detach().flatten(0, -2).cpu().double()  # of experts, all of them
             basis, values = _eigenbasis(matrix.T @ matrix)
             norms = values.clamp_min(0).sqrt().float()
             bases[each.sites[0]] = (key, self._on_device(key, basis), self._on_device(key, norms))
@@ -335,9 +336,11 @@ def fit_r_sparse(setup: Setup, budgets: Sequence[float]) -> list[Thresholds | Si
     `SPLITS`, with the least `||y - W x||` over `SAMPLE_ROWS` rows of its dense input. Thresholds are quantiles of
     `|x|`, taken once more on the sparse model, as for the other methods.
     """
-    calibration = setup.calibration("magnitude")
     for budget in budgets:
         check_sparsity(budget)
+    if any(isinstance(module, ExpertLinear) for module in setup.sites.values()):
+        return [None for _ in budgets]  # it says nothing of experts, each of which would need factors of its own
+    calibration = setup.calibration("magnitude")
     parts: list[list[LowRank]] = [[] for _ in budgets]
     added: list[dict[str, float]] = [{} for _ in budgets]
     for name, module in setup.sites.items():

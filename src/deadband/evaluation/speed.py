@@ -44,6 +44,18 @@ def bytes_per_token(model: nn.Module) -> int:
     return int(read)
 
 
+def expected_speeds(model: nn.Module, skipped_bytes: float) -> dict[str, float]:
+    """Tokens per second at most, as memory can be read, of a dense model and of one that leaves out so many bytes.
+
+    Example:
+        >>> speeds = expected_speeds(nn.Linear(64, 64), 64 * 64 * 2)
+        >>> 1.9 < speeds["exact"] / speeds["dense"] < 2.1
+        True
+    """
+    rate, read = kernels.read_bandwidth(0.5), bytes_per_token(model)
+    return {"dense": rate / read, "exact": rate / max(read - skipped_bytes, 1.0)}
+
+
 def model_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights as they are stored, parameters and quantised ones.
 

@@ -67,7 +67,7 @@ class ComputedWeight(Tensor):
         """What no operator does: to assign `data`, and to reach for the memory."""
         if func == _SET_DATA:  # a new object each time
             return args[0].assign(args[1])
-        if func in _OF_MEMORY:
+        if func in OF_MEMORY:
             result = func(_plain(args[0]), *args[1:], **(kwargs or {}))
             if func is Tensor.numpy:
                 result.setflags(write=False)  # a write would be lost
@@ -129,7 +129,7 @@ class ComputedWeight(Tensor):
 
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-_OF_MEMORY = {Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.tolist}
+OF_MEMORY = {Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.tolist}
 
 
 def _plain(value: Any) -> Any:

@@ -47,20 +47,25 @@ def closes(activation: Callable[[Tensor], Tensor]) -> bool:
         return False
 
 
-def closing_mlps(model: nn.Module) -> Iterator[tuple[SparseSite, SparseSite, SparseSite]]:
-    """Gate, up and down of the gated MLPs in a sparse model whose gates close by nature.
+def closing_mlps(model: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """The names of gate, up and down of the gated MLPs in a model, dense or sparse, whose gates close by nature.
 
     By their activation, or as Gemma 3n's, whose `activation_sparsity` says which part of a gate's entries is zero.
+
+    Example:
+        >>> list(closing_mlps(nn.ReLU()))
+        []
     """
-    for module in model.modules():
+    for path, module in model.named_modules():
         for names in GATED:
             layers: Any = [module._modules.get(name) for name in names]
-            if len(set(names)) < 3 or not all(isinstance(each, SparseSite) for each in layers):
+            if len(set(names)) < 3 or not all(isinstance(each, nn.Linear) for each in layers):
                 continue
             activation = activation_of(module, names)
             by_nature = getattr(module, "activation_sparsity", 0.0)
             if activation is not None and (closes(activation) or (isinstance(by_nature, float) and by_nature > 0)):
-                yield layers
+                gate, up, down = (f"{path}.{name}".lstrip(".") for name in names)
+                yield gate, up, down
 
 
 def arrange_(model: nn.Module) -> None:
@@ -68,14 +73,17 @@ def arrange_(model: nn.Module) -> None:
 
     All others lie by input. Layers that lie as they should stay as they are.
     """
-    ups = {up for _, up, _ in closing_mlps(model) if _can_lie_by_output(up)}
+    mlps = ([model.get_submodule(name) for name in names] for names in closing_mlps(model))
+    ups = {up for gate, up, down in mlps if isinstance(down, SparseSite) and _can_lie_by_output(up)}
     for module in model.modules():
         if isinstance(module, SparseSite) and module.by_output != (module in ups):
             module.by_output = module in ups
             lay_out_(module)
 
 
-def _can_lie_by_output(up: SparseSite) -> bool:
+def _can_lie_by_output(up: nn.Module) -> bool:
+    if not isinstance(up, SparseSite):
+        return False
     stored = tensor_of(up)
     return (
         kernels.library is not None

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from deadband.layers.computed import OF_MEMORY
+
 
 class PendingOutput(Tensor):
     """An output, or its product with a gate, whose shape, dtype and device are known and whose values are computed on
@@ -65,6 +67,17 @@ class PendingOutput(Tensor):
             ):
                 return PendingOutput(up.x, up.layer, up.shape, up.compute, gate)
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What no operator does: to reach for the memory. Results are plain tensors."""
+        if func in OF_MEMORY:
+            return func(_plain(args[0]), *args[1:], **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.computed().clone()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.computed())

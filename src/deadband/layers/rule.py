@@ -32,6 +32,8 @@ def check_criterion(criterion: str) -> str:
 def scale_of(criterion: str, matrix: Tensor) -> Tensor | None:
     """What |x| is multiplied by under `criterion`, for a weight of shape [out_features, in_features].
 
+    Of experts, [experts, out_features, in_features], the root mean square of theirs: they have one rule.
+
     Returns None for `magnitude` and the float32 column norms, [in_features], for `weighted_magnitude`.
 
     Raises:
@@ -45,7 +47,8 @@ def scale_of(criterion: str, matrix: Tensor) -> Tensor | None:
             "Calibration.allocate(sparsity, 'sensitivity', model=model, batches=batches) runs"
         )
     wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(matrix.detach(), dim=0, dtype=wide).float()
+    norms = torch.linalg.vector_norm(matrix.detach(), dim=-2, dtype=wide)
+    return (norms if norms.dim() == 1 else norms.square().mean(0).sqrt()).float()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

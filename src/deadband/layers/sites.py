@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from deadband.layers.experts import ExpertLinear, with_projections
+from deadband.layers.experts import ExpertLinear, unknown_experts, with_projections
 from deadband.layers.quantized import QuantizedMatrix
 from deadband.layers.sparse import (
     SPARSE_CLASSES,
@@ -180,6 +181,13 @@ def find_sites(
         chosen = {name for name in chosen if not _left_out(model, name, every[name])}
         if not chosen:
             raise _no_sites(model, every)
+        unknown = unknown_experts(model)
+        if unknown:
+            warnings.warn(
+                f"experts of a kind that is not known here stay dense: {', '.join(unknown)}. Their weights are neither "
+                "linear layers nor in a form of transformers' own classes",
+                stacklevel=2,
+            )
     if exclude is not None:
         chosen -= _matching(model, every, exclude, "exclude")
     if not chosen:
