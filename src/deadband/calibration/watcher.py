@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from deadband.layers.experts import module_at
+from deadband.layers.experts import ExpertLinear, module_at
 from deadband.layers.hooks import attach, detach, take_input, with_input
 from deadband.layers.rule import Rule
 from deadband.layers.scope import for_here, scope
@@ -66,6 +66,7 @@ class InputWatcher:
         self.encoded: Tensor | None = None  # what the encoder of an encoder-decoder model returned
         # q, k and v (gate and up) get the same tensor: it is looked at once. Holding it keeps its identity from reuse.
         self.last: tuple[Tensor, int | None, Any] | None = None
+        self.regrouped: set[str] = set()  # sites whose rows are tokens in another order
 
     def see(self, name: str, x: Tensor) -> Tensor | None:
         """What to do with the input [..., in_features] of one call of a site; returns what the site gets instead."""
@@ -73,6 +74,8 @@ class InputWatcher:
 
     def rows(self, name: str, x: Tensor) -> Tensor:
         """The unpadded rows [rows, in_features] of what a site sees, or of anything of that shape."""
+        if name in self.regrouped:
+            return x.reshape(-1, x.shape[-1])
         encoded = self.encoded is not None and same_input(x, self.encoded)  # keys and values of cross-attention
         return self.counted.rows(name, x, encoded=encoded)
 
@@ -99,6 +102,8 @@ class InputWatcher:
             ValueError: no batch.
         """
         modules = {name: module_at(model, name) for name in names}
+        experts = {name: each for name, each in modules.items() if isinstance(each, ExpertLinear)}
+        self.regrouped = {name for name, each in experts.items() if not each.in_order}
         given = checked(batches)
         with self._watching(modules, encoders_of(model)), evaluating(model):
             for batch in progress_bar(given, what, progress, total=operator.length_hint(batches) or None):

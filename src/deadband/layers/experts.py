@@ -31,8 +31,8 @@ from deadband.layers.sparse import (
 )
 from deadband.ops.experts import expert_linear, expert_mlp, expert_product, grouped
 from deadband.ops.gradients import fill_skipped, quantized_product
-from deadband.ops.linear import COUNTS, dequantize, transformed, uncounted
-from deadband.ops.skipping import apply_mask
+from deadband.ops.linear import COUNTS, count_, dequantize, transformed, uncounted
+from deadband.ops.skipping import apply_mask, keep_mask
 
 PROJECTIONS = "projections"
 """The module that holds sparse projections, beside the parameters."""
@@ -85,8 +85,9 @@ class ExpertLinear(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The weight as the module holds it."""
-        return self.owner._parameters[self.name]
+        """The weight as the module holds it, or computes it if it is parametrised."""
+        weight = self.owner._parameters.get(self.name)
+        return getattr(self.owner, self.name) if weight is None else weight
 
     @property
     def bias(self) -> Any:
@@ -159,14 +160,33 @@ class ExpertLinear(nn.Module):
         mixed = scales is None and x.dtype is not weight.dtype  # autocast: torch's own product knows what to do
         if self._learns(x) or transformed() or mixed:
             if threshold is not None:
-                counts = None if transformed() else counts
-                x = fill_skipped(x, threshold, scale, center, own.relative, rows, counts, cast(Any, self).gradient)
+                if counts is not None and not transformed() and len(x) <= rows:
+                    chosen = x.detach()[experts >= 0]
+                    count_(counts, chosen, keep_mask(chosen, threshold, scale, center, own.relative))
+                x = fill_skipped(x, threshold, scale, center, own.relative, rows, None, cast(Any, self).gradient)
             return self._product(x, experts, weight, bias)
         counts = uncounted(x.device) if counts is None else counts
         return expert_linear(
             x, experts, weight, scales, minimum, bias, own.group_size, threshold, scale, center, offset, own.relative,
             rows, counts,
         )  # fmt: skip
+
+    def of_tokens(self, x: Tensor, experts: Tensor, each: int) -> Tensor:
+        """As `forward`; hooks see no rows without an expert."""
+        hooked = self._forward_pre_hooks or self._forward_hooks
+        if not hooked or torch.compiler.is_compiling() or bool((experts >= 0).all()):
+            return self(x, experts, each)
+        at = (experts >= 0).nonzero().squeeze(1)
+        y = self(x[at], experts[at], each)
+        return y.new_zeros(len(x), y.shape[1]).index_copy(0, at, y)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)  # the owner, which may come later, lays its weights out
+
+    @property
+    def in_order(self) -> bool:
+        """Whether its rows are those of the tokens, in their order."""
+        return self.owner.__dict__[_CALLED] == "routed"
 
     def _product(self, x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The product alone, with gradients."""
@@ -303,7 +323,7 @@ class OpenExperts(nn.Module):
         indices = top_k_index.reshape(-1)
         experts = torch.where(indices < down.count, indices, -1)  # those of other devices, and none
         x = hidden_states.unsqueeze(1).expand(-1, each, -1).reshape(tokens * each, hidden_states.shape[-1])
-        y = first(x, experts, each)
+        y = first.of_tokens(x, experts, each)
         if first.name != "gate_up_proj":
             y = owner.act_fn(y)
         elif hasattr(owner, "_apply_gate"):
@@ -311,13 +331,13 @@ class OpenExperts(nn.Module):
         else:
             gate, up = y.chunk(2, dim=-1)
             y = owner.act_fn(gate) * up
-        y = down(y.to(hidden_states.dtype), experts, each)
+        y = down.of_tokens(y.to(hidden_states.dtype), experts, each)
         if getattr(owner, "has_post_expert_norm", False):
             y = owner.post_expert_norm(y)
         if hasattr(owner, "identity_expert"):  # LongCat's: those behind the others return what they are given
             y, experts = torch.where((experts < 0).unsqueeze(-1), x, y), indices
         weights = torch.where(experts >= 0, top_k_weights.reshape(-1), 0).unsqueeze(-1)
-        return (y * weights).view(tokens, each, -1).sum(dim=1).to(hidden_states.dtype)
+        return (y * weights).view(tokens, each, y.shape[1]).sum(dim=1).to(hidden_states.dtype)
 
     def _mixture(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor | None:
         """`_routed` in one operator; None where that does not serve."""
@@ -378,9 +398,12 @@ class OpenExperts(nn.Module):
         return self
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of every module; lays out a new weight."""
-        super().register_parameter(name, param)
+        """As of every module; lays out a new weight, or quantises it again."""
         projection = self.__dict__[_KEY].get(name)
+        if isinstance(projection, QuantizedMatrix) and param is not None and PROJECTIONS in self._modules:
+            projection.weight.data = param
+            return
+        super().register_parameter(name, param)
         if isinstance(projection, SparseSite) and not isinstance(projection, QuantizedMatrix):
             lay_out_(projection)
 
@@ -427,7 +450,8 @@ def _open_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 def closed_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class that experts had before their projections became sites."""
-    return _closed_classes.get(kind, kind)
+    opened = (each for each in kind.__mro__ if each in _closed_classes)  # torch's parametrised classes are above it
+    return _closed_classes.get(next(opened, kind), kind)
 
 
 def _empty_open(kind: type[nn.Module]) -> nn.Module:
@@ -484,14 +508,19 @@ def projections_of(module: nn.Module, chosen: int | None = None) -> dict[str, Ex
     """
     if isinstance(module, (ExpertLinear, SparseSite)):
         return {}
-    known = module.__dict__.get(_KEY)
-    if known is None and _called(module) is not None:
-        transposed = bool(getattr(module, "is_transposed", _called(module) == "scattered"))
-        number = _chosen(module) or chosen
-        known = {name: ExpertLinear(module, name, transposed, number) for name in _names_of(module)}
-        own = module.__dict__
-        own[_KEY], own[_CALLED], own[_ACTIVATION] = known, _called(module), _activation_of(module)
-    return known or {}
+    if _KEY not in module.__dict__ and _called(module) is not None:
+        activation = _activation_of(module)
+        with _lock:
+            if _KEY not in module.__dict__:  # not made by another thread meanwhile
+                own = module.__dict__
+                own[_CALLED], own[_ACTIVATION] = _called(module), activation
+                transposed = bool(getattr(module, "is_transposed", own[_CALLED] == "scattered"))
+                number = _chosen(module)
+                own[_KEY] = {name: ExpertLinear(module, name, transposed, number) for name in _names_of(module)}
+    known: dict[str, ExpertLinear] = module.__dict__.get(_KEY, {})
+    for each in known.values() if chosen is not None else ():
+        each.chosen = each.chosen or chosen
+    return known
 
 
 def _activation_of(module: Any) -> str | None:

@@ -91,6 +91,8 @@ def identity_of(module: nn.Module) -> Identity:
 def is_site(module: nn.Module) -> bool:
     """Whether `module` is of a class that can be made sparse. Subclasses are not: they may compute something else."""
     known = type(module) in SPARSE_CLASSES or isinstance(module, SparseSite)
+    if type(module) is ExpertLinear and parametrize.is_parametrized(module.owner):
+        return False
     # pruning, old-style weight_norm and quantised tensors put something else in the parameter's place
     plain = (nn.Parameter, LaidOutWeight, CentredWeight)
     return known and (isinstance(module, QuantizedMatrix) or type(parameter_of(module)) in plain)

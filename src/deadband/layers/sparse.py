@@ -465,7 +465,7 @@ def make_dense_(module: SparseSite) -> nn.Module:
 def require_no_parametrization(*modules: nn.Module) -> None:
     """A ValueError says how to go on if a layer was parametrised since it became sparse."""
     for module in modules:
-        if parametrize.is_parametrized(module):
+        if parametrize.is_parametrized(home_of(module)[0]):
             raise ValueError(
                 f"{type(module).__name__} has a parametrised weight or bias; take the parametrization off before "
                 "sparsify_ or densify_: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"

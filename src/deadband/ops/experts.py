@@ -71,6 +71,7 @@ def grouped(x: Tensor, experts: Tensor, count: int, product: Callable[[int, Tens
 
     Differentiable, if the product is.
     """
+    experts = experts.clamp_min(-1)
     order = experts.argsort(stable=True)
     numbers = torch.bincount(experts + 1, minlength=count + 1).tolist()  # first, the rows without an expert
     parts = [part for part in x[order].split(numbers)]
@@ -191,7 +192,7 @@ def expert_mlp_reference(
     act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
     y = projection(1, (act * up).contiguous())
     kept = torch.where(rows >= 0, shares.reshape(-1), 0).unsqueeze(-1)
-    return (y.float() * kept.float()).view(tokens, each, -1).sum(1).to(x.dtype)
+    return (y.float() * kept.float()).view(tokens, each, y.shape[1]).sum(1).to(x.dtype)
 
 
 operators.impl("expert_mlp", expert_mlp_reference, "CompositeExplicitAutograd")
@@ -240,6 +241,10 @@ def _expert_linear_on_cpu(
     counts: Tensor | None,
 ) -> Tensor:
     rows = x.shape[0]
+    if experts.dtype is not torch.int64 or experts.shape != (rows,):
+        raise RuntimeError(
+            f"experts is {list(experts.shape)} {experts.dtype}, expected [{rows}] int64: one for each row"
+        )
     if center is not None and offset is not None and scales is None:
         offset = current_offset(weight, center, offset)
     if rows > sparse_rows:
@@ -310,6 +315,8 @@ def _packed(
         or not (offset is None or cpu.is_vector(offset, torch.float32, number * outputs))
     ):
         return None
+    if counts is not None and not cpu.is_vector(counts, torch.int64, COUNTS):
+        raise RuntimeError(f"counts has to be [{COUNTS}] int64 or None")
     at = [0 if each is None else each.data_ptr() for each in (scales, minimum, bias, *vectors[1:], counts)]
     layer = _pack_layer(bits, outputs, weight.data_ptr(), stride, *at[:2], group_size, *at[2:7], relative, at[7])
     sizes = (
@@ -334,6 +341,13 @@ def _expert_mlp_on_cpu(
     activation: str,
 ) -> Tensor:
     tokens, each = experts.shape
+    if experts.dtype is not torch.int64 or experts.shape != shares.shape or x.dim() != 2 or x.shape[0] != tokens:
+        raise RuntimeError(
+            f"experts is {list(experts.shape)} {experts.dtype} and shares {list(shares.shape)} beside x "
+            f"{list(x.shape)}; expected both [tokens, each], and experts int64"
+        )
+    if len({len(parts[index]) for index in (0, PARTS)}) > 1:  # type: ignore[arg-type]
+        raise RuntimeError("both projections have to be of as many experts")
     layers, sizes, inner = b"", b"", x
     for index in range(2 if tokens * each <= FEW_ROWS and not cpu.is_exact() else 0):
         weight, scales, minimum, *vectors = parts[PARTS * index : PARTS * (index + 1)]
