@@ -258,6 +258,17 @@ def experts(result: Result) -> str:
     return "\n\n".join(parts)
 
 
+def natural(result: Result) -> str:
+    lines = [
+        (group[0]["kind"], group[0]["weights"].replace("bf16", "bfloat16"), percent(group[0]["zeros"]),
+         *(joined((row[f"{key}_ms"] for row in group), lambda value: number(value, ".1f"))
+           for key in ("dense", "exact")),
+         joined((row["ratio"] for row in group), times), f"{group[0]['difference']:g}")
+        for group in by(result["rows"], "kind", "weights")
+    ]  # fmt: skip
+    return table(["model", "weights", "zeros", "dense, ms", "exact, ms", "gain", "difference of logits"], lines)
+
+
 def quality(result: Result) -> str:
     lines = [
         (row["title"], percent(row["budget"]), f"{row['sparsity']:.1%}",
@@ -506,6 +517,16 @@ last token alone. deadband skips nothing there; quantised models have float32 ac
 in every group, llama.cpp's weights have the same width (BF16, Q8_0, Q4_0).
 """,
         first_token,
+    ),
+    (
+        "natural",
+        "Models that are sparse by nature",
+        """
+`benchmarks/natural.py`: whole decode of random models in the shapes of published ones, exact, against the same model on
+the same kernels with nothing skipped. *Zeros*: of what the down-projections get, on average over all layers; Gemma 3n
+has them in a third of its layers and is decoded without a graph. Times and gains with 1 / 2 threads.
+""",
+        natural,
     ),
     (
         "several_tokens-*",

@@ -107,8 +107,9 @@ class LlamaCpp:
     """One GGUF on the processor, decoded greedily: `prefill`, then a token per `step`; or the logits of a window.
 
     llama.cpp's defaults, which are what its own programs use: flash attention where it can, keys and values in
-    float16, Q4_0 and Q4_K repacked for the processor as they are loaded, the rest mapped from the file (reading it
-    into memory instead was measured to be no faster).
+    float16, Q4_0 and Q4_K repacked for the processor as they are loaded, the rest mapped from the file, or with
+    `mapped=False` read into memory: that is no faster, but where most of a file is not read for a while, as with
+    experts, the system may drop it from memory.
 
     Example:
         >>> decoder = LlamaCpp("model.gguf", threads=2)  # doctest: +SKIP
@@ -118,9 +119,10 @@ class LlamaCpp:
         RuntimeError: llama.cpp cannot load the file.
     """
 
-    def __init__(self, path: str | os.PathLike, threads: int, *, context: int = 2048):
+    def __init__(self, path: str | os.PathLike, threads: int, *, context: int = 2048, mapped: bool = True):
         parameters = llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = 0
+        parameters.use_mmap = mapped
         self._context = self._batch = None
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import deadband
-from deadband.layers.experts import module_at
 from deadband.calibration import inspection as module
 from deadband.calibration.inspection import MASSIVE, NEARLY_DEAD, Inspection, Moments, SiteInspection, inspect
+from deadband.layers.experts import module_at
 
 COUNTS = ("rows", "dead", "nearly_dead", "always_on", "massive", "nonfinite")
 ENERGIES = ("top_energy", "bottom_energy")
@@ -244,9 +244,9 @@ def test_exact_sparsity_is_what_exact_mode_skips(name, dtype):
         model, batches = mlp(dtype), [torch.randn(50, 16).relu().to(dtype) for _ in range(3)]
     else:
         model, batches = tiny_model("llama" if name == "gated ReLU" else name, dtype), tiny_batches()
-    for module in model.modules() if name == "gated ReLU" else ():
-        if hasattr(module, "act_fn"):
-            module.act_fn = torch.nn.ReLU()
+    for each in model.modules() if name == "gated ReLU" else ():
+        if hasattr(each, "act_fn"):
+            each.act_fn = torch.nn.ReLU()
     result = inspect(model, batches, progress=False)
     assert ("up-projections meet gates" in str(result)) == (name == "gated ReLU")
     deadband.sparsify_(model, exact=True)

@@ -28,6 +28,7 @@ from deadband.layers.sparse import (
     SparseSite,
     change_class_,
     lay_out_,
+    parameter_of,
 )
 from deadband.ops.experts import expert_linear, expert_mlp, expert_product, grouped
 from deadband.ops.gradients import fill_skipped, quantized_product
@@ -232,7 +233,9 @@ class SparseExpertLinear(ExpertLinear, SparseSite):  # type: ignore[misc]  # it 
     def operands(self) -> Operands:
         """What the operators take of this projection."""
         own, buffers = super().operands(), self._buffers
+        computed = not isinstance(self, QuantizedMatrix) and parameter_of(self) is None  # then there is no offset
         own.parts[4:] = [buffers[name] for name in ("threshold", "scale", "center", "offset")]
+        own.parts[-1] = None if computed else own.parts[-1]
         own.relative, own.rows, own.counts = self.relative, self.sparse_rows, buffers["counts"]
         if scope.any_open:
             own.rows, own.counts = scope.setting_of(self, own.rows, own.counts)

@@ -403,3 +403,4 @@ def unmake_quantized_(module: QuantizedMatrix, parameter: nn.Parameter | None = 
         delattr(module, name)
     change_class_(module, twin)
     module.register_parameter("weight", parameter)
+    settle_(module)
