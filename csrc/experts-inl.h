@@ -170,7 +170,8 @@ int expert_mlp_typed(const T* x, int64_t tokens, int64_t x_stride, int64_t in, c
                            : activate<DEADBAND_GELU_TANH>(own, own + inner, inner);
   };
   from = {both, 2 * inner, 1};
-  if (int error = experts_typed(from, rows, inner, experts, layers[1], strides[1], results, threads, gate)) return error;
+  if (int error = experts_typed(from, rows, inner, experts, layers[1], strides[1], results, threads, gate))
+    return error;
   for (int64_t t = 0; t < tokens; ++t) {
     const T* own = results + t * each * out;
     int64_t o = 0;

@@ -89,8 +89,8 @@ DEADBAND_INLINE void dot_codes(const WideRows& x, const deadband_layer& layer, c
         for (int r = 0; r < R; ++r) sums[n][r] += code * load(x.x + r * x.stride + i);
       }
     for (int n = 0; n < N; ++n) {
-      float scale = layer.group_size ? half_at(scales + outputs[n] * groups + g)
-                                     : ((const float*)layer.scales)[outputs[n]];
+      float scale =
+          layer.group_size ? half_at(scales + outputs[n] * groups + g) : ((const float*)layer.scales)[outputs[n]];
       float low = minimum ? half_at(minimum + outputs[n] * groups + g) : layer.bits == 4 ? -8.0f * scale : 0.0f;
       for (int r = 0; r < R; ++r) {
         total[n][r] += sums[n][r] * scale;
@@ -217,7 +217,7 @@ int gated_outputs(const T* x, int64_t rows, int64_t x_stride, int64_t in, const 
   WideRows from = {wide, stride, in, (float*)((char*)wide + x_bytes)};
   if (gate) {
     Input<T> input = input_of(gate, rows, out, out, &layer, 1);
-    int64_t skipped = kSelect<T>[rows - 1](input, layer, &kept);
+    int64_t skipped = kSelect<T>[rows - 1](input, layer, & kept);
     if (layer.threshold && layer.counts) add_counts(input, skipped, layer.counts);
   } else {
     for (int64_t o = 0; o < out; ++o) kept.index[o] = (int32_t)o;
@@ -227,9 +227,8 @@ int gated_outputs(const T* x, int64_t rows, int64_t x_stride, int64_t in, const 
   widen(x, rows, x_stride, layer, from);
   memset(y, 0, rows * out * sizeof(T));
   int64_t bytes = layer.bits ? in : in * (int64_t)sizeof(T);
-  parallel(threads_for(kept.count * bytes, kBytesPerThread, threads), [&](int part, int parts) {
-    kOpen<T>[rows - 1](from, layer, kept, share(kept.count, 1, part, parts), y);
-  });
+  parallel(threads_for(kept.count * bytes, kBytesPerThread, threads),
+           [&](int part, int parts) { kOpen<T>[rows - 1](from, layer, kept, share(kept.count, 1, part, parts), y); });
   return 0;
 }
 

@@ -29,7 +29,19 @@ namespace {
 constexpr int64_t kPairedRows = Step<bf16>::kInputs > 1 ? DEADBAND_STREAM_ROWS - 1 : DEADBAND_STREAM_ROWS;
 
 constexpr KernelTable table_of(const char* isa) {
-  return {isa, linears, gated_mlp, gated_down, experts, expert_mlp, attend, dot, gemm, fill, dequantize, observe, {DEADBAND_STREAM_ROWS, kPairedRows},
+  return {isa,
+          linears,
+          gated_mlp,
+          gated_down,
+          experts,
+          expert_mlp,
+          attend,
+          dot,
+          gemm,
+          fill,
+          dequantize,
+          observe,
+          {DEADBAND_STREAM_ROWS, kPairedRows},
           read};
 }
 

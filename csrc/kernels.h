@@ -108,10 +108,10 @@ DEADBAND_API int deadband_expert_linear(int dtype, const void* x, int64_t rows, 
                                         const int64_t* experts, int64_t count, const struct deadband_layer* first,
                                         const struct deadband_expert_strides* strides, void* y, int threads);
 
-// Mixtures of gated MLPs: y[tokens, layers[1].out] = the sum over a token's `each` experts of its weight times layers[1]
-// of the product of activation(gate) and up, where layers[0] of x gives gate and up side by side. experts and weights:
-// [tokens, each]; what meets a negative expert counts nothing. `layers` and `strides` are two each, as above. All that
-// lies between is rounded to dtype. tokens * each is at most DEADBAND_EXPERT_ROWS.
+// Mixtures of gated MLPs: y[tokens, layers[1].out] = the sum over a token's `each` experts of its weight times
+// layers[1] of the product of activation(gate) and up, where layers[0] of x gives gate and up side by side. experts and
+// weights: [tokens, each]; what meets a negative expert counts nothing. `layers` and `strides` are two each, as above.
+// All that lies between is rounded to dtype. tokens * each is at most DEADBAND_EXPERT_ROWS.
 DEADBAND_API int deadband_expert_mlp(int dtype, const void* x, int64_t tokens, int64_t x_stride, int64_t in,
                                      const int64_t* experts, int64_t each, int64_t count,
                                      const struct deadband_layer* layers, const struct deadband_expert_strides* strides,
