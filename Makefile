@@ -28,7 +28,7 @@ sanitize: .venv/ready build/sanitize/libdeadband_kernels.so
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" PYTHONMALLOC=malloc \
 	ASAN_OPTIONS=detect_leaks=0 DEADBAND_KERNELS="$(CURDIR)/build/sanitize/libdeadband_kernels.so" \
 	$(WORKERS) $(BIN)/python -m pytest -n 2 tests/ops/test_ops.py tests/ops/test_quantized_ops.py tests/ops/test_attention.py \
-		tests/ops/test_fill.py tests/ops/test_dequantize.py \
+		tests/ops/test_fill.py tests/ops/test_dequantize.py tests/ops/test_gated_down.py tests/ops/test_expert_operators.py \
 		tests/decoding/test_fusion.py -m "not slow" -k "not same_logits_and_counts and not v4-vnni"
 
 build/sanitize/libdeadband_kernels.so: CMakeLists.txt $(wildcard csrc/*)
