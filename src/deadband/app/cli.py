@@ -177,9 +177,12 @@ def check_formats(weights: str | None, output_weights: str | None, gptq: bool, *
 def sparsified(network: Any, thresholds: Any, output: Path, dense_bytes: int) -> tuple[dict[str, Any], str]:
     """What became of a model, as figures and as text."""
     from deadband.evaluation.speed import model_bytes
+    from deadband.layers.experts import with_projections
     from deadband.layers.quantized import QuantizedMatrix
 
-    formats = {name: each.weight_format for name, each in network.named_modules() if isinstance(each, QuantizedMatrix)}
+    formats = {
+        name: each.weight_format for name, each in with_projections(network) if isinstance(each, QuantizedMatrix)
+    }
     size = model_bytes(network)
     figures = {
         "output": str(output),

@@ -40,6 +40,7 @@ PROJECTIONS = "projections"
 _KEY = "_deadband_projections"
 _ACTIVATION = "_deadband_activation"
 _CALLED = "_deadband_called"
+_ARGUMENTS = "_deadband_arguments"
 _THRESHOLD = 4  # its place among the parts
 _HOOKS = "_deadband_hooks"
 _lock = threading.Lock()
@@ -300,6 +301,12 @@ class _Handle:
             self.handle = None
             self._add(-1)
 
+    def __enter__(self) -> _Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
     def _add(self, number: int) -> None:
         owner = self.projection.owner
         with _lock:
@@ -392,7 +399,7 @@ class OpenExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the experts' own class computes it, through the projections."""
-        names = _arguments_of(cast(Hashable, type(self)))[len(args) :]
+        names = self.__dict__[_ARGUMENTS][len(args) :]
         return _FORWARDS[self.__dict__[_CALLED]](self, *args, *(kwargs[name] for name in names))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -407,6 +414,8 @@ class OpenExperts(nn.Module):
             projection.weight.data = param
             return
         super().register_parameter(name, param)
+        if projection is None and param is not None and not param.is_contiguous():  # what torch.nn.utils prunes
+            param.data = param.data.contiguous()
         if isinstance(projection, SparseSite) and not isinstance(projection, QuantizedMatrix):
             lay_out_(projection)
 
@@ -517,6 +526,7 @@ def projections_of(module: nn.Module, chosen: int | None = None) -> dict[str, Ex
             if _KEY not in module.__dict__:  # not made by another thread meanwhile
                 own = module.__dict__
                 own[_CALLED], own[_ACTIVATION] = _called(module), activation
+                own[_ARGUMENTS] = _arguments_of(cast(Hashable, type(module)))
                 transposed = bool(getattr(module, "is_transposed", own[_CALLED] == "scattered"))
                 number = _chosen(module)
                 own[_KEY] = {name: ExpertLinear(module, name, transposed, number) for name in _names_of(module)}
@@ -625,7 +635,7 @@ def unknown_experts(model: nn.Module) -> list[str]:
             f"{type(module).__module__}.{type(module).__qualname__}"
             for module in model.modules()
             if "expert" in type(module).__name__.lower()
-            and any(each is not None and each.dim() == 3 for each in module._parameters.values())
+            and sum(each is not None and each.dim() > 1 for each in module._parameters.values()) > 1
             and not projections_of(module)
         }
     )
