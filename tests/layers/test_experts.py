@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, same_state, state_of, tiny_batches
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import deadband
 from deadband.calibration.calibration import second_moments_of
@@ -1063,6 +1063,21 @@ def test_what_a_weight_is_computed_from_may_change():
             scaled.by = factor
             own = {**weights, "down_proj": factor * weights["down_proj"]}
             close(owner(*call), plain("mixtral", owner, call, skipping(rules, name), own))
+
+
+def test_pruned_experts():
+    model, other = build(), build()
+    sparsify_(model, dict.fromkeys(expert_sites(model), 0.3))
+    for each in (model, other):
+        for _, owner in experts_of(each):
+            prune.l1_unstructured(owner, "down_proj", 0.5)
+            if each is other:
+                prune.remove(owner, "down_proj")
+    close(logits(model), logits(sparsify_(other, dict.fromkeys(expert_sites(other), 0.3))))
+    for _, owner in experts_of(model):
+        prune.remove(owner, "down_proj")
+    close(logits(model), logits(other))
+    assert torch.equal(logits(densify_(model)), logits(densify_(other)))
 
 
 def test_parametrised_experts_are_no_sites_until_that_is_undone():
