@@ -21,6 +21,7 @@ from deadband.allocation.greedy import _Call, _greedy_path
 from deadband.allocation.sensitivity import Curve, _lower_hull, measure_sensitivity, water_fill
 from deadband.allocation.thresholds import Thresholds
 from deadband.calibration.watcher import thresholding
+from deadband.layers.experts import module_at
 from deadband.layers.rule import Rule
 from deadband.layers.sites import find_sites, sparse_sites, weight_bytes
 
@@ -618,7 +619,7 @@ def test_decoders_are_judged_by_their_own_mask():
     judged = Judge(model, [batch], False)(rules)
     with torch.no_grad():
         dense = model(**batch).logits[0, :9].double().log_softmax(-1)
-        with thresholding({name: model.get_submodule(name) for name in rules}, rules):
+        with thresholding({name: module_at(model, name) for name in rules}, rules):
             sparse = model(**batch).logits[0, :9].double().log_softmax(-1)
     assert judged.outputs == (9,)
     assert judged.targets == (8,)

@@ -16,6 +16,7 @@ from deadband.calibration.calibration import Calibration, calibrate
 from deadband.calibration.inspection import inspect
 from deadband.calibration.site_statistics import SiteStatistics
 from deadband.calibration.watcher import NotReachedError
+from deadband.layers.experts import module_at
 from deadband.layers.sparse import SPARSE_CLASSES
 from deadband.ops.observe import FIRST_NONFINITE, observe
 
@@ -84,7 +85,7 @@ def inputs_of(model, batches, sites):
     """What calibrate has to have seen, by another way: every site's input, concatenated."""
     seen = {name: [] for name in sites}
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(
+        module_at(model, name).register_forward_pre_hook(
             lambda module, args, name=name: seen[name].append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
         )
         for name in sites

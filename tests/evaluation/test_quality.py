@@ -42,11 +42,12 @@ def masked_from(model, position):
         threshold = site.threshold  # of the magnitude, which is the default
 
         def hook(module, arguments):
-            x = arguments[0]
+            x, *others = arguments
+            each = others[1] if others else 1  # rows of a token: its experts
             keep = x.abs() > threshold
-            rows = keep.view(-1, masking.tokens, x.shape[-1])
-            rows[:, :position] = True
-            return (torch.where(rows.view_as(x), x, 0),)
+            rows = keep.view(-1, masking.tokens * each, x.shape[-1])
+            rows[:, : position * each] = True
+            return torch.where(rows.view_as(x), x, 0), *others
 
         return hook
 

@@ -31,7 +31,8 @@ from deadband.evaluation import sweep as module
 from deadband.evaluation.page import report_html
 from deadband.evaluation.quality import evaluate
 from deadband.evaluation.sweep import describe_sites, histogram, sweep, table
-from deadband.layers.sites import sparse_sites
+from deadband.layers.experts import module_at
+from deadband.layers.sites import sparse_sites, weight_bytes
 from deadband.running import forward, timing
 from deadband.sparsify.report import SparsityReport
 
@@ -296,7 +297,7 @@ def test_sites_are_placed(name):
         assert name.endswith(site["kind"].split("*")[-1])
         assert sum(site["histogram"]["counts"]) == calibration.sites[name].histogram[1:].sum()
         assert site["histogram"]["criterion"] == "magnitude"
-        assert site["weight_bytes"] == model.get_submodule(name).weight.nbytes
+        assert site["weight_bytes"] == weight_bytes(module_at(model, name))
     assert len({site["kind"] for site in sites.values()}) < len(sites)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import deadband
 from deadband.calibration.calibration import second_moments_of
+from deadband.layers.experts import module_at
 from deadband.layers.formats import FORMATS, QuantizedWeight, WeightFormat, pack, unpack
 from deadband.layers.rounding import quantize
 from deadband.quantization.hessians import input_hessians
@@ -391,7 +392,7 @@ def test_hessians_of_a_model(memory):
     ]
     seen = {name: [] for name in names}
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0]))
+        module_at(model, name).register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0]))
         for name in names
     ]
     with torch.no_grad():
