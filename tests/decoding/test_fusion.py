@@ -59,7 +59,11 @@ class Layer:
             self.quantized = random_weight(inputs, outputs, kind, seed)
             self.stored = (self.quantized.codes, self.quantized.scales, self.quantized.minimum)
             self.exact, self.group_size = sum(parts_of(self.quantized)).t(), self.quantized.format.group_size or 0
-            self.size = sum(part.abs() for part in parts_of(self.quantized)).t()
+            size = sum(part.abs() for part in parts_of(self.quantized))
+            if self.quantized.minimum is not None:  # kernels take 8 off the codes, and add as much to the minimum
+                scales = self.quantized.scales.double().abs()
+                size = size + 8 * scales.repeat_interleave(self.group_size, 0)[: len(size)]
+            self.size = size.t()
         self.offset = None if self.center is None else (self.exact @ self.center.double()).float()
         self.parts = [*self.stored, self.bias, self.threshold, self.scale, self.center, self.offset]
 
