@@ -269,6 +269,15 @@ def natural(result: Result) -> str:
     return table(["model", "weights", "zeros", "dense, ms", "exact, ms", "gain", "difference of logits"], lines)
 
 
+def coverage(result: Result) -> str:
+    said = result["summary"]
+    lines = [(f"`{row['type']}`", f"{row['share']:.1%}") for row in result["rows"]]
+    return (
+        f"{said['enough']} of {said['types']} types have {said['threshold']:.0%} or more of these weights in sites; "
+        f"{said['refused']} cannot be built at their defaults. The least:\n\n{table(['type', 'in sites'], lines)}"
+    )
+
+
 def quality(result: Result) -> str:
     lines = [
         (row["title"], percent(row["budget"]), f"{row['sparsity']:.1%}",
@@ -549,6 +558,15 @@ other, without `prepare_decode_`; more than 4 tokens skip nothing. *Against tran
 and dtype in the same run. *Against llama.cpp*: of the same width (Q8_0, Q4_0).
 """,
         experts,
+    ),
+    (
+        "coverage",
+        "What sites cover",
+        """
+`benchmarks/coverage.py`: the part of the weights between embedding and output layer that are sites, for every causal
+model type of transformers at the sizes of its default configuration.
+""",
+        coverage,
     ),
     (
         "quality-*",

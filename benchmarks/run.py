@@ -9,8 +9,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 NAMES = (
-    "overheads", "kernels", "ratios", "prefill", "first_token", "several_tokens", "experts", "natural", "decode",
-    "rounding", "allocation", "quality", "sparsifier", "compaction", "pruning", "memory",
+    "overheads", "kernels", "ratios", "prefill", "first_token", "several_tokens", "experts", "natural",
+    "coverage", "decode", "rounding", "allocation", "quality", "sparsifier", "compaction", "pruning",
+    "memory",
 )  # fmt: skip
 
 
