@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_expert_operators as of_experts
+import test_gated_down as of_gates
 import torch
 from operators import DTYPES, check_product, parts_of, random_operands, random_weight
 from torch.nn import functional as F
@@ -28,7 +30,8 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
 ISAS = ["aarch64", "aarch64-dotprod"]
-SPARSE, DENSE, QUANTIZED, OBSERVE, ATTEND = range(5)
+SPARSE, DENSE, QUANTIZED, OBSERVE, ATTEND, EXPERT_LINEAR, EXPERT_MLP, GATED_DOWN = range(8)
+OF_LAYER = ("weight", "scales", "minimum", "bias", "threshold", "scale", "center", "offset")
 DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BINS = 32768
 
@@ -74,20 +77,22 @@ def driver():
 def bytes_of(tensor):
     if tensor is None:
         return struct.pack("<q", -1)
-    data = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return struct.pack("<q", len(data)) + data
 
 
-def call(kind, x, outputs, *, form=0, group_size=0, relative=False, threads=1, result_bytes=None, **operands):
-    """One call as the driver reads it, and the bytes of its result."""
+def call(
+    kind, x, outputs, *, form=0, group_size=0, relative=False, threads=1, result_bytes=None, inner=0, count=0, each=1,
+    down=(None,) * 8, experts=None, shares=None, gate=None, **operands,
+):  # fmt: skip
+    """One call as the driver reads it, and the bytes of its result; `operands` are those of its (first) layer."""
     rows, inputs = x.shape
     if result_bytes is None:
         result_bytes = rows * outputs * x.element_size()
-    numbers = [kind, DTYPE_NUMBERS[x.dtype], rows, inputs, outputs, form, group_size, relative, threads, result_bytes]
-    names = ("weight", "scales", "minimum", "bias", "threshold", "scale", "center", "offset")
-    return struct.pack("<10q", *numbers) + b"".join(
-        bytes_of(each) for each in (x, *map(operands.get, names))
-    ), result_bytes
+    numbers = [kind, DTYPE_NUMBERS[x.dtype], rows, inputs, outputs, form, group_size, relative, threads, result_bytes,
+               inner, count, each]  # fmt: skip
+    given = (x, *map(operands.get, OF_LAYER), *down, experts, shares, gate)
+    return struct.pack("<13q", *numbers) + b"".join(map(bytes_of, given)), result_bytes
 
 
 def make_calls(driver, folder, isa, calls):
@@ -241,3 +246,79 @@ def test_attend(driver, tmp_path, isa):
     for (data, _), reference in zip(make_calls(driver, tmp_path, isa, calls), expected, strict=True):
         y = tensor_from(data, reference.dtype, len(reference))
         torch.testing.assert_close(y, reference, rtol=2 * torch.finfo(y.dtype).eps, atol=1e-4)
+
+
+def bits_of(name):
+    return 0 if name is None else int(name[3])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_expert_linear(driver, tmp_path, isa):
+    calls, expected = [], []
+    kinds = itertools.product((1, 5, 12), ((33, 63), (130, 70)), (None, "int8", "int4-g32-zp"), DTYPES, (False, True))
+    for seed, (rows, (inputs, outputs), name, dtype, full) in enumerate(kinds):
+        rule = {"threshold": 0.5 if full else None, "scaled": full, "centered": full}
+        own = of_experts.projection(inputs, outputs, name, dtype, **rule, seed=seed)
+        x, experts = of_experts.inputs_of(rows, inputs, 3, dtype, seed=seed)
+        operands = dict(zip(OF_LAYER, own.parts, strict=True))
+        if name is None:
+            operands["weight"] = own.weight.mT
+        calls.append(call(EXPERT_LINEAR, x, outputs, form=bits_of(name), group_size=own.group_size, experts=experts,
+                          count=3, threads=1 + seed % 2, **operands))  # fmt: skip
+        expected.append((x, experts, own))
+    for (data, counts), (x, experts, own) in zip(make_calls(driver, tmp_path, isa, calls), expected, strict=True):
+        y = tensor_from(data, x.dtype, len(x))
+        of_experts.check_result(y, counts, x, experts, own, own.threshold is not None)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_expert_mlp(driver, tmp_path, isa):
+    calls, expected = [], []
+    kinds = itertools.product((1, 6), (None, "int8", "int4-g32-zp"), DTYPES)
+    for seed, (tokens, name, dtype) in enumerate(kinds):
+        up, down = of_experts.mlp_of(70, 33, 65, name, dtype, seed=seed)
+        up.threshold, up.scale = torch.tensor(0.5), torch.rand(70) + 0.5  # what the activation gives is rounded anew
+        x, _ = of_experts.inputs_of(tokens, 70, 3, dtype, seed=seed)
+        chosen, shares = of_experts.routed(tokens, 2, 3, seed)
+        parts = [*up.parts, *down.parts]
+        if name is None:
+            parts[0], parts[8] = up.weight.mT, down.weight.mT
+        calls.append(call(EXPERT_MLP, x, 65, form=bits_of(name), group_size=up.group_size, inner=33, count=3, each=2,
+                          experts=chosen, shares=shares, threads=2, down=parts[8:],
+                          **dict(zip(OF_LAYER, parts[:8], strict=True))))  # fmt: skip
+        wanted = [torch.zeros(3, dtype=torch.int64) for _ in range(2)]
+        y, _ = of_experts.composed(x, chosen, shares, up, down, "silu", tokens, wanted)
+        expected.append((y, dtype, name, wanted[0].tolist()))
+    for (data, counts), (exact, dtype, name, counted) in zip(
+        make_calls(driver, tmp_path, isa, calls), expected, strict=True
+    ):
+        assert counts == counted
+        step = (3e-2 if name and "4" in name[:4] else 3e-3 if name else 1e-5) + 4 * torch.finfo(dtype).eps
+        y = tensor_from(data, dtype, len(exact)).double()
+        torch.testing.assert_close(y, exact, rtol=0, atol=step * float(exact.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gated_down(driver, tmp_path, isa):
+    calls, expected = [], []
+    names = (None, "int8", "int8-g32", "int4-g64-zp")
+    kinds = itertools.product(((1, 70, 33, 45), (8, 200, 64, 7)), names, DTYPES, (0.0, 1.0))
+    for seed, (shape, name, dtype, threshold) in enumerate(kinds):
+        full = threshold > 0
+        made = of_gates.operands(*shape, name, dtype, scaled=full, biased=full, threshold=threshold)
+        x, gate, parts, groups, wide_up, wide_down, biases, scale, center = made
+        stored = [each if each is None or each.dim() < 2 or name is None else each.t() for each in parts[:8]]
+        down = parts[8:]
+        if name is None:
+            down[0] = down[0].t()
+        calls.append(call(GATED_DOWN, x, shape[3], form=bits_of(name), group_size=groups[0], inner=shape[2], gate=gate,
+                          threads=1 + seed % 2, down=down, **dict(zip(OF_LAYER, stored, strict=True))))  # fmt: skip
+        exact, size, keep = of_gates.expected(x, gate, wide_up, wide_down, biases, threshold, scale, center)
+        coarse = 0.02 if name and "4" in name[:4] else 1e-3 if name else 2e-6
+        error = (torch.finfo(dtype).eps * 2 + coarse) * size + 1e-5
+        expected.append((exact, error, dtype, [int((~keep).sum()), keep.numel(), 0]))
+    for (data, counts), (exact, error, dtype, counted) in zip(
+        make_calls(driver, tmp_path, isa, calls), expected, strict=True
+    ):
+        assert counts == counted
+        assert bool(((tensor_from(data, dtype, len(exact)).double() - exact).abs() <= error).all())

@@ -130,12 +130,22 @@ def pieces(experts):
 
 def check(x, experts, own, sparse_rows=ALL):
     """What the operator gives, expert by expert, and what it counts."""
-    skips = own.threshold is not None and len(x) <= sparse_rows
-    if skips and own.relative and x.numel():  # another order of summing a norm must not decide whether an entry is kept
+    if (
+        own.threshold is not None and len(x) <= sparse_rows and own.relative and x.numel()
+    ):  # another order of summing a norm must not decide whether an entry is kept
         ratio = score(x, own.scale, own.center) / x.float().norm(dim=-1, keepdim=True)
         assume(own.threshold <= 0 or bool(((ratio / own.threshold - 1).abs() > 1e-5).all()))
+    skips = own.threshold is not None and len(x) <= sparse_rows
     counts = torch.tensor([5, 6, 7])  # added to, not set
     y = own(x, experts, sparse_rows, counts)
+    check_result(
+        y, [each - before for each, before in zip(counts.tolist(), (5, 6, 7), strict=True)], x, experts, own, skips
+    )
+    return y
+
+
+def check_result(y, counts, x, experts, own, skips):
+    """Outputs and counts of a call, expert by expert."""
     outputs = own.shape[0]
     assert (y.shape, y.dtype, y.is_contiguous()) == ((len(x), outputs), x.dtype, True)
     assert not bool(y[experts < 0].any())
@@ -145,7 +155,7 @@ def check(x, experts, own, sparse_rows=ALL):
         keep = keep_mask(x, own.threshold, own.scale, own.center, own.relative)
         chosen = experts >= 0
         counted = [int((~keep[chosen]).sum()), keep[chosen].numel(), int((~x[chosen].isfinite()).sum())]
-    assert counts.tolist() == [5 + counted[0], 6 + counted[1], 7 + counted[2]]
+    assert counts == counted
     masked = torch.where(keep, x, 0 if own.center is None else own.center.to(x.dtype))
     for expert, rows in pieces(experts):
         bias = None if own.bias is None else own.bias[expert]
@@ -166,7 +176,6 @@ def check(x, experts, own, sparse_rows=ALL):
             if own.center is not None:
                 constants.append(own.matrix(expert) @ center)
         check_product(y[rows], multiplied, weight, kept, constants)
-    return y
 
 
 # ---------------------------------------------------------------------------------------------------- one projection
