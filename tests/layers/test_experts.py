@@ -254,6 +254,34 @@ def test_how_many_experts_are_chosen_does_not_depend_on_who_looks_first(kind):
     assert {site.chosen for site in expert_sites(model).values()} == {2}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_that_no_token_reached_are_named_once(kind):
+    model = build(kind)
+    seen = {name: set() for name in expert_sites(model)}
+
+    def look(name):
+        return lambda module, args: seen[name].update(args[1][args[1] >= 0].tolist())
+
+    handles = [site.register_forward_pre_hook(look(name)) for name, site in expert_sites(model).items()]
+    batch = {"input_ids": torch.tensor([[5]])}
+    with pytest.warns(UserWarning, match="no token of these batches") as caught:
+        deadband.calibrate(model, [batch], progress=False)
+    for handle in handles:
+        handle.remove()
+    said = {}
+    (warning,) = [each for each in caught if "no token" in str(each.message)]
+    assert warning.filename == __file__
+    for numbers, name in re.findall(r"([\d, ]+) of '([^']+)'", str(warning.message)):
+        said[name] = set(map(int, numbers.split(",")))
+    assert said == {
+        name.rpartition(".")[0]: set(range(site.count)) - seen[name] for name, site in expert_sites(model).items()
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        deadband.calibrate(model, [{"input_ids": torch.arange(3, 60)[None]}], progress=False)
+        deadband.calibrate(nn.Sequential(nn.Linear(4, 4)), [torch.randn(2, 4)], progress=False)
+
+
 @pytest.mark.parametrize("form", [None, "int8"])
 def test_bytes_count_the_experts_that_a_token_is_sent_to(form):
     model = build()

@@ -15,7 +15,7 @@ from deadband.allocation.greedy import greedy_shares
 from deadband.allocation.sensitivity import SiteSensitivity, measure_sensitivity
 from deadband.allocation.thresholds import Thresholds
 from deadband.calibration.calibration import Calibration
-from deadband.calibration.watcher import NotReachedError, prediction_of, thresholding
+from deadband.calibration.watcher import NotReachedError, prediction_of, split_rules, thresholding
 from deadband.layers.experts import module_at
 from deadband.layers.rule import Rule
 from deadband.running.batches import Counted, is_two_sided, named, taken
@@ -77,9 +77,10 @@ class Judge:
 
     def __call__(self, rules: Mapping[str, Rule]) -> Divergence:
         """Run the model with these rules on every site's every token."""
-        sites = {name: module_at(self.model, name) for name in rules}
+        inputs, gates = split_rules(self.model, rules)
+        sites = {name: module_at(self.model, name) for name in inputs}
         figures = []
-        with evaluating(self.model), thresholding(sites, rules):
+        with evaluating(self.model), thresholding(sites, rules, gates):
             for batch, before in zip(progress_bar(self.batches, "judge", self.progress), self.dense, strict=True):
                 figures.append(_compare(self.model, batch, before, _output(self.model, batch)))
         return Divergence(*zip(*figures, strict=True))
@@ -104,18 +105,24 @@ class Trial:
 
     @classmethod
     def of(
-        cls, calibration: Calibration, model: nn.Module, batches: Sequence[Any], measure: bool, progress: bool
+        cls,
+        calibration: Calibration,
+        model: nn.Module,
+        batches: Sequence[Any],
+        measure: bool,
+        joint: bool,
+        progress: bool,
     ) -> Trial:
-        """Split the batches, and measure sensitivities if asked to."""
+        """Split the batches, and measure sensitivities if asked to, with those of gates if asked to."""
         fitted, held = split(batches)
         names = list(calibration.sites)
         measured, why = None, ""
         if measure:
             try:
                 try:
-                    measured = measure_sensitivity(model, fitted, names, progress=progress)
+                    measured = measure_sensitivity(model, fitted, names, joint=joint, progress=progress)
                 except NotReachedError:  # perhaps the held-out batches are the ones that reach some expert
-                    measured = measure_sensitivity(model, batches, names, progress=progress)
+                    measured = measure_sensitivity(model, batches, names, joint=joint, progress=progress)
                     fitted = batches
             except NotReachedError as error:
                 why = str(error)
@@ -129,13 +136,19 @@ class Trial:
         return count + (", also fitted to" if any(id(batch) in seen for batch in self.held) else " held out")
 
     def sensitivity(
-        self, budget: float, batches: Sequence[Any], relative: bool | None, center: bool | None, scaled: bool = True
+        self,
+        budget: float,
+        batches: Sequence[Any],
+        relative: bool | None,
+        center: bool | None,
+        scaled: bool = True,
+        joint: bool = False,
     ) -> Thresholds:
         """Method `sensitivity` on some of the batches."""
         assert self.measured is not None
         return allocate_sensitivity(
             self.calibration, self.measured, budget, self.model, batches,
-            relative=relative, center=center, scaled=scaled, progress=self.progress,
+            relative=relative, center=center, scaled=scaled, joint=joint, progress=self.progress,
         )  # fmt: skip
 
     def uniform(self, budget: float, batches: Sequence[Any], relative: bool | None, center: bool | None) -> Thresholds:
@@ -169,16 +182,19 @@ class Trial:
         found: dict[str, Callable[[Sequence[Any]], Thresholds]] = {}
         words = {None: "form by site", True: "relative", False: "absolute"}
 
-        def add(form: bool | None, centered: bool, scaled: bool) -> None:
-            name = f"sensitivity ({words[form]}, {'' if centered else 'not '}centered{'' if scaled else ', magnitude'})"
-            found[name] = lambda batches: self.sensitivity(budget, batches, form, centered, scaled)
+        def add(form: bool | None, centered: bool, scaled: bool = True, joint: bool = False) -> None:
+            more = ("" if scaled else ", magnitude") + (", gates" if joint else "")
+            name = f"sensitivity ({words[form]}, {'' if centered else 'not '}centered{more})"
+            found[name] = lambda batches: self.sensitivity(budget, batches, form, centered, scaled, joint)
 
         if self.measured is not None:
             for form in (None, True, False) if relative is None else (relative,):
-                add(form, center is not False, True)
-            add(relative, center is not False, False)
+                add(form, center is not False)
+            add(relative, center is not False, scaled=False)
             if center is None:
-                add(relative, False, True)
+                add(relative, False)
+            if any(site.joint is not None for site in self.measured.values()):
+                add(relative, center is not False, joint=True)
         found["uniform"] = lambda batches: self.uniform(budget, batches, relative, center)
         return found
 
@@ -191,10 +207,11 @@ def allocate_auto(
     *,
     relative: bool | None,
     center: bool | None,
+    joint: bool | None,
     progress: bool,
 ) -> list[Thresholds]:
     """For each budget, the candidate with the least KL on held-out batches; `Thresholds.reason` says what and why."""
-    trial = Trial.of(calibration, model, batches, True, progress)
+    trial = Trial.of(calibration, model, batches, True, joint is not False, progress)
     return [trial.best(budget, relative, center) for budget in budgets]
 
 
@@ -208,6 +225,7 @@ def allocate_for_quality(
     max_perplexity_increase: float | None,
     relative: bool | None,
     center: bool | None,
+    joint: bool | None,
     step: float,
     tokens: int,
     progress: bool,
@@ -219,7 +237,8 @@ def allocate_for_quality(
     if model is None or batches is None:
         raise ValueError(f"{what}= is judged on the model: pass model= and batches= as well")
     prepare(calibration, model, method)
-    trial = Trial.of(calibration, model, taken(batches), method in ("auto", "sensitivity"), progress)
+    gates = joint is True if method == "sensitivity" else joint is not False
+    trial = Trial.of(calibration, model, taken(batches), method in ("auto", "sensitivity"), gates, progress)
     if method == "sensitivity" and trial.measured is None:
         raise NotReachedError(trial.why)
     budgets = [_SMALLEST + index * _PRECISION for index in range(int((_LARGEST - _SMALLEST) / _PRECISION) + 1)]
@@ -231,7 +250,7 @@ def allocate_for_quality(
         if method == "auto":
             return trial.best(budgets[index], relative, center)
         if method == "sensitivity":
-            return trial.sensitivity(budgets[index], trial.fitted, relative, center)
+            return trial.sensitivity(budgets[index], trial.fitted, relative, center, joint=gates)
         share = shares[index] if shares else dict.fromkeys(calibration.sites, budgets[index])
         form = {"relative": bool(relative), "center": bool(center), "progress": progress}
         return allocate_shares(calibration, budgets[index], share, model, trial.fitted, method=method, **form)

@@ -34,6 +34,7 @@ def allocate(
     batches: Iterable[Any] | None = None,
     relative: bool | None = None,
     center: bool | None = None,
+    joint: bool | None = None,
     step: float = 0.05,
     tokens: int = 512,
     progress: bool = True,
@@ -67,6 +68,8 @@ def allocate(
             `sensitivity` and `auto`, which choose for each site.
         center: a skipped entry counts as the mean of what its channel skips, not as zero; costs nothing at run
             time. None: not, but for `sensitivity` (yes) and `auto` (whichever does better).
+        joint: let up-projections of gated MLPs skip outputs, by their gate, instead of inputs, where `sensitivity`
+            expects that to harm less (`deadband.allocation.joint`). None: not, but for `auto` (whichever does better).
         step: greedy's step, as a fraction of the block's weight bytes.
         tokens: greedy compares block outputs on the first batches, until they hold so many tokens.
         progress: show progress bars on a terminal.
@@ -79,7 +82,7 @@ def allocate(
             is sparse, a method that needs a model without one, only one of `model` and `batches`, or a quality
             that even the smallest sparsity does not keep.
     """
-    options: dict[str, Any] = {"relative": relative, "center": center, "step": step, "tokens": tokens}
+    options: dict[str, Any] = {"relative": relative, "center": center, "joint": joint, "step": step, "tokens": tokens}
     if [sparsity, max_kl, max_perplexity_increase].count(None) != 2:
         raise ValueError("pass exactly one of sparsity=, max_kl= and max_perplexity_increase=")
     if sparsity is None:
@@ -102,6 +105,7 @@ def allocate_budgets(
     batches: Iterable[Any] | None = None,
     relative: bool | None = None,
     center: bool | None = None,
+    joint: bool | None = None,
     step: float = 0.05,
     tokens: int = 512,
     progress: bool = True,
@@ -123,12 +127,24 @@ def allocate_budgets(
     prepare(calibration, model, method)
     batches = taken(batches)
     if method == "auto":
-        return allocate_auto(calibration, budgets, model, batches, relative=relative, center=center, progress=progress)
+        return allocate_auto(
+            calibration, budgets, model, batches, relative=relative, center=center, joint=joint, progress=progress
+        )
+    if joint and method != "sensitivity":
+        raise ValueError(f"joint= is for the methods 'sensitivity' and 'auto', got method {method!r}")
     if method == "sensitivity":
-        measured = measure_sensitivity(model, batches, list(calibration.sites), progress=progress)
+        measured = measure_sensitivity(model, batches, list(calibration.sites), joint=bool(joint), progress=progress)
         return [
             allocate_sensitivity(
-                calibration, measured, budget, model, batches, relative=relative, center=center, progress=progress
+                calibration,
+                measured,
+                budget,
+                model,
+                batches,
+                relative=relative,
+                center=center,
+                joint=bool(joint),
+                progress=progress,
             )
             for budget in budgets
         ]

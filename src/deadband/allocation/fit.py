@@ -80,13 +80,15 @@ def allocate_sensitivity(
     center: bool | None,
     progress: bool,
     scaled: bool = True,
+    joint: bool = False,
 ) -> Thresholds:
     """One budget of method `sensitivity`, from what `measure_sensitivity` returned.
 
-    Without `scaled`, scores are plain magnitudes: only the shares and the forms come from the sensitivities.
+    Without `scaled`, scores are plain magnitudes: only the shares and the forms come from the sensitivities. With
+    `joint`, up-projections may skip by their gate.
     """
     weights = {name: site.weight_bytes for name, site in calibration.sites.items()}
-    share, rules, harm = sensitivity_shares(measured, weights, budget, relative)
+    share, rules, harm = sensitivity_shares(measured, weights, budget, relative, joint)
     if not scaled:
         rules = {name: Rule(0.0, relative=rule.relative) for name, rule in rules.items()}
     fitted = Fitted(rules)
@@ -133,7 +135,9 @@ def fit(
         )
     if center:
         means = skipped_means(model, batches, current, "center", progress)
-        current = {name: dataclasses.replace(rule, center=means[name]) for name, rule in current.items()}
+        current = {
+            name: rule if rule.gate else dataclasses.replace(rule, center=means[name]) for name, rule in current.items()
+        }
     seen, skipped = observe_sparse(model, batches, current, "correct", progress)
     current = _with_thresholds(current, seen, shares)
     expected = {name: round(seen[name].sparsity(rule.threshold), 4) for name, rule in current.items()}

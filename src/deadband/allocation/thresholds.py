@@ -52,12 +52,14 @@ class SiteAllocation:
             raise ValueError("the shape or the range is not of two numbers")
         if not _is_number(self.rule.threshold) or not 0 <= self.rule.threshold <= LARGEST:
             raise ValueError(f"threshold {self.rule.threshold!r} is not finite, negative, or does not fit float32")
-        if type(self.rule.relative) is not bool:
-            raise ValueError(f"relative={self.rule.relative!r} is no bool")
+        for what in ("relative", "gate"):
+            if type(getattr(self.rule, what)) is not bool:
+                raise ValueError(f"{what}={getattr(self.rule, what)!r} is no bool")
+        entries = self.shape[0 if self.rule.gate else 1]
         for part in _parts(self.rule):
             tensor = getattr(self.rule, part)
-            if tensor.dtype != torch.float32 or tensor.shape != self.shape[1:] or not bool(tensor.isfinite().all()):
-                raise ValueError(f"the {part} is no vector of {self.shape[1]} finite float32")
+            if tensor.dtype != torch.float32 or tensor.shape != (entries,) or not bool(tensor.isfinite().all()):
+                raise ValueError(f"the {part} is no vector of {entries} finite float32")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,7 @@ class Thresholds(Mapping[str, Rule]):
             "corrected": self.corrected,
             "reason": self.reason,
             "rules": {
-                name: {"threshold": rule.threshold, "relative": rule.relative, "parts": _parts(rule)}
+                name: {"threshold": rule.threshold, "relative": rule.relative, "gate": rule.gate, "parts": _parts(rule)}
                 for name, rule in self.rules.items()
             },
         }
@@ -204,10 +206,11 @@ class Thresholds(Mapping[str, Rule]):
 
 
 def _rule(about: Any, name: str, tensors: Mapping[str, torch.Tensor]) -> Rule:
-    if about.keys() != {"threshold", "relative", "parts"} or not {*about["parts"]} <= {"scale", "center"}:
+    about = {"gate": False, **about}
+    if about.keys() != {"threshold", "relative", "gate", "parts"} or not {*about["parts"]} <= {"scale", "center"}:
         raise ValueError(f"the rule of site {name!r} is {about}")
-    parts = {part: tensors[f"{name}.{part}"] for part in about["parts"]}
-    return Rule(**parts, threshold=about["threshold"], relative=about["relative"])
+    parts: dict[str, Any] = {part: tensors[f"{name}.{part}"] for part in about["parts"]}
+    return Rule(**parts, **{key: about[key] for key in ("threshold", "relative", "gate")})
 
 
 def _is_number(value: Any) -> bool:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from deadband.calibration.site_statistics import SiteStatistics, observe_model
-from deadband.calibration.watcher import check_unreached
+from deadband.calibration.watcher import check_unreached, warn_of_idle_experts
 from deadband.files import replacing
-from deadband.layers.experts import module_at
 from deadband.layers.rule import Rule, check_criterion, scale_of
 from deadband.layers.sites import Patterns, find_sites, matrix_of
 from deadband.ops.observe import FIRST_NONFINITE
@@ -177,7 +176,8 @@ def calibrate(
         include, exclude: choose sites; see `deadband.layers.sites.find_sites`.
         unreached: what becomes of sites that these batches never reach (experts that get no token, the cross-attention
             of a decoder alone, a vision tower beside text): "error" names them all; "dense" leaves them out, so that
-            they stay dense, and notes them in `Calibration.unreached`.
+            they stay dense, and notes them in `Calibration.unreached`. Fused experts are one site: a warning names
+            those of them that no token was sent to, which take the rule of the others.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -195,10 +195,11 @@ def calibrate(
     """
     check_criterion(criterion)
     check_unreached(unreached)
-    names = list(find_sites(model, include, exclude))
-    rules = {name: Rule(0.0, scale_of(criterion, matrix_of(module_at(model, name)))) for name in names}
-    sites = observe_model(model, batches, rules, "calibrate", progress, masked=False, unreached=unreached)
-    return Calibration(sites, criterion, tuple(name for name in names if name not in sites))
+    sites = find_sites(model, include, exclude)
+    rules = {name: Rule(0.0, scale_of(criterion, matrix_of(module))) for name, module in sites.items()}
+    with warn_of_idle_experts(sites):
+        seen = observe_model(model, batches, rules, "calibrate", progress, masked=False, unreached=unreached)
+    return Calibration(seen, criterion, tuple(name for name in sites if name not in seen))
 
 
 def second_moments_of(calibration: Calibration) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deadband.calibration.drift import Spread
-from deadband.calibration.watcher import InputWatcher, require_reached
+from deadband.calibration.watcher import InputWatcher, require_reached, split_rules
 from deadband.layers.experts import module_at
 from deadband.layers.rule import Rule
 from deadband.layers.sites import shape_of, weight_bytes, weight_sample
@@ -49,9 +49,9 @@ class SiteStatistics:
     sample: tuple[float, ...] = ()
 
     @classmethod
-    def empty(cls, module: nn.Module) -> SiteStatistics:
-        """Statistics of a site before any data."""
-        return cls.of_features(shape_of(module)[1]).of_layer(module)
+    def empty(cls, module: nn.Module, gate: bool = False) -> SiteStatistics:
+        """Statistics of a site before any data; of its gate if asked to."""
+        return cls.of_features(shape_of(module)[0 if gate else 1]).of_layer(module)
 
     @classmethod
     def of_features(cls, in_features: int) -> SiteStatistics:
@@ -201,8 +201,9 @@ def observe_model(
         ValueError: no batch, or a site that saw no number; with `unreached="dense"`, one that was never reached is left
             out instead.
     """
-    sites = {name: SiteStatistics.empty(module_at(model, name)) for name in rules}
-    _Observer(rules, sites, masked).watch(model, batches, list(rules), what, progress)
+    sites = {name: SiteStatistics.empty(module_at(model, name), rule.gate) for name, rule in rules.items()}
+    inputs, gates = split_rules(model, rules)
+    _Observer(rules, sites, masked).watch(model, batches, inputs, what, progress, gates)
     return require_numbers(sites, unreached)
 
 
@@ -210,9 +211,10 @@ def observe_sparse(
     model: nn.Module, batches: Iterable[Any], rules: Mapping[str, Rule], what: str, progress: bool
 ) -> tuple[dict[str, SiteStatistics], dict[str, list[float]]]:
     """As `observe_model` with `masked`, and what each site skipped of every `JUDGED_ROWS` rows in turn."""
-    sites = {name: SiteStatistics.empty(module_at(model, name)) for name in rules}
+    sites = {name: SiteStatistics.empty(module_at(model, name), rule.gate) for name, rule in rules.items()}
     observer = _Observer(rules, sites, True)
-    observer.watch(model, batches, list(rules), what, progress)
+    inputs, gates = split_rules(model, rules)
+    observer.watch(model, batches, inputs, what, progress, gates)
     require_numbers(sites)
     return sites, {name: spread.skipped for name, spread in observer.spreads.items()}
 
@@ -222,7 +224,8 @@ def skipped_means(
 ) -> dict[str, Tensor]:
     """Float32 means of the entries of each channel that the rules skip, [in_features] by site, on the sparse model."""
     watcher = _SkippedMeans(rules)
-    watcher.watch(model, batches, list(rules), what, progress)
+    inputs, gates = split_rules(model, rules)
+    watcher.watch(model, batches, inputs, what, progress, gates)
     require_reached(rules, watcher.sums)
     return {name: (total / count.clamp(min=1)).float() for name, (total, count) in watcher.sums.items()}
 
@@ -251,8 +254,8 @@ class _Observer(InputWatcher):
         self.spreads = {name: Spread() for name in rules}
         self.gathered = dict[str, tuple[list[Tensor], bool]]()  # of sites whose input is on a GPU
 
-    def watch(self, model: nn.Module, batches: Iterable[Any], names: list[str], what: str, progress: bool) -> None:
-        super().watch(model, batches, names, what, progress)
+    def watch(self, *args: Any, **kwargs: Any) -> None:
+        super().watch(*args, **kwargs)
         for name, (sums, discrete) in self.gathered.items():
             histogram, rows, total, squares = (each.cpu().numpy() for each in sums)
             self.sites[name].add((histogram, rows, total, squares), discrete)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from deadband.layers.experts import ExpertLinear, module_at
-from deadband.layers.hooks import attach, detach, take_input, with_input
+from deadband.layers.gated import gates_of
+from deadband.layers.hooks import attach, detach, forget_compiled, take_input, with_input
 from deadband.layers.rule import Rule
 from deadband.layers.scope import for_here, scope
 from deadband.ops.nested import parts_of_rows, rows_of_parts
@@ -58,6 +61,42 @@ def require_reached(names: Iterable[str], reached: Container[str], what: str = "
     )
 
 
+@contextlib.contextmanager
+def warn_of_idle_experts(sites: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Say at the end of the block which experts of the sites no token was sent to inside it.
+
+    They have the rule of the others, of which they had no part.
+    """
+    projections = {name: each for name, each in sites.items() if isinstance(each, ExpertLinear)}
+    names = {each.owner: name for name, each in projections.items()}.values()  # one of each mixture
+    tokens = {name: torch.zeros(projections[name].count, dtype=torch.int64) for name in names}
+    handles = []
+
+    def hook(name: str) -> Any:
+        def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            experts: Tensor = args[1] if len(args) > 1 else kwargs["experts"]
+            tokens[name] += experts[experts >= 0].bincount(minlength=len(tokens[name])).cpu()
+
+        return count
+
+    with scope():
+        try:
+            for name in tokens:
+                handles.append(attach(sites[name], for_here(hook(name))))
+            yield
+        finally:
+            for handle in handles:
+                detach(handle)
+    idle = {name: (own == 0).nonzero().flatten().tolist() for name, own in tokens.items() if own.any()}
+    said = [f"{', '.join(map(str, none))} of {name.rpartition('.')[0]!r}" for name, none in idle.items() if none]
+    if said:
+        warnings.warn(
+            f"no token of these batches was sent to experts {'; '.join(said)}. They take the rule that was made for "
+            "the others; batches that reach them make it theirs, too",
+            stacklevel=4,
+        )
+
+
 class InputWatcher:
     """One pass of data through a model that gives each site's input to `see`, from forward pre-hooks."""
 
@@ -95,8 +134,23 @@ class InputWatcher:
         self.last = (x, version, result) if shared and version is not None else None
         return result
 
-    def watch(self, model: nn.Module, batches: Iterable[Any], names: list[str], what: str, progress: bool) -> None:
+    def watch(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        names: list[str],
+        what: str,
+        progress: bool,
+        gates: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         """Run all batches in eval mode, without gradients, with hooks on the named sites; `what` labels the progress.
+
+        Args:
+            model, batches: what is run.
+            names: of the sites whose inputs are watched.
+            what: labels the progress.
+            progress: show it.
+            gates: by the names that `see` gets, modules whose outputs are watched in the same way.
 
         Raises:
             ValueError: no batch.
@@ -105,21 +159,27 @@ class InputWatcher:
         experts = {name: each for name, each in modules.items() if isinstance(each, ExpertLinear)}
         self.regrouped = {name for name, each in experts.items() if not each.in_order}
         given = checked(batches)
-        with self._watching(modules, encoders_of(model)), evaluating(model):
+        with self._watching(modules, gates or {}, encoders_of(model)), evaluating(model):
             for batch in progress_bar(given, what, progress, total=operator.length_hint(batches) or None):
                 self.counted, self.encoded, self.last = Counted.of(model, batch), None, None
                 self.step(model, batch)
         self.encoded = self.last = None
 
     @contextlib.contextmanager
-    def _watching(self, modules: Mapping[str, nn.Module], encoders: Iterable[nn.Module]) -> Iterator[None]:
+    def _watching(
+        self, modules: Mapping[str, nn.Module], gates: Mapping[str, nn.Module], encoders: Iterable[nn.Module]
+    ) -> Iterator[None]:
         handles, others = [], []
         with scope():
             try:
                 for name, module in modules.items():
                     handles.append(attach(module, for_here(self._hook(name))))
+                for name, module in gates.items():
+                    others.append(module.register_forward_hook(for_here(self._gate_hook(name))))
                 for encoder in encoders:
                     others.append(encoder.register_forward_hook(for_here(self._remember)))
+                if gates:
+                    forget_compiled()
                 yield
             finally:
                 for handle in handles:
@@ -137,6 +197,22 @@ class InputWatcher:
             return None if instead is None else with_input(args, kwargs, parts_of_rows(instead, x))
 
         return hook
+
+    def _gate_hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            instead = self.see(name, rows_of_parts(output))
+            return None if instead is None else parts_of_rows(instead, output)
+
+        return hook
+
+
+def split_rules(model: nn.Module, rules: Mapping[str, Rule]) -> tuple[list[str], dict[str, nn.Module]]:
+    """For `watch`: the names of the sites whose rule is of their input, and the gates of the others by name."""
+    inputs = [name for name, rule in rules.items() if not rule.gate]
+    if len(inputs) == len(rules):
+        return inputs, {}
+    gates = gates_of(model)
+    return inputs, {name: gates[name][0] for name, rule in rules.items() if rule.gate}
 
 
 class SharedInputs(InputWatcher):
@@ -202,8 +278,13 @@ def same_input(x: Tensor, y: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def thresholding(sites: Mapping[str, nn.Module], rules: Mapping[str, Rule]) -> Iterator[None]:
-    """Inside the block, hooks apply the rules to the input of each site: the sparse model, without changing a layer."""
+def thresholding(
+    sites: Mapping[str, nn.Module], rules: Mapping[str, Rule], gates: Mapping[str, nn.Module] | None = None
+) -> Iterator[None]:
+    """Inside the block, hooks apply the rules to the input of each site: the sparse model, without changing a layer.
+
+    Those that `gates` names to the output of the module there, see `split_rules`.
+    """
     handles = []
 
     def hook(name: str) -> Any:
@@ -213,11 +294,18 @@ def thresholding(sites: Mapping[str, nn.Module], rules: Mapping[str, Rule]) -> I
 
         return mask
 
+    def gate_hook(name: str) -> Any:
+        return lambda module, args, output: parts_of_rows(rules[name].apply(rows_of_parts(output)), output)
+
     with scope():
         try:
             for name, module in sites.items():
                 if rules[name].threshold > 0:
                     handles.append(attach(module, for_here(hook(name))))
+            for name, module in (gates or {}).items():
+                handles.append(module.register_forward_hook(for_here(gate_hook(name))))
+            if gates:
+                forget_compiled()
             yield
         finally:
             for handle in handles:

@@ -308,13 +308,15 @@ def _place_of(written: str) -> str:
 def _make_site_(module: nn.Module, written: str, config: SparsityConfig) -> None:
     if type(module) not in SPARSE_CLASSES:
         raise ValueError(f"site {written!r} is a {type(module).__name__}, expected a linear layer")
-    features, site = shape_of(module)[1], config.sites[written]
+    (outputs, inputs), site = shape_of(module), config.sites[written]
+    parts = (("scaled", outputs if site.gate else inputs, torch.float32), ("centered", inputs, torch.float32),
+             ("masked", inputs, torch.bool))  # fmt: skip
     vectors = {
         part: torch.empty(features, dtype=dtype, device="meta") if getattr(site, part) else None
-        for part, dtype in (("scaled", torch.float32), ("centered", torch.float32), ("masked", torch.bool))
+        for part, features, dtype in parts
     }
     # -1 keeps everything: a threshold that the checkpoint lacks is told apart from one that is zero
-    rule = Rule(-1.0, vectors["scaled"], vectors["centered"], site.relative)
+    rule = Rule(-1.0, vectors["scaled"], vectors["centered"], site.relative, site.gate)
     make_sparse_(
         module,
         rule,

@@ -68,16 +68,43 @@ def closing_mlps(model: nn.Module) -> Iterator[tuple[str, str, str]]:
                 yield gate, up, down
 
 
+def gates_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """By the name of each up-projection of a gated MLP, the activation of its gate and the name of its down-projection.
+
+    The gate's entries are what that module returns, and the outputs of up are multiplied by them. MLPs of which gate
+    and up are one layer, and those that apply a function to the gate instead of a module, are none of these.
+
+    Example:
+        >>> gates_of(nn.ReLU())
+        {}
+    """
+    found: dict[str, tuple[nn.Module, str]] = {}
+    owners: dict[nn.Module, int] = {}
+    for path, module in model.named_modules():
+        for names in GATED:
+            layers: Any = [module._modules.get(name) for name in names]
+            if len(set(names)) < 3 or not all(isinstance(each, nn.Linear) for each in layers):
+                continue
+            activation = activation_of(module, names)
+            if isinstance(activation, nn.Module):
+                up, down = (f"{path}.{name}".lstrip(".") for name in names[1:])
+                found[up] = activation, down
+                owners[activation] = owners.get(activation, 0) + 1
+    return {name: each for name, each in found.items() if owners[each[0]] == 1}
+
+
 def arrange_(model: nn.Module) -> None:
     """Lay up-projections out by output where that serves: where a gate closes, and up skips none of its own inputs.
+
+    So do those whose rule is of their gate.
 
     All others lie by input. Layers that lie as they should stay as they are.
     """
     mlps = ([model.get_submodule(name) for name in names] for names in closing_mlps(model))
     ups = {up for gate, up, down in mlps if isinstance(down, SparseSite) and _can_lie_by_output(up)}
     for module in model.modules():
-        if isinstance(module, SparseSite) and module.by_output != (module in ups):
-            module.by_output = module in ups
+        if isinstance(module, SparseSite) and module.by_output != (module.gate or module in ups):
+            module.by_output = not module.by_output
             lay_out_(module)
 
 

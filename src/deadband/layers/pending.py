@@ -34,13 +34,25 @@ class PendingOutput(Tensor):
 
     @staticmethod
     def __new__(
-        cls, x: Tensor, layer: Any, shape: Sequence[int], compute: Callable[[], Tensor], gate: Tensor | None = None
+        cls,
+        x: Tensor,
+        layer: Any,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        compute: Callable[[], Tensor],
+        gate: Tensor | None = None,
     ) -> PendingOutput:
-        """`compute` gives the output of the up-projection."""
-        return Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=x.dtype, device=x.device)
+        """`compute` gives the output of the up-projection, of that shape and dtype."""
+        return Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=x.device)
 
     def __init__(
-        self, x: Tensor, layer: Any, shape: Sequence[int], compute: Callable[[], Tensor], gate: Tensor | None = None
+        self,
+        x: Tensor,
+        layer: Any,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        compute: Callable[[], Tensor],
+        gate: Tensor | None = None,
     ) -> None:
         self.x, self.layer, self.gate, self.compute, self.known = x, layer, gate, compute, None
 
@@ -54,25 +66,20 @@ class PendingOutput(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """A product with a gate stays pending; all else happens to the values."""
-        if func is torch.ops.aten.mul.Tensor and not kwargs:
-            one, other = args
-            up, gate = (one, other) if isinstance(one, PendingOutput) else (other, one)
-            if (
-                isinstance(up, PendingOutput)
-                and up.gate is None
-                and up.known is None
-                and type(gate) is Tensor
-                and gate.shape == up.shape
-                and gate.dtype is up.dtype
-            ):
-                return PendingOutput(up.x, up.layer, up.shape, up.compute, gate)
+        if func is torch.ops.aten.mul.Tensor and not kwargs and (product := _product(*args)) is not None:
+            return product
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What no operator does: to reach for the memory. Results are plain tensors."""
+        """What no operator does: to reach for the memory, and to remember the gradients of a gate.
+
+        Results are plain tensors otherwise.
+        """
         if func in OF_MEMORY:
             return func(_plain(args[0]), *args[1:], **(kwargs or {}))
+        if func in _PRODUCTS and not kwargs and (product := _product(*args)) is not None:
+            return product
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -84,6 +91,24 @@ class PendingOutput(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.computed().__reduce_ex__(protocol)
+
+
+_PRODUCTS = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+
+
+def _product(one: Any, other: Any) -> PendingOutput | None:
+    """An output times what can be its gate, pending; None where it is anything else."""
+    up, gate = (one, other) if isinstance(one, PendingOutput) else (other, one)
+    if (
+        not isinstance(up, PendingOutput)
+        or up.gate is not None
+        or up.known is not None
+        or type(gate) is not Tensor
+        or gate.shape != up.shape
+        or gate.dtype is not up.dtype
+    ):
+        return None
+    return PendingOutput(up.x, up.layer, up.shape, up.dtype, up.compute, gate)
 
 
 def _plain(value: Any) -> Any:

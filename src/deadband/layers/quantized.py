@@ -233,7 +233,9 @@ class QuantizedSite(QuantizedMatrix, SparseSite):
         needs_gradient = torch.is_grad_enabled() and (x.requires_grad or trains(bias))
         if self.by_output:
             if transformed() or torch.is_autocast_enabled(x.device.type) or needs_gradient:
-                return F.linear(x, self.matrix(x.dtype), bias)
+                return self.without_kernel(
+                    x, self.scales.shape[1], rows, lambda: F.linear(x, self.matrix(x.dtype), bias)
+                )
             parts = self.parts()[:4]
             return self.before_gate(
                 x, self.scales.shape[1], (*parts, self.group_size, threshold, scale, self.relative, rows), counts

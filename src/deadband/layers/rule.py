@@ -61,6 +61,9 @@ class Rule:
         center: float32 [in_features], or None for zeros: the value that a skipped entry is taken to have. Its product
             with the weight is a constant, so that a skipped column of the weight is not read for it.
         relative: compare with `threshold * ‖x‖` instead, the norm of each token's own input.
+        gate: x is not the input of the site but what its outputs are multiplied by, the activated gate of a gated MLP,
+            of which the site is the up-projection: an output whose entry is skipped counts as zero. All of the above is
+            of as many entries as there are outputs; there is no center.
 
     Example:
         >>> Rule(0.5).apply(torch.tensor([0.4, -2.0]))
@@ -75,12 +78,14 @@ class Rule:
     scale: Tensor | None = None
     center: Tensor | None = None
     relative: bool = False
+    gate: bool = False
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Rule):
             return NotImplemented
         mine, others = (self.scale, self.center), (other.scale, other.center)
-        return (self.threshold, self.relative) == (other.threshold, other.relative) and all(
+        kind = (self.threshold, self.relative, self.gate)
+        return kind == (other.threshold, other.relative, other.gate) and all(
             a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(mine, others, strict=True)
         )
 
@@ -88,7 +93,8 @@ class Rule:
         return hash((self.threshold, self.relative))
 
     def __str__(self) -> str:
-        parts = (("x‖x‖", self.relative), ("scaled", self.scale is not None), ("centered", self.center is not None))
+        parts = (("x‖x‖", self.relative), ("scaled", self.scale is not None), ("centered", self.center is not None),
+                 ("gate", self.gate))  # fmt: skip
         return f"{self.threshold:9.4g}" + "".join(f" {word}" for word, used in parts if used)
 
     def compared(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -59,9 +60,8 @@ class SparseSite(nn.Module):
     counts: Tensor | None  # [3] int64: entries skipped, seen and not finite
     sparse_rows: int
     gradient: str
-    by_output = (
-        False  # whether it is an up-projection that lies by output, and its rule is its gate's: see layers.gated
-    )
+    gate = False  # whether its rule is of its gate's entries, not of its input's: see `Rule`
+    by_output = False  # whether it is an up-projection that lies by output, and waits for its gate: see layers.gated
     # what it skipped of calibration data, and between which sparsities it has to stay on data like that; see
     # deadband.allocation.thresholds.Thresholds
     expected: float = math.nan
@@ -97,7 +97,7 @@ class SparseSite(nn.Module):
             rows, counts = ALL_ROWS if rows else 0, None
         if self.by_output:
             if transformed() or mixed or (needs_gradient and not torch.compiler.is_exporting()):
-                return product(x, weight, bias)
+                return self.without_kernel(x, weight.shape[0], rows, lambda: product(x, weight, bias))
             own = (weight, None, None, bias, 0, threshold, scale, self.relative, rows)
             return self.before_gate(x, weight.shape[0], own, counts)
         if transformed():
@@ -121,7 +121,16 @@ class SparseSite(nn.Module):
             return up_linear(x, *own, uncounted(x.device) if counts is None else counts)
         if self._forward_hooks or not 0 < x.shape[:-1].numel() <= own[-1] or torch.jit.is_tracing():
             return compute()
-        return PendingOutput(x, self, (*x.shape[:-1], outputs), compute)
+        return PendingOutput(x, self, (*x.shape[:-1], outputs), x.dtype, compute)
+
+    def without_kernel(self, x: Tensor, outputs: int, rows: int, compute: Callable[[], Tensor]) -> Tensor:
+        """The same where something else than the operator computes it, such as what has gradients."""
+        few = x.shape[:-1].numel() <= rows
+        if not (self.gate and few) or transformed() or self._forward_hooks or torch.compiler.is_compiling():
+            return compute()
+        mixed = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
+        return PendingOutput(x, self, (*x.shape[:-1], outputs), dtype, compute)
 
     def after_gate(self, pending: PendingOutput) -> Tensor:
         """The output of a down-projection whose input is the product of a gate and an output that is pending."""
@@ -130,17 +139,18 @@ class SparseSite(nn.Module):
         if scope.any_open:
             settings = [scope.setting_of(each, *own) for each, own in zip((up, self), settings, strict=True)]
         counts = [own for _, own in settings]
+        if pending.gate is None or pending.known is not None:
+            return self.forward(pending.computed())
         if (
-            pending.gate is None
-            or pending.known is not None
-            or self.by_output
+            self.by_output
             or self.training
+            or pending.dtype is not pending.x.dtype
             or self._buffers["mask"] is not None
             or settings[0][0] != settings[1][0]
             or (torch.is_grad_enabled() and (pending.gate.requires_grad or self._learns()))
             or transformed()
         ):
-            return self.forward(pending.computed())
+            return self.forward(up.gated(pending.gate, *settings[0]) * pending.compute())
         if None in counts:
             counts = []
         layers = (up.parts(), self.parts())
@@ -148,6 +158,16 @@ class SparseSite(nn.Module):
             pending.x, pending.gate, [part for each in layers for part in each],
             [getattr(each, "group_size", 0) for each in (up, self)], [up.relative, self.relative], settings[0][0],
             counts,
+        )  # fmt: skip
+
+    def gated(self, gate: Tensor, rows: int, counts: Tensor | None) -> Tensor:
+        """The entries of its gate, zero where its rule skips them."""
+        if not self.gate:
+            return gate
+        if self.training:
+            rows, counts = ALL_ROWS if rows else 0, None
+        return fill_skipped(
+            gate, self.threshold, self.scale, None, self.relative, rows, counts, self.gradient
         )  # fmt: skip
 
     def _learns(self) -> bool:
@@ -166,7 +186,7 @@ class SparseSite(nn.Module):
     @property
     def rule(self) -> Rule:
         """What the layer skips."""
-        return Rule(self.threshold.item(), self.scale, self.center, self.relative)
+        return Rule(self.threshold.item(), self.scale, self.center, self.relative, self.gate)
 
     def refresh_offset_(self) -> None:
         """Compute `offset` again, after the center changed. Writes to the weight are seen without this."""
@@ -244,6 +264,7 @@ class SparseSite(nn.Module):
                 ("relative", self.relative),
                 ("scaled", self.scale is not None),
                 ("centered", self.center is not None),
+                ("of its gate", self.gate),
             )
             if used
         )
@@ -385,7 +406,7 @@ def make_sparse_(
     module._keep("counts", counts)
     module.sparse_rows = DECODE_ROWS
     module.gradient = gradient
-    module.relative = rule.relative
+    module.relative, module.gate = rule.relative, rule.gate
     module.expected, module.site_range = expected, site_range
     lay_out_(module)
     module.refresh_offset_()
@@ -427,7 +448,7 @@ def _keeps_version(tensor: Tensor) -> bool:
 BUFFERS = ("threshold", "scale", "center", "offset", "mask", "counts")
 """What `make_sparse_` adds to a layer."""
 _NOT_SAVED = ("offset", "counts")
-_ATTRIBUTES = ("relative", "sparse_rows", "gradient", "expected", "site_range", "by_output")
+_ATTRIBUTES = ("relative", "sparse_rows", "gradient", "expected", "site_range", "gate", "by_output")
 
 
 def new_counts(device: torch.device) -> Tensor:

@@ -27,7 +27,7 @@ class SiteConfig:
     """What was done to one site; what is as here by default is left out of config.json.
 
     Attributes:
-        scaled, centered, relative: whether its `deadband.Rule` has such a part.
+        scaled, centered, relative, gate: whether its `deadband.Rule` has such a part.
         masked: whether it has a static mask.
         gradient: of its masked input.
         weights: the format of its weight if that is quantised.
@@ -40,6 +40,7 @@ class SiteConfig:
     scaled: bool = False
     centered: bool = False
     relative: bool = False
+    gate: bool = False
     masked: bool = False
     gradient: str = "exact"
     weights: str | None = None
@@ -47,7 +48,7 @@ class SiteConfig:
     range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("scaled", "centered", "relative", "masked"):
+        for name in ("scaled", "centered", "relative", "gate", "masked"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}={getattr(self, name)!r}, expected true or false")
         if self.gradient not in GRADIENTS:
@@ -69,6 +70,7 @@ class SiteConfig:
             scaled=site.scale is not None,
             centered=site.center is not None,
             relative=site.relative,
+            gate=site.gate,
             masked=site.mask is not None,
             gradient=site.gradient,
             weights=site.weight_format if isinstance(site, QuantizedMatrix) else None,

@@ -23,8 +23,10 @@ def rule_of(name: str, given: float | Rule, module: nn.Module, criterion: str) -
                 "Calibration.allocate returned, or a deadband.Rule with a scale"
             )
         given = Rule(given)
-    features, device = shape_of(module)[1], tensor_of(module).device
-    if given.scale is None and criterion == "weighted_magnitude":
+    features, device = shape_of(module)[0 if given.gate else 1], tensor_of(module).device
+    if given.gate and given.center is not None:
+        raise ValueError(f"site {name!r}: a rule of its gate has no center; that of the down-projection can have one")
+    if not given.gate and given.scale is None and criterion == "weighted_magnitude":
         given = dataclasses.replace(given, scale=scale_of(criterion, matrix_of(module)))
     parts = {"scale": given.scale, "center": given.center}
     for what, vector in parts.items():
@@ -36,7 +38,7 @@ def rule_of(name: str, given: float | Rule, module: nn.Module, criterion: str) -
                 f"got shape {tuple(vector.shape)}"
             )
         parts[what] = vector.detach().to(device=device, dtype=torch.float32, copy=True)
-    return Rule(given.threshold, parts["scale"], parts["center"], given.relative)
+    return dataclasses.replace(given, scale=parts["scale"], center=parts["center"])
 
 
 def resolve(model: nn.Module, thresholds: Mapping[str, float | Rule]) -> dict[str, float | Rule]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deadband.allocation.thresholds import Thresholds, check_model
 from deadband.layers.experts import module_at
 from deadband.layers.formats import QuantizedWeight
+from deadband.layers.gated import gates_of
 from deadband.layers.quantized import QuantizedMatrix
 from deadband.layers.rule import Rule
 from deadband.layers.sites import Patterns, find_sites, sparse_sites
@@ -96,6 +97,14 @@ def resolve_sites(
     for name, module in modules.items():
         if tensor_of(module).is_meta:
             raise ValueError(f"site {name!r} is on the meta device or offloaded; load its weight before sparsify_")
+    gates = gates_of(model)
+    for name in chosen:
+        rule = chosen[name]
+        if isinstance(rule, Rule) and rule.gate and name not in gates:
+            raise ValueError(
+                f"site {name!r} has no gate: a rule of a gate is for up-projections of gated MLPs whose gate and up "
+                "are layers of their own, with a module that activates the gate"
+            )
     sites = {
         name: Wanted(rule=rule_of(name, chosen[name], module, criterion), mask=kept.get(name))
         for name, module in modules.items()
