@@ -18,7 +18,9 @@ test: .venv/ready
 # What depends on transformers, with the oldest version that pyproject.toml allows; the newest meets the slow tests too.
 test-oldest: .venv-oldest/ready
 	$(WORKERS) .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(ON_TRANSFORMERS) -m "not slow"
-ON_TRANSFORMERS := $(addprefix tests/,calibration decoding/test_decoding.py evaluation integrations layers quantization running) \
+ON_TRANSFORMERS := $(addprefix tests/,calibration decoding/test_decoding.py evaluation integrations \
+		$(addprefix layers/test_,computed_weights.py experts.py gate_rules.py gated.py sites.py) \
+		$(addprefix running/test_,batches.py forward.py greedy_decoding.py)) \
 	--ignore tests/evaluation/test_page.py
 
 # The tests of the operators on kernels that stop at whatever AddressSanitizer and UBSan find. Sanitizers of g++; torch

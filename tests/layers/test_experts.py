@@ -278,7 +278,8 @@ def test_experts_that_no_token_reached_are_named_once(kind):
     }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        deadband.calibrate(model, [{"input_ids": torch.arange(3, 60)[None]}], progress=False)
+        if kind == "mixtral":  # in which so many tokens reach all
+            deadband.calibrate(model, tiny_batches(8), progress=False)
         deadband.calibrate(nn.Sequential(nn.Linear(4, 4)), [torch.randn(2, 4)], progress=False)
 
 
@@ -1157,8 +1158,9 @@ def test_what_print_shows():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text", "longcat_flash"])
-@pytest.mark.parametrize("form", [None, "int4"])
+@pytest.mark.parametrize(
+    ("kind", "form"), [("mixtral", None), ("gpt_oss", "int4"), ("llama4_text", None), ("longcat_flash", "int4")]
+)
 def test_compiled(kind, form):
     model = build(kind)
     sparsify_(model, rules_of(expert_sites(model), "all"), weights=form, output_layer=False)
@@ -1184,8 +1186,7 @@ def test_compiled(kind, form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mixtral", "llama4_text", "longcat_flash"])
-@pytest.mark.parametrize("form", [None, "int8"])
+@pytest.mark.parametrize(("kind", "form"), [("mixtral", None), ("llama4_text", "int8"), ("longcat_flash", None)])
 def test_prepared(kind, form):
     model = build(kind)
     sparsify_(model, rules_of(find_sites(model), "all"), weights=form)

@@ -182,7 +182,7 @@ def check_result(y, counts, x, experts, own, skips):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     rows=st.one_of(st.integers(0, 9), st.sampled_from([13, 40, FEW_ROWS - 1, FEW_ROWS, FEW_ROWS + 1, 130])),
     inputs=st.sampled_from([1, 2, 31, 33, 64, 130]),
@@ -476,7 +476,7 @@ def composed(x, chosen, shares, up, down, activation, sparse_rows, counts):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     tokens=st.sampled_from([1, 2, 3, 5, 9, 16, 33, 43, 44, 60]),
     each=st.sampled_from([1, 2, 3]),
