@@ -88,12 +88,16 @@ def random_model(kind: str, layers: int | None) -> Any:
 
 
 def without_skipping(model: Any) -> Any:
-    """Of a sparse model, one with the same weights in which no layer skips anything."""
-    large = {id(each): each for each in (*model.parameters(), *model.buffers()) if each.dim() > 1}
-    dense = copy.deepcopy(model, large)
+    """Of a sparse model, one with the same weights in which no layer skips anything, and all lie by input."""
+    waiting = [module for module in model.modules() if isinstance(module, SparseSite) and module.by_output]
+    own = {id(sparse.tensor_of(module)) for module in waiting}
+    dense = copy.deepcopy(model, {key: each for key, each in _large(model).items() if key not in own})
     for module in dense.modules():
         if isinstance(module, SparseSite):
             module.sparse_rows = 0
+            if module.by_output:
+                module.by_output = False
+                sparse.lay_out_(module)
     return dense
 
 

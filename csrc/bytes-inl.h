@@ -28,6 +28,28 @@ DEADBAND_INLINE Vb load_bytes(const uint8_t* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+// As many bytes as there are lanes, in 32 bits each. Of __builtin_convertvector, g++ 12 makes moves of single bytes.
+typedef int8_t SignedCodes __attribute__((vector_size(kLanes)));
+typedef uint8_t Codes __attribute__((vector_size(kLanes)));
+DEADBAND_INLINE Vi widen(SignedCodes codes) {
+#if defined(__AVX512F__)
+  return (Vi)_mm512_cvtepi8_epi32((__m128i)codes);
+#elif defined(__AVX2__)
+  return (Vi)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)codes));
+#else
+  return __builtin_convertvector(codes, Vi);
+#endif
+}
+DEADBAND_INLINE Vi widen(Codes codes) {
+#if defined(__AVX512F__)
+  return (Vi)_mm512_cvtepu8_epi32((__m128i)codes);
+#elif defined(__AVX2__)
+  return (Vi)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)codes));
+#else
+  return __builtin_convertvector(codes, Vi);
+#endif
+}
+
 DEADBAND_INLINE Vi splat_int(int32_t value) { return value - Vi{}; }
 
 DEADBAND_INLINE int32_t most_of_lanes(Vi v) {

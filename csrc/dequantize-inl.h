@@ -18,17 +18,15 @@ namespace {
 // kLanes codes of consecutive outputs, from `o` on, which is a multiple of kLanes.
 template <int Bits>
 DEADBAND_INLINE Vf load_codes(const uint8_t* codes, int64_t o) {
-  typedef int8_t Signed __attribute__((vector_size(kLanes)));
-  typedef uint8_t Unsigned __attribute__((vector_size(kLanes)));
   if constexpr (Bits == 8) {
-    Signed bytes;
+    SignedCodes bytes;
     memcpy(&bytes, codes + o, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, Vi), Vf);
+    return __builtin_convertvector(widen(bytes), Vf);
   } else {  // of 32 outputs, the first 16 are the lower halves of 16 bytes, the others the upper ones
-    Unsigned bytes;
+    Codes bytes;
     memcpy(&bytes, codes + o / 32 * 16 + o % 16, sizeof bytes);
     bytes = o % 32 < 16 ? bytes & 15 : bytes >> 4;
-    return __builtin_convertvector(__builtin_convertvector(bytes, Vi), Vf);
+    return __builtin_convertvector(widen(bytes), Vf);
   }
 }
 

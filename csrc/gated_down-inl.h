@@ -32,21 +32,23 @@ struct WideRows {
 };
 
 DEADBAND_INLINE Vf codes_at(const int8_t* p, int) {
-  typedef int8_t Codes __attribute__((vector_size(kLanes)));
-  Codes codes;
+  SignedCodes codes;
   memcpy(&codes, p, sizeof codes);
-  return __builtin_convertvector(codes, Vf);
+  return __builtin_convertvector(widen(codes), Vf);
 }
 DEADBAND_INLINE Vf codes_at(const uint8_t* p, int shift) {
-  typedef uint8_t Codes __attribute__((vector_size(kLanes)));
   Codes codes;
   memcpy(&codes, p, sizeof codes);
-  return __builtin_convertvector((Vi)(__builtin_convertvector(codes, Vu) >> shift & 15u), Vf);
+  return __builtin_convertvector(widen(codes) >> shift & 15, Vf);
 }
 
 DEADBAND_INLINE float half_at(const uint16_t* p) {
+#if defined(__F16C__)
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(*p)));
+#else
   uint16_t lanes[kLanes] = {*p};
   return load_half(lanes)[0];
+#endif
 }
 
 // Where the codes of an output lie, and how far they are shifted: with 4 bits, those of output o + 16 share its bytes.
