@@ -269,6 +269,15 @@ def natural(result: Result) -> str:
     return table(["model", "weights", "zeros", "dense, ms", "exact, ms", "gain", "difference of logits"], lines)
 
 
+def joint(result: Result) -> str:
+    lines = [
+        (percent(row["budget"]), "with" if row["joint"] else "without", f"{row['sparsity']:.1%}", f"{row['kl']:.4f}",
+         str(row["gates"]), "" if row["ratio"] is None else f"{row['ratio']:.2f}Ã—")
+        for row in sorted(result["rows"], key=lambda row: row["budget"])
+    ]  # fmt: skip
+    return table(["asked", "joint sites", "achieved", "KL", "MLPs by their gate", "of the KL without"], lines)
+
+
 def coverage(result: Result) -> str:
     said = result["summary"]
     lines = [(f"`{row['type']}`", f"{row['share']:.1%}") for row in result["rows"]]
@@ -578,6 +587,16 @@ the same achieved sparsity. *Perplexity*: its increase over the dense model's. Â
 [Choosing a budget](budget.md) explains the methods.
 """,
         quality,
+    ),
+    (
+        "joint",
+        "Joint sites",
+        """
+`benchmarks/joint.py --data FILE`: `sensitivity` with centers, with and without `joint=True`: rows of up-projections and
+columns of down-projections that a gate decides on alone. *Of the KL without*: at the same achieved sparsity, between
+measured budgets.
+""",
+        joint,
     ),
     (
         "allocation",

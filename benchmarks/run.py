@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 NAMES = (
     "overheads", "kernels", "ratios", "prefill", "first_token", "several_tokens", "experts", "natural",
-    "coverage", "decode", "rounding", "allocation", "quality", "sparsifier", "compaction", "pruning",
+    "coverage", "decode", "rounding", "allocation", "quality", "joint", "sparsifier", "compaction", "pruning",
     "memory",
 )  # fmt: skip
 
@@ -22,7 +22,7 @@ def main() -> None:
     failed = []
     for name in NAMES:
         print(f"== {name}", flush=True)
-        extra = ["--data", options.data] if name in ("quality", "rounding") and options.data else []
+        extra = ["--data", options.data] if name in ("quality", "joint", "rounding") and options.data else []
         if subprocess.run([sys.executable, HERE / f"{name}.py", *extra], check=False).returncode:
             failed.append(name)
     if failed:

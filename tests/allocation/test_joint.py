@@ -173,8 +173,8 @@ def test_auto_tries_gates_and_says_so(monkeypatch):
     model = tiny_model("llama")
     calibration = deadband.calibrate(model, BATCHES, progress=False)
     options = {"model": model, "batches": BATCHES, "progress": False}
-    assert "gates" in calibration.allocate(0.4, **options).reason
-    without = calibration.allocate(0.4, joint=False, **options)
+    assert "gates" in calibration.allocate(0.4, joint=True, **options).reason
+    without = calibration.allocate(0.4, **options)
     assert "gates" not in without.reason
     assert not any(rule.gate for rule in without.values())
     found = calibration.allocate(method="sensitivity", max_kl=0.5, joint=True, **options)
@@ -187,3 +187,5 @@ def test_only_sensitivity_knows_gates():
     for method in ("uniform", "greedy"):
         with pytest.raises(ValueError, match="joint= is for the methods"):
             calibration.allocate(0.4, method, model=model, batches=BATCHES, joint=True, progress=False)
+        with pytest.raises(ValueError, match="joint= is for the methods"):
+            calibration.allocate(method=method, max_kl=1.0, model=model, batches=BATCHES, joint=True, progress=False)

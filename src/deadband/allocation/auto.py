@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deadband.allocation.fit import allocate_sensitivity, allocate_shares, allocate_uniform, prepare, uniform_shares
+from deadband.allocation.fit import (
+    allocate_sensitivity,
+    allocate_shares,
+    allocate_uniform,
+    check_method,
+    prepare,
+    uniform_shares,
+)
 from deadband.allocation.greedy import greedy_shares
 from deadband.allocation.sensitivity import SiteSensitivity, measure_sensitivity
 from deadband.allocation.thresholds import Thresholds
@@ -207,11 +214,11 @@ def allocate_auto(
     *,
     relative: bool | None,
     center: bool | None,
-    joint: bool | None,
+    joint: bool,
     progress: bool,
 ) -> list[Thresholds]:
     """For each budget, the candidate with the least KL on held-out batches; `Thresholds.reason` says what and why."""
-    trial = Trial.of(calibration, model, batches, True, joint is not False, progress)
+    trial = Trial.of(calibration, model, batches, True, joint, progress)
     return [trial.best(budget, relative, center) for budget in budgets]
 
 
@@ -225,7 +232,7 @@ def allocate_for_quality(
     max_perplexity_increase: float | None,
     relative: bool | None,
     center: bool | None,
-    joint: bool | None,
+    joint: bool,
     step: float,
     tokens: int,
     progress: bool,
@@ -236,9 +243,9 @@ def allocate_for_quality(
         raise ValueError(f"{what}={limit}; expected a number above 0")
     if model is None or batches is None:
         raise ValueError(f"{what}= is judged on the model: pass model= and batches= as well")
+    check_method(method, joint)
     prepare(calibration, model, method)
-    gates = joint is True if method == "sensitivity" else joint is not False
-    trial = Trial.of(calibration, model, taken(batches), method in ("auto", "sensitivity"), gates, progress)
+    trial = Trial.of(calibration, model, taken(batches), method in ("auto", "sensitivity"), joint, progress)
     if method == "sensitivity" and trial.measured is None:
         raise NotReachedError(trial.why)
     budgets = [_SMALLEST + index * _PRECISION for index in range(int((_LARGEST - _SMALLEST) / _PRECISION) + 1)]
@@ -250,7 +257,7 @@ def allocate_for_quality(
         if method == "auto":
             return trial.best(budgets[index], relative, center)
         if method == "sensitivity":
-            return trial.sensitivity(budgets[index], trial.fitted, relative, center, joint=gates)
+            return trial.sensitivity(budgets[index], trial.fitted, relative, center, joint=joint)
         share = shares[index] if shares else dict.fromkeys(calibration.sites, budgets[index])
         form = {"relative": bool(relative), "center": bool(center), "progress": progress}
         return allocate_shares(calibration, budgets[index], share, model, trial.fitted, method=method, **form)

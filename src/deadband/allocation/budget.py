@@ -34,7 +34,7 @@ def allocate(
     batches: Iterable[Any] | None = None,
     relative: bool | None = None,
     center: bool | None = None,
-    joint: bool | None = None,
+    joint: bool = False,
     step: float = 0.05,
     tokens: int = 512,
     progress: bool = True,
@@ -69,7 +69,7 @@ def allocate(
         center: a skipped entry counts as the mean of what its channel skips, not as zero; costs nothing at run
             time. None: not, but for `sensitivity` (yes) and `auto` (whichever does better).
         joint: let up-projections of gated MLPs skip outputs, by their gate, instead of inputs, where `sensitivity`
-            expects that to harm less (`deadband.allocation.joint`). None: not, but for `auto` (whichever does better).
+            expects that to harm less (`deadband.allocation.joint`). `auto` takes it where it does better.
         step: greedy's step, as a fraction of the block's weight bytes.
         tokens: greedy compares block outputs on the first batches, until they hold so many tokens.
         progress: show progress bars on a terminal.
@@ -105,7 +105,7 @@ def allocate_budgets(
     batches: Iterable[Any] | None = None,
     relative: bool | None = None,
     center: bool | None = None,
-    joint: bool | None = None,
+    joint: bool = False,
     step: float = 0.05,
     tokens: int = 512,
     progress: bool = True,
@@ -114,7 +114,7 @@ def allocate_budgets(
     if not (0 < step <= 1 and tokens > 0):
         raise ValueError(f"step={step} and tokens={tokens}; expected a step above 0 and up to 1, and some tokens")
     budgets = [check_sparsity(budget) for budget in budgets]
-    check_method(method)
+    check_method(method, joint)
     if (model is None) != (batches is None):
         raise ValueError("model= and batches= go together: pass both or neither")
     if model is None or batches is None:
@@ -130,10 +130,8 @@ def allocate_budgets(
         return allocate_auto(
             calibration, budgets, model, batches, relative=relative, center=center, joint=joint, progress=progress
         )
-    if joint and method != "sensitivity":
-        raise ValueError(f"joint= is for the methods 'sensitivity' and 'auto', got method {method!r}")
     if method == "sensitivity":
-        measured = measure_sensitivity(model, batches, list(calibration.sites), joint=bool(joint), progress=progress)
+        measured = measure_sensitivity(model, batches, list(calibration.sites), joint=joint, progress=progress)
         return [
             allocate_sensitivity(
                 calibration,
@@ -143,7 +141,7 @@ def allocate_budgets(
                 batches,
                 relative=relative,
                 center=center,
-                joint=bool(joint),
+                joint=joint,
                 progress=progress,
             )
             for budget in budgets

@@ -54,8 +54,10 @@ def allocate_uniform(calibration: Calibration, budget: float, reason: str = "") 
     )
 
 
-def check_method(method: str) -> str:
-    """Return `method`, or raise a ValueError that lists the known ones."""
+def check_method(method: str, joint: bool = False) -> str:
+    """Return `method`, or raise a ValueError that lists the known ones, or those that know joint sites."""
+    if joint and method in METHODS and method not in ("auto", "sensitivity"):
+        raise ValueError(f"joint= is for the methods 'sensitivity' and 'auto', got method {method!r}")
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not known; expected one of {', '.join(map(repr, METHODS))}")
     return method

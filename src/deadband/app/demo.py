@@ -58,7 +58,7 @@ OWN = (
 """deadband's models. Those of a format stand together, and the first skips nothing."""
 SAVED = Variant("bfloat16", 0.4)  # the model that is kept and continues the prompt
 METHOD = "auto"
-FORM = {"relative": False, "center": True, "joint": False}  # fewer graphs to compile, and candidates to try
+FORM = {"relative": False, "center": True}  # fewer graphs to compile, and candidates to try
 WINDOW = 256
 CALIBRATION_TOKENS, EVALUATION_TOKENS = 2048, 1024  # for two cores with AVX2 alone, as all of these
 ALLOCATION_WINDOW, ALLOCATION_TOKENS = 128, 512  # auto makes some thirty passes for each budget
