@@ -145,7 +145,12 @@ class Thresholds(Mapping[str, Rule]):
             "corrected": self.corrected,
             "reason": self.reason,
             "rules": {
-                name: {"threshold": rule.threshold, "relative": rule.relative, "gate": rule.gate, "parts": _parts(rule)}
+                name: {
+                    "threshold": rule.threshold,
+                    "relative": rule.relative,
+                    **({"gate": True} if rule.gate else {}),
+                    "parts": _parts(rule),
+                }
                 for name, rule in self.rules.items()
             },
         }
