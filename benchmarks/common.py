@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -106,3 +107,11 @@ def pool(out_features: int, in_features: int, dtype: torch.dtype) -> list[torch.
     """So many weights [out_features, in_features] that each comes from memory when its turn comes."""
     count = max(POOL_BYTES // (out_features * in_features * dtype.itemsize), 2)
     return [torch.randn(out_features, in_features).to(dtype) for _ in range(count)]
+
+
+def between(points: Sequence[tuple[float, float]], sparsity: float) -> float:
+    """KL at a sparsity between measured points, log-linear; beyond them the nearest two go on."""
+    index = next((i for i in range(1, len(points) - 1) if sparsity <= points[i][0]), len(points) - 1)
+    (low, before), (high, after) = points[index - 1], points[index]
+    share = (sparsity - low) / (high - low)
+    return math.exp((1 - share) * math.log(before) + share * math.log(after))

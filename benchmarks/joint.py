@@ -7,13 +7,11 @@ at the sparsity that they reach on the text that is judged. In float32.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, save
+from common import between, parser, save
 
 import deadband
 from deadband.allocation.fit import allocate_sensitivity
@@ -36,6 +34,7 @@ def main() -> None:
     judged = token_windows(tokenizer, text, tokens=512 * options.windows, window=512)
     calibration = deadband.calibrate(model, batches)
     measured = measure_sensitivity(model, batches, list(calibration.sites), joint=True)
+    mlps = sum(site.joint is not None for site in measured.values())
     dense = [logits_of(model, batch) for batch in judged]
     rows: list[dict[str, Any]] = []
     for joint in (False, True):
@@ -53,7 +52,7 @@ def main() -> None:
             deadband.densify_(model)
             rows.append({"joint": joint, "budget": budget, "sparsity": reached, "kl": kl / len(judged), "gates": gates})
             print(f"{'with' if joint else 'without':8}{budget:6.0%} reached {reached:6.1%}  KL {kl / len(judged):.5f}  "
-                  f"{gates} of {len(calibration.sites) // 7} MLPs by their gate", flush=True)  # fmt: skip
+                  f"{gates} of {mlps} MLPs by their gate", flush=True)  # fmt: skip
     plain = [(row["sparsity"], row["kl"]) for row in rows if not row["joint"]]
     for row in rows:
         row["ratio"] = row["kl"] / between(plain, row["sparsity"]) if row["joint"] else None
@@ -73,14 +72,6 @@ def logits_of(model: Any, batch: Any) -> torch.Tensor:
 def divergence(before: torch.Tensor, after: torch.Tensor) -> float:
     """KL(before ‖ after), the mean over tokens."""
     return float((before.exp() * (before - after)).sum(-1).mean())
-
-
-def between(points: Sequence[tuple[float, float]], sparsity: float) -> float:
-    """KL at a sparsity between measured points, log-linear; beyond them the nearest two go on."""
-    index = next((i for i in range(1, len(points) - 1) if sparsity <= points[i][0]), len(points) - 1)
-    (low, before), (high, after) = points[index - 1], points[index]
-    share = (sparsity - low) / (high - low)
-    return math.exp((1 - share) * math.log(before) + share * math.log(after))
 
 
 if __name__ == "__main__":

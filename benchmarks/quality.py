@@ -7,12 +7,11 @@ model's sweep and its page are kept in build/benchmarks, and it goes on where it
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import KEPT, parser, save
+from common import KEPT, between, parser, save
 
 from deadband.app.models import GEMMA3, SMOLLM2, gemma3, load_model, load_tokenizer, smollm2
 from deadband.evaluation.page import write_report
@@ -128,14 +127,6 @@ def against_published(figures: Mapping[str, Any], label: str) -> list[dict[str, 
             {"model": label, "budget": budget, "method": best["method"], "difference": difference, "error": error}
         )
     return rows
-
-
-def between(points: Sequence[tuple[float, float]], sparsity: float) -> float:
-    """KL at a sparsity between measured points, log-linear; beyond them the nearest two go on."""
-    index = next((i for i in range(1, len(points) - 1) if sparsity <= points[i][0]), len(points) - 1)
-    (low, before), (high, after) = points[index - 1], points[index]
-    share = (sparsity - low) / (high - low)
-    return math.exp((1 - share) * math.log(before) + share * math.log(after))
 
 
 if __name__ == "__main__":

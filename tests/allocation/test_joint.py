@@ -118,7 +118,6 @@ def test_shares_meet_the_budget_and_rules_fit_them(relative):
     names = list(find_sites(model))
     measured = measure_sensitivity(model, BATCHES, names, joint=True, progress=False)
     weights = bytes_of(model)
-    gated = set()
     for budget in (0.1, 0.3, 0.5, 0.7):
         shares, rules, harm = sensitivity_shares(measured, weights, budget, relative, joint=True)
         assert set(shares) == set(rules) == set(harm) == set(names)
@@ -126,14 +125,10 @@ def test_shares_meet_the_budget_and_rules_fit_them(relative):
         assert reached == pytest.approx(budget, abs=1e-6)
         for name, rule in rules.items():
             if rule.gate:
-                gated.add(name)
+                assert name in UPS
                 assert rule.scale is measured[name].joint.scale
                 assert shares[measured[name].joint.down] >= shares[name] - 1e-6
             assert relative is None or rule.relative == relative
-        _, _, without = sensitivity_shares(measured, weights, budget, relative)
-        if not gated:
-            assert sum(harm.values()) == pytest.approx(sum(without.values()))
-    assert gated <= set(UPS)
 
 
 def favoured(monkeypatch):

@@ -56,16 +56,23 @@ def closing_mlps(model: nn.Module) -> Iterator[tuple[str, str, str]]:
         >>> list(closing_mlps(nn.ReLU()))
         []
     """
+    for module, (gate, up, down), activation in _gated_mlps(model):
+        by_nature = getattr(module, "activation_sparsity", 0.0)
+        if closes(activation) or (isinstance(by_nature, float) and by_nature > 0):
+            yield gate, up, down
+
+
+def _gated_mlps(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str, str], Callable[[Tensor], Tensor]]]:
+    """Gated MLPs of three linear layers, the names of these, and the activation."""
     for path, module in model.named_modules():
         for names in GATED:
             layers: Any = [module._modules.get(name) for name in names]
             if len(set(names)) < 3 or not all(isinstance(each, nn.Linear) for each in layers):
                 continue
             activation = activation_of(module, names)
-            by_nature = getattr(module, "activation_sparsity", 0.0)
-            if activation is not None and (closes(activation) or (isinstance(by_nature, float) and by_nature > 0)):
+            if activation is not None:
                 gate, up, down = (f"{path}.{name}".lstrip(".") for name in names)
-                yield gate, up, down
+                yield module, (gate, up, down), activation
 
 
 def gates_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -80,16 +87,10 @@ def gates_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """
     found: dict[str, tuple[nn.Module, str]] = {}
     owners: dict[nn.Module, int] = {}
-    for path, module in model.named_modules():
-        for names in GATED:
-            layers: Any = [module._modules.get(name) for name in names]
-            if len(set(names)) < 3 or not all(isinstance(each, nn.Linear) for each in layers):
-                continue
-            activation = activation_of(module, names)
-            if isinstance(activation, nn.Module):
-                up, down = (f"{path}.{name}".lstrip(".") for name in names[1:])
-                found[up] = activation, down
-                owners[activation] = owners.get(activation, 0) + 1
+    for _, (_, up, down), activation in _gated_mlps(model):
+        if isinstance(activation, nn.Module):
+            found[up] = activation, down
+            owners[activation] = owners.get(activation, 0) + 1
     return {name: each for name, each in found.items() if owners[each[0]] == 1}
 
 

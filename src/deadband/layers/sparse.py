@@ -166,9 +166,7 @@ class SparseSite(nn.Module):
             return gate
         if self.training:
             rows, counts = ALL_ROWS if rows else 0, None
-        return fill_skipped(
-            gate, self.threshold, self.scale, None, self.relative, rows, counts, self.gradient
-        )  # fmt: skip
+        return fill_skipped(gate, self.threshold, self.scale, None, self.relative, rows, counts, self.gradient)
 
     def _learns(self) -> bool:
         """Whether its weight or its bias needs a gradient."""
